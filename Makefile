@@ -1,0 +1,59 @@
+# Every target works in its own virtual environment, .venv, built on first use and again when pyproject.toml
+# or TORCH changes; the system's Python is never touched.
+#
+#   PYTHON       interpreter that builds .venv
+#   TORCH        what to install as torch, before everything else. On a machine without a GPU an unpinned torch
+#                may pull gigabytes of CUDA packages; where the pinned one does too, point PIP_INDEX_URL or
+#                PIP_EXTRA_INDEX_URL at an index of CPU wheels. For a CUDA build: make test TORCH=torch
+#   WORKERS      test processes, each with one torch thread (0: all in one process)
+#   TESTS        what to test: make test TESTS=tests/test_topk.py
+#   PYTEST_ARGS  more arguments for pytest: make test PYTEST_ARGS="-k ties -x"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+TESTS ?= tests l3d l3d_kernels
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean FORCE
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/demo
+	$(BIN)/l3d toy tms --out $(DEMO) --overwrite
+	@echo "report:  $(CURDIR)/$(DEMO)/report.html"
+	@echo "metrics: $(CURDIR)/$(DEMO)/metrics.json"
+
+test: $(STAMP)  ## run the whole test suite, docstring examples included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## check style, format and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the files in the project's format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, runs/, caches and build products
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/.torch holds the TORCH that .venv was built with; it is written once torch is in.
+ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
+$(STAMP): FORCE
+endif
+
+$(STAMP): pyproject.toml
+	[ "$$(cat $(VENV)/.torch 2>/dev/null)" = "$(TORCH)" ] || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	echo "$(TORCH)" > $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,report,dev]"
+	touch $@

@@ -1,0 +1,8 @@
+"""`python -m l3d` is the command line `l3d`."""
+
+import sys
+
+from l3d.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Batches from whatever the user has: a tensor, a Dataset, a DataLoader, any iterable of batches.
+
+Tensors and Datasets are read by row: shuffled anew every epoch, by a permutation that depends on the seed and
+the epoch alone, so that a run can be resumed at any step. Everything else yields batches as they are and is
+started over when it ends.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+
+class Batches:
+    """A source of training batches, by step number.
+
+    Args:
+        data: a tensor [n, ...], a Dataset of rows, or an iterable of batches.
+        batch_size: rows per batch, for tensors and Datasets; the last batch of an epoch may be smaller.
+        seed: of the order of the rows.
+    """
+
+    def __init__(self, data: Any, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.n_rows = count_rows(data)
+        if self.n_rows == 0:
+            raise ValueError("data: expected at least one sample, got none")
+        if self.n_rows is None and not isinstance(data, Iterable):
+            raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
+        self.per_epoch = None if self.n_rows is None else self._count_batches(self.n_rows)
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._stream: Iterator[Any] | None = None
+        self._streamed = 0
+
+    def _count_batches(self, n_rows: int) -> int:
+        # a last batch of a single row has no other sample to refer to: it is left out
+        whole, rest = divmod(n_rows, self.batch_size)
+        return max(1, whole + (rest > 1 or self.batch_size == 1))
+
+    def __getitem__(self, step: int) -> Any:
+        """Return the batch of a step; iterables must be asked for their steps in order."""
+        if self.per_epoch is None:
+            while self._streamed < step:  # a resumed run skips what was seen
+                self._next()
+            return self._next()
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            assert self.n_rows is not None
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self._order = torch.randperm(self.n_rows, generator=generator)
+            self._epoch = epoch
+        return take(self.data, self._order[index * self.batch_size : (index + 1) * self.batch_size])
+
+    def _next(self) -> Any:
+        for _ in range(2):
+            if self._stream is None:
+                self._stream = iter(self.data)
+            try:
+                batch = next(self._stream)
+            except StopIteration:
+                self._stream = None
+                continue
+            self._streamed += 1
+            return batch
+        raise ValueError(f"data: the iterable ended after {self._streamed} batches and yields nothing when restarted")
+
+
+def count_rows(data: Any) -> int | None:
+    """Return how many rows a tensor or Dataset has; None for anything read as a stream of batches."""
+    if isinstance(data, Tensor):
+        return len(data)
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        return len(data)
+    return None
+
+
+def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
+    """Collect rows of a tensor or Dataset into a batch."""
+    if isinstance(data, Tensor):
+        return data[rows.start : rows.stop] if isinstance(rows, range) else data[rows]
+    return default_collate([data[int(row)] for row in rows])
+
+
+def in_order(data: Any, batch_size: int) -> Iterator[Any]:
+    """Yield all of the data once, in order; raises ValueError where there is none."""
+    n_rows = count_rows(data)
+    if n_rows is None:
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("data: expected at least one batch, got none")
+        return
+    if n_rows == 0:
+        raise ValueError("data: expected at least one sample, got none")
+    edges = [*range(0, n_rows, batch_size), n_rows]
+    if len(edges) > 2 and edges[-1] - edges[-2] == 1:
+        del edges[-2]  # a single row has no other sample to refer to: it joins the batch before
+    for start, stop in pairwise(edges):
+        yield take(data, range(start, stop))
+
+
+def mix(*numbers: int) -> int:
+    """Mix numbers into one seed, the same on every machine (splitmix64's finaliser, chained)."""
+    state = 0
+    for number in numbers:
+        state = (state + 0x9E3779B97F4A7C15 + number) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state % 2**63

@@ -1,0 +1,121 @@
+"""A decomposition: K subnetworks, each an encoder direction and a unit-norm decoder direction in parameter space."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3d.costs import choose_paths
+from l3d.directions import Directions, Rank, resolve_ranks
+from l3d.factors import Gradients
+from l3d.objective import objective
+from l3d.project import project
+
+
+class Decomposition(nn.Module):
+    """K low-rank subnetworks of a network's parameters.
+
+    Args:
+        shapes: {name: shape} of the decomposed parameters.
+        n_subnetworks: K.
+        rank: one number, or {glob: number or one per mode}; see `l3d.directions.resolve_ranks`.
+        settings: how it was (or is to be) trained; `evaluate` and friends read divergence, reference, positions,
+            k, batch_size and seed from it.
+        generator: draws the start; the encoder starts as a copy of the decoder.
+
+    Attributes:
+        encoder, decoder: `Directions`, whose tensors are Parameters; the decoder's norms are one after training.
+        history: {column: one value per recorded step} of the training run.
+        timing: seconds and steps_per_second of the training run.
+        restart_errors: the final error of every restart the best was chosen from.
+        threshold: the magnitude above which a coefficient counts as kept, outside its batch; NaN until trained.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        n_subnetworks: int,
+        rank: Rank = 8,
+        settings: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if n_subnetworks < 1:
+            raise ValueError(f"n_subnetworks: expected at least 1, got {n_subnetworks}")
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self.ranks = resolve_ranks(rank, self.shapes)
+        self.settings: dict[str, Any] = dict(settings or {})
+        self.decoder = Directions(self.shapes, self.ranks, n_subnetworks, generator)
+        self.encoder = Directions(self.shapes, self.ranks, n_subnetworks, generator)
+        self.encoder.load_state_dict(self.decoder.state_dict())
+        self.history: dict[str, list[float]] = {}
+        self.timing: dict[str, float] = {}
+        self.threshold = float("nan")
+        self.restart_errors: list[float] = []
+
+    @property
+    def n_subnetworks(self) -> int:
+        """K."""
+        return self.decoder.n_subnetworks
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The names of the decomposed parameters, in model order."""
+        return list(self.shapes)
+
+    def encode(self, gradients: Gradients) -> Tensor:
+        """Return the coefficients <Vin_k, g_s>: [S, K]; differentiable in the encoder.
+
+        Raises ValueError where the gradients are of other parameters.
+        """
+        gradients = self._checked(gradients)
+        everything = gradients.n_samples * self.n_subnetworks
+        return project(gradients, self.encoder, choose_paths(gradients, self.encoder, everything), self.shapes)
+
+    def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
+        """Return the reconstruction error Σ‖g_s − ĝ_s‖² / Σ‖g_s‖² of a batch: a differentiable scalar.
+
+        k is the fraction of coefficients kept, by default the trained one. Nothing is reconstructed; see
+        `l3d.objective`.
+        """
+        k = self.settings.get("k", 0.1) if k is None else k
+        if not 0 < k <= 1:
+            raise ValueError(f"k: expected a fraction in (0, 1], got {k}")
+        return objective(self._checked(gradients), self.encoder, self.decoder, k).loss
+
+    @torch.no_grad()
+    def subnetwork(self, index: int) -> dict[str, Tensor]:
+        """Return subnetwork `index` as {name: tensor of the parameter's shape}, unit L2 norm over all together."""
+        if not 0 <= index < self.n_subnetworks:
+            raise ValueError(f"index: expected 0 <= index < {self.n_subnetworks}, got {index}")
+        return self.decoder.tensors(index)
+
+    def normalize_(self) -> None:
+        """Rescale the decoder's directions to unit norm."""
+        self.decoder.normalize_()
+
+    def _checked(self, gradients: Gradients) -> Gradients:
+        if {n: tuple(s) for n, s in gradients.shapes.items()} != {n: tuple(s) for n, s in self.shapes.items()}:
+            raise ValueError(
+                f"gradients: expected those of {', '.join(self.shapes)}, got {', '.join(gradients.shapes)}"
+            )
+        return gradients.to(next(self.parameters()).dtype)
+
+    def evaluate(self, model: nn.Module, data: Any, **options: Any) -> Any:
+        """Score the decomposition on data; see `l3d.evaluate.evaluate`."""
+        from l3d.evaluate import evaluate
+
+        return evaluate(self, model, data, **options)
+
+    def impact(self, model: nn.Module, data: Any, n_references: int = 10) -> Tensor:
+        """Return every subnetwork's impact on every sample, [n, K]; see `l3d.evaluate.impact`."""
+        from l3d.evaluate import impact
+
+        return impact(self, model, data, n_references)
+
+    def save(self, path: Any) -> None:
+        """Write the decomposition into a folder, as safetensors and json; see `l3d.store.save`."""
+        from l3d.store import save
+
+        save(self, path)

@@ -1,0 +1,196 @@
+"""Low-rank directions in parameter space: one piece per parameter tensor, K directions side by side.
+
+A tensor of order two or more is held as factors: a matrix as left [K, R, O] and right [K, R, I], a tensor of
+higher order as a Tucker product, core [K, r1..rn] with one factor [K, r_i, d_i] per mode. Both read as
+
+    V_k = Σ_r left[k, r] (x) right[k, r]          a matrix [d0, rest]
+
+once the core and all modes but the first are contracted into `right`. Vectors and scalars are stored whole.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import l3d_kernels as lk
+from l3d.factors import matrix_shape
+
+Rank = int | Mapping[str, int | Sequence[int]]
+
+
+class Whole(nn.Module):
+    """A vector (or scalar) per subnetwork: [K, P]."""
+
+    def __init__(self, n_subnetworks: int, shape: torch.Size) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(n_subnetworks, shape.numel()))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Read as matrices of one column: left [K, 1, P], right [K, 1, 1]."""
+        return self.vector[:, None], self.vector.new_ones(len(self.vector), 1, 1)
+
+
+class LowRank(nn.Module):
+    """A matrix of rank R per subnetwork: left [K, R, O], right [K, R, I]."""
+
+    def __init__(self, n_subnetworks: int, shape: torch.Size, rank: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(n_subnetworks, rank, shape[0]))
+        self.right = nn.Parameter(torch.empty(n_subnetworks, rank, shape[1]))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (left [K, R, O], right [K, R, I])."""
+        return self.left, self.right
+
+
+class Tucker(nn.Module):
+    """A tensor of order n >= 3 per subnetwork: core [K, r1..rn] and one factor [K, r_i, d_i] per mode."""
+
+    def __init__(self, n_subnetworks: int, shape: torch.Size, ranks: Sequence[int]) -> None:
+        super().__init__()
+        self.core = nn.Parameter(torch.empty(n_subnetworks, *ranks))
+        self.modes = nn.ParameterList(
+            nn.Parameter(torch.empty(n_subnetworks, r, d)) for r, d in zip(ranks, shape, strict=True)
+        )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Contract all but the first mode into `right`: (left [K, r1, d0], right [K, r1, rest])."""
+        right = self.core  # [K, r1, .., rn]; contract the last mode, and rotate the result to the front of the rest
+        for mode in list(self.modes)[:0:-1]:
+            contracted = right.flatten(1, -2) @ mode  # [K, r1*..., d]
+            right = contracted.unflatten(1, right.shape[1:-1]).movedim(-1, 2)
+        return self.modes[0], right.flatten(2)
+
+
+Piece = Whole | LowRank | Tucker
+
+
+def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    """Return the ranks of every tensor: () for vectors, (R,) for matrices, one per mode for higher orders.
+
+    Args:
+        rank: one number for all, or {glob: number or one per mode}; the first pattern that matches counts, and
+            every tensor of order two or more must be matched. For higher orders one number is a ceiling: modes
+            that are smaller (a kernel of 3) get their size.
+        shapes: of the parameters.
+
+    Raises ValueError for a rank that a tensor does not allow, naming it.
+    """
+    resolved: dict[str, tuple[int, ...]] = {}
+    patterns = {"*": rank} if isinstance(rank, int) else dict(rank)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+            raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            resolved[name] = ()
+            continue
+        wanted = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), None)
+        if wanted is None:
+            raise ValueError(f"rank: no pattern matches {name!r}; add one, or '*'")
+        resolved[name] = _ranks_of(name, shape, wanted)
+    return resolved
+
+
+def _ranks_of(name: str, shape: torch.Size, wanted: int | Sequence[int]) -> tuple[int, ...]:
+    largest = min(matrix_shape(shape))
+    ranks = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    if any(r < 1 for r in ranks):
+        raise ValueError(f"rank: expected positive numbers for {name!r}, got {wanted}")
+    if isinstance(wanted, int):
+        if wanted > largest:
+            raise ValueError(
+                f"rank: {wanted} exceeds {largest}, the most that {name!r} of shape {list(shape)} allows; "
+                f"pass a smaller rank, or a dict such as {{'{name}': {largest}, '*': {wanted}}}"
+            )
+        return ranks if len(shape) == 2 else tuple(min(wanted, d) for d in shape)
+    if len(ranks) != len(shape) or any(r > d for r, d in zip(ranks, shape, strict=True)):
+        raise ValueError(f"rank: expected {len(shape)} ranks of at most {list(shape)} for {name!r}, got {list(ranks)}")
+    return (min(ranks),) if len(shape) == 2 else ranks
+
+
+class Directions(nn.Module):
+    """K directions over all chosen tensors; starts with random entries and unit norm.
+
+    Args:
+        shapes: of the parameters, by name.
+        ranks: of the parameters, as `resolve_ranks` gives them.
+        n_subnetworks: K.
+        generator: draws the start.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        ranks: Mapping[str, tuple[int, ...]],
+        n_subnetworks: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+        self.n_subnetworks = n_subnetworks
+        self.pieces = nn.ModuleList()
+        for name, shape in shapes.items():
+            if not ranks[name]:
+                self.pieces.append(Whole(n_subnetworks, shape))
+            elif len(shape) == 2:
+                self.pieces.append(LowRank(n_subnetworks, shape, ranks[name][0]))
+            else:
+                self.pieces.append(Tucker(n_subnetworks, shape, ranks[name]))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(generator=generator)
+            for piece in self.pieces:  # every tensor starts with the same share of the norm
+                _rescale(piece, _squared_norm(piece))
+        self.normalize_()
+
+    def items(self) -> list[tuple[str, Piece]]:
+        """Pair every parameter's name with its piece."""
+        return list(zip(self.shapes, self.pieces, strict=True))  # type: ignore[arg-type]
+
+    def squared_norm(self) -> Tensor:
+        """Return ‖V_k‖² over all tensors together: [K]."""
+        return torch.stack([_squared_norm(piece) for piece in self.pieces]).sum(0)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Rescale every direction to unit norm, the factor spread evenly over the factors of each tensor."""
+        squared = self.squared_norm()
+        for piece in self.pieces:
+            _rescale(piece, squared)
+
+    def gram(self) -> Tensor:
+        """Return <V_k, V_j> over all tensors together: [K, K]."""
+        products = [
+            piece.vector @ piece.vector.mT if isinstance(piece, Whole) else lk.gram(*piece.factors())
+            for _, piece in self.items()
+        ]
+        return sum(products[1:], products[0])
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Multiply one direction out: {name: tensor of the parameter's shape}."""
+        result = {}
+        for name, piece in self.items():
+            left, right = piece.factors()
+            result[name] = (left[index].mT @ right[index]).reshape(self.shapes[name])
+        return result
+
+
+def _squared_norm(piece: nn.Module) -> Tensor:
+    """Return the squared norms of one tensor's directions: [K]."""
+    if isinstance(piece, Whole):
+        return piece.vector.square().sum(1)
+    left, right = piece.factors()  # type: ignore[operator]
+    if left.shape[1] == 1:
+        return left.square().sum((1, 2)) * right.square().sum((1, 2))
+    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+
+
+def _rescale(piece: nn.Module, squared: Tensor) -> None:
+    """Divide one tensor's directions by sqrt(squared) [K], an equal share per factor."""
+    parameters = list(piece.parameters())
+    shares = squared.clamp_min(torch.finfo(squared.dtype).tiny).pow(-0.5 / len(parameters))
+    for parameter in parameters:
+        parameter.mul_(shares.view(-1, *[1] * (parameter.ndim - 1)))

@@ -1,0 +1,136 @@
+"""What is differentiated: a scalar divergence per sample between the model's output and a reference output.
+
+Built in: "mse", "mse_published" and "kl"; or any callable f(output [S, ...], reference [S, ...]) -> [S].
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def mse(output: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error over everything after the sample dimension: [S].
+
+    >>> mse(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([2.])
+    """
+    return (output - reference).flatten(1).square().mean(1)
+
+
+def mse_published(output: Tensor, reference: Tensor) -> Tensor:
+    """The published toy code's divergence, mean of f·(f − y): its gradient is (2f − y)/n, not the MSE's. [S]
+
+    Kept for comparison with published figures; never compare errors across the two.
+    """
+    return (output * (output - reference.detach())).flatten(1).mean(1)
+
+
+def kl(output: Tensor, reference: Tensor) -> Tensor:
+    """KL(softmax(reference) ‖ softmax(output)) in nats over the last dimension, summed over any others: [S]."""
+    log_p = reference.log_softmax(-1)
+    return (log_p.exp() * (log_p - output.log_softmax(-1))).flatten(1).sum(1)
+
+
+def _mse_gradient(output: Tensor, reference: Tensor) -> Tensor:
+    return (output - reference) * (2 / output[0].numel())
+
+
+def _mse_published_gradient(output: Tensor, reference: Tensor) -> Tensor:
+    return (2 * output - reference) / output[0].numel()
+
+
+def _kl_gradient(output: Tensor, reference: Tensor) -> Tensor:
+    return output.softmax(-1) - reference.softmax(-1)
+
+
+BY_NAME: dict[str, Divergence] = {"mse": mse, "mse_published": mse_published, "kl": kl}
+# their gradients to the output, written out: autograd would cost a toy's step more than its forward pass
+GRADIENTS: dict[Divergence, Divergence] = {
+    mse: _mse_gradient,
+    mse_published: _mse_published_gradient,
+    kl: _kl_gradient,
+}
+REFERENCES = ("sample", "mean", "uniform", "pair")
+
+
+def resolve_divergence(divergence: str | Divergence) -> Divergence:
+    """Look a divergence up by name, or take a callable as it is."""
+    if callable(divergence):
+        return divergence
+    if divergence not in BY_NAME:
+        raise ValueError(f"divergence: expected {', '.join(BY_NAME)} or a callable, got {divergence!r}")
+    return BY_NAME[divergence]
+
+
+def check_reference(reference: str | Tensor) -> str | Tensor:
+    """Refuse a reference that is neither a known name nor a tensor."""
+    if isinstance(reference, Tensor) or reference in REFERENCES:
+        return reference
+    raise ValueError(f"reference: expected {', '.join(REFERENCES)} or a tensor, got {reference!r}")
+
+
+def reference_outputs(
+    reference: str | Tensor,
+    outputs: Tensor,
+    contrast: Tensor | None,
+    is_kl: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the reference output of every sample: [S, ...].
+
+    Args:
+        reference: "sample" (another sample's output, drawn at random), "mean" (kl: of the probabilities),
+            "uniform" (kl: equal logits; else zeros), "pair" (the contrast's outputs), or a tensor [S, ...].
+        outputs: [S, ...] the model's own outputs, detached.
+        contrast: [S, ...] the contrasting inputs' outputs, for "pair".
+        is_kl: whether outputs are logits of a KL divergence.
+        generator: draws for "sample".
+    """
+    n_samples = outputs.shape[0]
+    if isinstance(reference, Tensor):
+        flat = reference.reshape(-1, *outputs.shape[1:]) if reference.numel() == outputs.numel() else reference
+        if flat.shape != outputs.shape:
+            raise ValueError(
+                f"reference: expected outputs of shape {list(outputs.shape)} (samples first), "
+                f"got {list(reference.shape)}"
+            )
+        return flat.to(outputs)
+    if reference == "sample":
+        if n_samples < 2:
+            raise ValueError(
+                "reference: 'sample' needs at least two samples in a batch, got 1; "
+                "use a larger batch, or 'mean', 'uniform' or a tensor"
+            )
+        shift = torch.randint(1, n_samples, (n_samples,), generator=generator)
+        index = (torch.arange(n_samples) + shift) % n_samples  # never the sample itself
+        return outputs[index.to(outputs.device)]
+    if reference == "mean":
+        if is_kl:
+            return outputs.softmax(-1).mean(0, keepdim=True).log().expand_as(outputs)
+        return outputs.mean(0, keepdim=True).expand_as(outputs)
+    if reference == "uniform":
+        return torch.zeros_like(outputs)
+    assert contrast is not None
+    return contrast
+
+
+def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor) -> Tensor:
+    """Return ∂D_s/∂f_s of every sample: [S, ...], the shape of `outputs`.
+
+    Raises ValueError where the divergence does not return one scalar per sample, or is not finite.
+    """
+    if divergence in GRADIENTS:
+        return GRADIENTS[divergence](outputs, references)
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        values = divergence(leaf, references)
+        if not isinstance(values, Tensor) or values.shape != outputs.shape[:1]:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"divergence: expected one value per sample, shape [{outputs.shape[0]}], got {got}")
+        if not values.requires_grad:
+            return torch.zeros_like(outputs)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return gradient

@@ -1,0 +1,152 @@
+"""What a decomposition is worth: its error on data, how often each subnetwork acts, and on what."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l3d.costs import choose_paths
+from l3d.data import in_order, mix
+from l3d.decomposition import Decomposition
+from l3d.divergence import Divergence
+from l3d.extract import Extractor
+from l3d.factors import Gradients
+from l3d.model import to_device
+from l3d.objective import objective
+from l3d.project import project
+
+
+class Evaluation(NamedTuple):
+    """A decomposition scored on data."""
+
+    error: float  # Σ‖g − ĝ‖² / Σ‖g‖² over all samples
+    kept_per_sample: float  # mean number of subnetworks kept
+    activation_rate: Tensor  # [K] P_act: fraction of samples for which each subnetwork is kept
+    dead_fraction: float  # fraction of subnetworks never kept
+    n_samples: int
+
+
+class TopSamples(NamedTuple):
+    """The samples on which each subnetwork has the largest impact."""
+
+    indices: Tensor  # [K, n] int64, sample numbers in the order of the data
+    impacts: Tensor  # [K, n]
+
+
+def evaluate(
+    decomposition: Decomposition,
+    model: nn.Module,
+    data: Any,
+    *,
+    divergence: str | Divergence | None = None,
+    reference: str | Tensor | None = None,
+    batch_size: int | None = None,
+    k: float | None = None,
+    seed: int | None = None,
+    backend: str = "auto",
+) -> Evaluation:
+    """Score a decomposition on data, as it was trained: its k, divergence, reference and size of batch.
+
+    Args:
+        decomposition: a trained decomposition.
+        model: the model it belongs to.
+        data: a tensor, Dataset or iterable of batches.
+        divergence, reference, batch_size, k, seed: to score it otherwise; needed where it was trained with a
+            callable or a tensor, which are not saved.
+        backend: "auto", "torch" or "triton".
+
+    Batch top-k runs within each batch, so the size of the batch matters a little.
+    """
+    k = decomposition.settings.get("k", 0.1) if k is None else k
+    residual = norm = 0.0
+    n_samples = n_kept = 0
+    counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
+    with torch.no_grad():
+        for gradients in _gradients(decomposition, model, data, divergence, reference, batch_size, seed):
+            result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=backend)
+            residual += float(result.squared_residual.sum())
+            norm += float(result.squared_norm.sum())
+            counts += result.kept.column_offsets.diff().cpu()
+            n_samples += gradients.n_samples
+            n_kept += result.kept.rows.numel()
+    if norm == 0:
+        raise ValueError("data: every gradient is zero, so there is nothing to reconstruct; check params and data")
+    return Evaluation(
+        error=residual / norm,
+        kept_per_sample=n_kept / n_samples,
+        activation_rate=counts / n_samples,
+        dead_fraction=float((counts == 0).float().mean()),
+        n_samples=n_samples,
+    )
+
+
+@torch.no_grad()
+def impact(decomposition: Decomposition, model: nn.Module, data: Any, n_references: int = 10) -> Tensor:
+    """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
+
+    Samples are numbered in the order of the data, positions of a row one after another. Raises ValueError where the
+    decomposition's reference is not drawn and `n_references` exceeds 1: all would be the same.
+    """
+    if n_references < 1:
+        raise ValueError(f"n_references: expected at least 1, got {n_references}")
+    if decomposition.settings.get("reference", "sample") != "sample":
+        n_references = 1  # nothing is drawn: every repetition would be the same
+    total: Tensor | None = None
+    for repetition in range(n_references):
+        seed = mix(decomposition.settings.get("seed", 0), 4, repetition)
+        rows = []
+        for gradients in _gradients(decomposition, model, data, None, None, None, seed):
+            paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
+            rows.append(project(gradients, decomposition.encoder, paths, decomposition.shapes).abs())
+        batch = torch.cat(rows)
+        total = batch if total is None else total + batch
+    assert total is not None
+    return total / n_references
+
+
+def top_samples(
+    decomposition: Decomposition, model: nn.Module, data: Any, n: int = 10, n_references: int = 10
+) -> TopSamples:
+    """Return the n samples of largest impact for every subnetwork."""
+    impacts = impact(decomposition, model, data, n_references)
+    if not 1 <= n <= len(impacts):
+        raise ValueError(f"n: expected between 1 and the {len(impacts)} samples, got {n}")
+    best = impacts.topk(n, dim=0)
+    return TopSamples(best.indices.mT, best.values.mT)
+
+
+def _gradients(
+    decomposition: Decomposition,
+    model: nn.Module,
+    data: Any,
+    divergence: str | Divergence | None,
+    reference: str | Tensor | None,
+    batch_size: int | None,
+    seed: int | None,
+) -> Iterator[Gradients]:
+    """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
+    settings = decomposition.settings
+    chosen: dict[str, Any] = {}
+    for name, value, default in (("divergence", divergence, "mse"), ("reference", reference, "sample")):
+        value = settings.get(name, default) if value is None else value
+        chosen[name] = value
+    extractor = Extractor(
+        model, params=exact_names(decomposition), positions=settings.get("positions", "all"), **chosen
+    )
+    parameter = next(decomposition.parameters())
+    for name, p in extractor.parameters.items():
+        if p.shape != decomposition.shapes[name]:
+            raise ValueError(
+                f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
+            )
+    seed = mix(settings.get("seed", 0), 3) if seed is None else seed
+    for i, batch in enumerate(in_order(data, batch_size or settings.get("batch_size", 16))):
+        generator = torch.Generator().manual_seed(mix(seed, i))
+        device = next(model.parameters()).device
+        yield extractor(to_device(batch, device), generator).to(parameter.dtype)
+
+
+def exact_names(decomposition: Decomposition) -> list[str]:
+    """Return the decomposed parameters' names as patterns that match nothing else."""
+    return [name.replace("[", "[[]") for name in decomposition.parameter_names]

@@ -1,0 +1,215 @@
+"""Per-sample gradients of a model: one forward pass, one backward pass of the whole batch per target position.
+
+No weight gradient is ever computed. Backward passes start at the output (for language models at the head's input,
+so that the vocabulary enters only once), stop at the first decomposed layer, and on their way leave behind, at
+each layer that uses a chosen parameter, what came back. With what the layer saw, that is the gradient in factors.
+
+The uses of a parameter are read off the autograd graph (`l3d.graph`); a rule per layer kind turns each into a part
+(`l3d.rules`). Whatever has no rule is pulled back sample by sample, exactly: through its own node if the batch can
+be told apart there, else from the output.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from l3d import divergence as div
+from l3d.factors import Dense, Gradients, Part, combine, compact
+from l3d.graph import Use, find_uses, n_outputs, output_shape, positionwise_head
+from l3d.layout import Layout, LayoutProver
+from l3d.model import Params, check_evaluation_mode, model_output, only_trainable, select_parameters
+from l3d.rules import has_rule, part_of
+from l3d.samples import Samples
+
+
+def extract_gradients(
+    model: nn.Module,
+    inputs: Any,
+    divergence: str | div.Divergence = "mse",
+    reference: str | Tensor = "sample",
+    params: Params = None,
+    positions: str | int = "all",
+    generator: torch.Generator | None = None,
+) -> Gradients:
+    """Return every sample's gradient g_s = ∇_W D(f(x_s, W), y_s), in factors.
+
+    Args:
+        model: in evaluation mode; it comes back exactly as it was.
+        inputs: a batch of B rows: a tensor, a mapping (passed as keyword arguments), or, for reference="pair", a
+            tuple (inputs, contrasting inputs).
+        divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
+        reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...].
+        params: glob, list of globs, or None for all parameters.
+        positions: "all", "last", or how many to draw per row, where the divergence is "kl" or a callable and the
+            output has three or more dimensions: then every chosen position of every row is a sample, row by row.
+            Otherwise a row is a sample.
+        generator: a CPU generator for drawn references and positions.
+
+    Raises ValueError on bad arguments, a model in training mode whose dropout or batch norm would act, and
+    outputs that are not finite.
+
+    >>> model = nn.Linear(3, 2)
+    >>> g = extract_gradients(model, torch.randn(4, 3), reference="mean")
+    >>> {name: list(grad.shape) for name, grad in g.materialize().items()}
+    {'weight': [4, 2, 3], 'bias': [4, 2]}
+    """
+    return Extractor(model, divergence, reference, params, positions)(inputs, generator)
+
+
+class Extractor:
+    """Extract gradients of many batches with one set of choices; arguments as in `extract_gradients`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        divergence: str | div.Divergence = "mse",
+        reference: str | Tensor = "sample",
+        params: Params = None,
+        positions: str | int = "all",
+    ) -> None:
+        check_evaluation_mode(model)
+        self.model = model
+        self.divergence = div.resolve_divergence(divergence)
+        self.is_kl = divergence == "kl"
+        self.by_row = divergence in ("mse", "mse_published")
+        self.reference = div.check_reference(reference)
+        if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
+            raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
+        self.positions = None if self.by_row else positions
+        self.parameters = select_parameters(model, params)
+        self._prove_layouts = LayoutProver()
+        self._output_width: tuple[int, ...] | None = None
+
+    def __call__(self, inputs: Any, generator: torch.Generator | None = None) -> Gradients:
+        """Return the gradients of one batch."""
+        if self.model.training:
+            check_evaluation_mode(self.model)
+        contrast_inputs = None
+        if isinstance(self.reference, str) and self.reference == "pair":
+            if not (isinstance(inputs, (tuple, list)) and len(inputs) == 2):
+                raise ValueError("reference: 'pair' needs data that yields (input, contrast), got single inputs")
+            inputs, contrast_inputs = inputs
+        with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
+            output = self._forward(inputs)
+            samples = Samples(output, self.positions, self.is_kl, generator)
+            self._check_width(samples)
+            outputs = samples.gather(output.detach())
+            contrast = None
+            if contrast_inputs is not None:
+                with torch.no_grad():
+                    contrast = samples.gather(model_output(self.model, contrast_inputs))
+            references = div.reference_outputs(self.reference, outputs, contrast, self.is_kl, generator)
+            d_out = div.output_gradient(self.divergence, outputs, references)
+            with torch.no_grad():
+                parts = self._backward(output, samples, d_out)
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        parts = {name: [compact(part, shapes[name]) for part in combine(parts[name])] for name in shapes}
+        return Gradients(parts, shapes, samples.count, output.dtype, output.device)
+
+    def _forward(self, inputs: Any) -> Tensor:
+        """Run the model once, with autograd recording the uses of the chosen parameters."""
+        versions = {name: p._version for name, p in self.parameters.items()}
+        state = torch.get_rng_state()
+        output = model_output(self.model, inputs)
+        if not torch.equal(state, torch.get_rng_state()):
+            torch.set_rng_state(state)
+            raise ValueError(
+                "model: its forward pass drew random numbers (dropout in training mode?), so it is not a fixed "
+                "function; switch the randomness off, usually by model.eval()"
+            )
+        for name, p in self.parameters.items():
+            if p._version != versions[name]:
+                raise ValueError(f"model: its forward pass changed parameter {name!r} in place (max_norm?)")
+        if output.ndim == 0 or output.shape[0] == 0:
+            raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
+        if not torch.isfinite(output).all():
+            raise ValueError("model: its output holds NaN or infinity; check the inputs and the weights")
+        if output.grad_fn is None:
+            raise ValueError(f"params: the model's output depends on none of {', '.join(self.parameters)}")
+        return output
+
+    def _check_width(self, samples: Samples) -> None:
+        width = tuple(samples.width)
+        if self._output_width not in (None, width):
+            raise ValueError(
+                f"data: the shape of one sample's output changed between batches, from {self._output_width} to {width}"
+            )
+        self._output_width = width
+
+    def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
+        """Turn the gradient at the samples' outputs [S, ...] into the parts of every parameter's gradient."""
+        assert output.grad_fn is not None
+        uses, opaque = find_uses(output.grad_fn, self.parameters)
+        layouts = self._prove_layouts(output, uses)
+        late = {use.name for use in uses if layouts[use.node] is None}
+        late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
+        if opaque:  # what looks unused may be used where the graph does not tell
+            late |= set(self.parameters)
+        uses = [use for use in uses if use.name not in late]
+        parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
+
+        starts: list[Any] = [output]
+        grad_outputs = samples.one_by_one(samples.scatter(d_out))
+        head = positionwise_head(output) if samples.per_row > 1 else None
+        if head is not None:
+            node, edge = head
+            at_head = [use for use in uses if use.node is node]
+            if all(has_rule(use) and use.transposed is not None for use in at_head):
+                uses = [use for use in uses if use.node is not node]
+                returned = torch.autograd.grad(
+                    [output], [edge, GradientEdge(node, 0)], [samples.scatter(d_out)], retain_graph=True
+                )
+                starts, grad_outputs = [edge], samples.one_by_one(returned[0])
+                for use in at_head:  # one row per sample: its own position's
+                    dy = samples.own_rows(returned[1])
+                    part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
+                    parts[use.name].append(part)
+        dys = self._returned(starts, grad_outputs, uses, layouts)
+        for use in uses:
+            layout = layouts[use.node]
+            assert layout is not None
+            parts[use.name].append(part_of(use, layout, dys[use.node], self.parameters[use.name]))
+        for name, part in self._from_output(output, samples, d_out, sorted(late)).items():
+            parts[name] = [part]
+        return parts
+
+    @staticmethod
+    def _returned(
+        starts: list[Any], grad_outputs: Iterable[Tensor], uses: list[Use], layouts: dict[Node, Layout | None]
+    ) -> dict[Node, Tensor]:
+        """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
+        nodes = list(dict.fromkeys(use.node for use in uses))
+        if not nodes:
+            return {}
+        edges = [GradientEdge(node, 0) for node in nodes]
+        collected: list[list[Tensor]] = [[] for _ in nodes]
+        for grad_output in grad_outputs:
+            grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
+            for node, grad, rows in zip(nodes, grads, collected, strict=True):
+                layout = layouts[node]
+                assert layout is not None
+                rows.append(layout.split(grad_output.new_zeros(output_shape(node)) if grad is None else grad))
+        # P tensors [B, m, ...] -> [B, P, m, ...] -> [S, m, ...], sequence-major
+        return {
+            node: rows[0] if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1)
+            for node, rows in zip(nodes, collected, strict=True)
+        }
+
+    def _from_output(self, output: Tensor, samples: Samples, d_out: Tensor, names: list[str]) -> dict[str, Part]:
+        """The last resort, exact for anything autograd can do: a backward pass from the output per sample."""
+        if not names:
+            return {}
+        grads: dict[str, list[Tensor]] = {name: [] for name in names}
+        inputs = [self.parameters[name] for name in names]
+        for sample in range(samples.count):
+            alone = torch.zeros_like(d_out)
+            alone[sample] = d_out[sample]
+            results = torch.autograd.grad(
+                [output], inputs, [samples.scatter(alone)], retain_graph=True, allow_unused=True
+            )
+            for name, parameter, grad in zip(names, inputs, results, strict=True):
+                grads[name].append(torch.zeros_like(parameter) if grad is None else grad)
+        return {name: Dense(torch.stack(rows)) for name, rows in grads.items()}

@@ -1,0 +1,204 @@
+"""The data format of per-sample gradients: short sums of outer products, or small dense arrays.
+
+For a parameter stored as a tensor [d0, d1, ...], read as a matrix [d0, d1*...], sample s's gradient is the sum of
+its parts' contributions. A part is one of
+
+* `Rows`: what a layer saw and what came back, G_s = Σ_t dy[s, t] (x) x[s // (S // B), t], never multiplied out;
+* `Dense`: the gradient itself, for vectors and wherever it is smaller than its factors.
+
+A parameter that the output does not depend on has no parts. Letters: B sequences, S samples (sequence-major),
+T positions that share the weight, I and O the widths of x and dy.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import l3d_kernels as lk
+from l3d_kernels import reference
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A gradient as rows: G_s = Σ_t dy[s, t] (x) x[s // (S // B), t], or its transpose."""
+
+    x: Tensor  # [B, T, I], or int64 [B, T]: indices that stand for one-hot rows
+    dy: Tensor  # [S, T, O]
+    x_axis: int  # 1: x runs along the stored matrix's columns (Linear); 0: along its rows (Conv1D of GPT-2, Embedding)
+
+    def materialize(self, shape: tuple[int, int]) -> Tensor:
+        """Multiply out: [S, *shape] for a parameter stored as the matrix `shape`."""
+        grad = reference.outer(self.x, self.dy, shape[self.x_axis])
+        return grad if self.x_axis == 1 else grad.mT
+
+    def squared_norm(self) -> Tensor:
+        """Return ‖G_s‖²: [S]."""
+        return lk.squared_gradient_norm(self.x, self.dy)
+
+    def side(self, axis: int) -> Tensor:
+        """Return the rows along the stored matrix's `axis`, one set per sample: [S, T, D] or indices [S, T]."""
+        if axis != self.x_axis:
+            return self.dy
+        return self.x.repeat_interleave(self.dy.shape[0] // self.x.shape[0], 0)
+
+    def to(self, dtype: torch.dtype) -> "Rows":
+        """Cast the floating tensors."""
+        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
+        return Rows(x, self.dy.to(dtype), self.x_axis)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gradient as it is."""
+
+    grad: Tensor  # [S, *shape of the parameter]
+
+    def materialize(self, shape: tuple[int, int]) -> Tensor:
+        """Return the gradient as matrices: [S, *shape]."""
+        return self.grad.reshape(-1, *shape)
+
+    def squared_norm(self) -> Tensor:
+        """Return ‖G_s‖²: [S]."""
+        return self.grad.flatten(1).square().sum(1)
+
+    def to(self, dtype: torch.dtype) -> "Dense":
+        """Cast."""
+        return Dense(self.grad.to(dtype))
+
+
+Part = Rows | Dense
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Read a parameter's shape as a matrix: axis 0, and all the rest. A scalar or vector is a single column."""
+    return (shape[0] if shape else 1), shape[1:].numel()
+
+
+@dataclass
+class Gradients:
+    """Per-sample gradients of the chosen parameters, for S samples.
+
+    `parts[name]` holds the parts whose sum is the gradient; `shapes[name]` is the parameter's shape.
+    """
+
+    parts: dict[str, list[Part]]
+    shapes: dict[str, torch.Size]
+    n_samples: int
+    dtype: torch.dtype
+    device: torch.device
+    _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def matrix(self, name: str) -> Tensor:
+        """Return one parameter's gradients multiplied out as matrices [S, d0, rest], remembered for the batch."""
+        if name not in self._matrices:
+            shape = matrix_shape(self.shapes[name])
+            total: Tensor | None = None
+            for part in self.parts[name]:
+                grad = part.materialize(shape)
+                total = grad if total is None else total + grad
+            if total is None:
+                total = torch.zeros(self.n_samples, *shape, dtype=self.dtype, device=self.device)
+            self._matrices[name] = total
+        return self._matrices[name]
+
+    def materialize(self) -> dict[str, Tensor]:
+        """Multiply everything out: {name: [S, *shape]}. For tests and small models; training never does."""
+        return {name: self.matrix(name).reshape(-1, *shape) for name, shape in self.shapes.items()}
+
+    def squared_norm(self) -> Tensor:
+        """Return ‖g_s‖² over all parameters together: [S]."""
+        total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
+        for name in self.shapes:
+            total = total + self._squared_norm_of(name)
+        return total
+
+    def _squared_norm_of(self, name: str) -> Tensor:
+        parts = self.parts[name]
+        if name in self._matrices:
+            return self._matrices[name].square().sum((1, 2))
+        if any(isinstance(part, Dense) for part in parts) and len(parts) > 1:
+            return self.matrix(name).square().sum((1, 2))
+        total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
+        for i, part in enumerate(parts):
+            total = total + part.squared_norm()
+            for other in parts[i + 1 :]:
+                total = total + 2 * _inner(part, other)
+        return total
+
+    def to(self, dtype: torch.dtype) -> "Gradients":
+        """Cast to another floating dtype."""
+        if dtype == self.dtype:
+            return self
+        parts = {name: [part.to(dtype) for part in parts] for name, parts in self.parts.items()}
+        return Gradients(parts, self.shapes, self.n_samples, dtype, self.device)
+
+    def nbytes(self) -> int:
+        """Count the bytes the factors hold."""
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Walk over (parameter name, tensor) of all parts."""
+        for name, parts in self.parts.items():
+            for part in parts:
+                if isinstance(part, Dense):
+                    yield name, part.grad
+                else:
+                    yield name, part.x
+                    yield name, part.dy
+
+
+def combine(parts: list[Part]) -> list[Part]:
+    """Merge parts that can be one: rows of the same kind are appended along T, dense arrays added."""
+    merged: list[Part] = []
+    for part in parts:
+        for i, other in enumerate(merged):
+            joined = _join(other, part)
+            if joined is not None:
+                merged[i] = joined
+                break
+        else:
+            merged.append(part)
+    return merged
+
+
+def _join(a: Part, b: Part) -> Part | None:
+    if isinstance(a, Dense) and isinstance(b, Dense):
+        return Dense(a.grad + b.grad)
+    if (
+        isinstance(a, Rows)
+        and isinstance(b, Rows)
+        and a.x_axis == b.x_axis
+        and a.x.is_floating_point() == b.x.is_floating_point()
+        and a.x.shape[0] == b.x.shape[0]
+    ):
+        return Rows(torch.cat([a.x, b.x], 1), torch.cat([a.dy, b.dy], 1), a.x_axis)
+    return None
+
+
+def compact(part: Part, shape: torch.Size) -> Part:
+    """Multiply rows out where the gradient is smaller than its factors (convolutions: T is large)."""
+    if isinstance(part, Dense) or not part.x.is_floating_point():
+        return part
+    if part.dy.shape[0] * shape.numel() > part.x.numel() + part.dy.numel():
+        return part
+    return Dense(part.materialize(matrix_shape(shape)).reshape(-1, *shape))
+
+
+def _inner(a: Part, b: Part) -> Tensor:
+    """Inner product of two row parts of one parameter, Σ_tt' (a0_t . b0_t')(a1_t . b1_t'): [S]."""
+    assert isinstance(a, Rows)
+    assert isinstance(b, Rows)
+    return (_side_inner(a.side(0), b.side(0)) * _side_inner(a.side(1), b.side(1))).sum((1, 2))
+
+
+def _side_inner(u: Tensor, v: Tensor) -> Tensor:
+    """Inner products of two sets of rows, [S, T, D] or indices [S, T]: [S, T, T']."""
+    if u.is_floating_point() and v.is_floating_point():
+        return u @ v.mT
+    if u.is_floating_point():
+        return _side_inner(v, u).mT
+    if v.is_floating_point():  # one-hot rows pick entries: v[s, t', u[s, t]]
+        return v.gather(2, u[:, None, :].expand(-1, v.shape[1], -1)).mT
+    return u[:, :, None] == v[:, None, :]

@@ -1,0 +1,154 @@
+"""Read the autograd graph of one forward pass: every place where a chosen parameter was used.
+
+Autograd records each use of a parameter as an edge, whichever way the model made it: a module, a functional call,
+packed or tied weights, a module called several times. So a rule that accounts for every edge accounts for every
+use, and nothing needs to be hooked or patched. In-place operations are autograd's business too: it refuses to
+hand out a saved tensor that was changed after it was saved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+# Nodes that only rearrange, copy or cast their one input.
+REARRANGE = {
+    "Alias",
+    "AsStrided",
+    "Chunk",
+    "Clone",
+    "Expand",
+    "Permute",
+    "ReshapeAlias",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Squeeze",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unbind",
+    "UnsafeSplit",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter: input `slot` of `node` is the parameter, seen through the rearranging `chain`."""
+
+    name: str
+    node: Node
+    slot: int
+    chain: tuple[str, ...]  # operations between the parameter and the node, the parameter's end last
+
+    @property
+    def transposed(self) -> bool | None:
+        """Tell whether the node sees the parameter transposed (True), as it is (False), or otherwise (None)."""
+        moves = tuple(step for step in self.chain if step not in ("ToCopy", "Alias", "Clone"))
+        return {(): False, ("T",): True}.get(moves)
+
+
+def operation(node: Node) -> str:
+    """Name a node's operation: "Addmm" for AddmmBackward0."""
+    return node.name().split("::")[-1].split("Backward")[0]
+
+
+def find_uses(root: Node, parameters: Mapping[str, Tensor]) -> tuple[list[Use], bool]:
+    """Walk the graph below `root` and return every use of the parameters, in a fixed order.
+
+    Also returns whether the graph is opaque somewhere, so that the list may be incomplete: a custom
+    autograd.Function may use parameters without an edge to them.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    sources: dict[Node, tuple[str, tuple[str, ...]] | None] = {}
+
+    def source(node: Node) -> tuple[str, tuple[str, ...]] | None:
+        """Trace a node back to the parameter it rearranges, if that is all it does."""
+        if node not in sources:
+            sources[node] = None
+            kind = operation(node)
+            if kind == "AccumulateGrad":
+                name = names.get(id(_leaf(node)))
+                sources[node] = None if name is None else (name, ())
+            elif kind in REARRANGE and len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+                below = source(node.next_functions[0][0])
+                sources[node] = None if below is None else (below[0], (kind, *below[1]))
+        return sources[node]
+
+    uses: list[Use] = []
+    opaque = source(root) is not None  # the output is a parameter, rearranged: a use without a node
+    seen = {root}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
+        for slot, (below, _) in enumerate(node.next_functions):
+            if below is None:
+                continue
+            origin = source(below)
+            if origin is not None and source(node) is None:
+                uses.append(Use(origin[0], node, slot, origin[1]))
+            if below not in seen:
+                seen.add(below)
+                stack.append(below)
+    return uses, opaque
+
+
+def _leaf(node: Any) -> Tensor:
+    return node.variable
+
+
+def positionwise_head(output: Tensor) -> tuple[Node, GradientEdge] | None:
+    """Find the head Linear of a language model and the edge of its input, where the vocabulary can be left behind.
+
+    Follows the output down through operations that treat every position by itself (scalar scale, cast, view that
+    keeps the last dimension, slice of the vocabulary, soft-capping's tanh) to a matrix product whose weight
+    is a parameter. Returns (the product's node, the edge of its first input), or None where anything else is met.
+    """
+    node = output.grad_fn
+    while node is not None:
+        kind = operation(node)
+        inputs = [below for below, _ in node.next_functions]
+        if kind in ("Mm", "Addmm"):
+            slot = 0 if kind == "Mm" else 1
+            below = inputs[slot]
+            return None if below is None else (node, GradientEdge(below, node.next_functions[slot][1]))
+        if not inputs or inputs[0] is None or any(below is not None for below in inputs[1:]):
+            return None
+        if not _keeps_positions(kind, node):
+            return None
+        node = inputs[0]
+    return None
+
+
+def _keeps_positions(kind: str, node: Any) -> bool:
+    """Tell whether a one-input node treats every row of the last dimension by itself."""
+    if kind in ("Tanh", "ToCopy", "Alias"):
+        return True
+    if kind in ("Mul", "Div"):
+        other = node._saved_other
+        return not isinstance(other, Tensor) or other.ndim == 0
+    width = output_shape(node)[-1]
+    if kind in ("View", "UnsafeView"):
+        return node._saved_self_sym_sizes[-1] == width
+    if kind == "Slice":
+        sizes = node._saved_self_sym_sizes
+        return node._saved_dim % len(sizes) == len(sizes) - 1 and node._saved_self_sym_sizes[-1] >= width
+    return False
+
+
+def output_shape(node: Any) -> torch.Size:
+    """Return the shape of a node's first output."""
+    return torch.Size(node._input_metadata[0].shape)
+
+
+def n_outputs(node: Any) -> int:
+    """Count a node's outputs."""
+    return len(node._input_metadata)

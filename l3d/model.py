@@ -1,0 +1,90 @@
+"""What the package asks of a user's model: names of parameters, an output tensor, and to be left as it was."""
+
+import contextlib
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Params = str | Sequence[str] | None
+
+
+def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:
+    """Return the parameters whose names match a glob, a list of globs, or all of them (None), in model order.
+
+    A tied parameter appears once, under the first of its names, whichever of them matched. Raises ValueError for
+    a pattern that matches nothing, with near matches.
+    """
+    every = list(model.named_parameters(remove_duplicate=False))
+    patterns = ["*"] if params is None else [params] if isinstance(params, str) else list(params)
+    if not patterns:
+        raise ValueError("params: expected at least one pattern, got an empty list; use None for all parameters")
+    chosen: set[int] = set()
+    for pattern in patterns:
+        hits = [p for name, p in every if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            names = [name for name, _ in every]
+            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
+            raise ValueError(f"params: no parameter matches {pattern!r}; near matches: {', '.join(near)}")
+        chosen.update(id(p) for p in hits)
+    selected = {name: p for name, p in model.named_parameters() if id(p) in chosen and p.numel()}
+    for name, p in selected.items():
+        if not p.is_floating_point():
+            raise ValueError(f"params: {name!r} is {p.dtype}; only real floating-point parameters have gradients")
+    return selected
+
+
+def model_output(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`."""
+    if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
+        inputs = inputs[0]
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise ValueError(f"model: expected a tensor or something with .logits, got {type(output).__name__}")
+    return output
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Refuse a model in training mode whose dropout or batch norm would act."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        dropout = getattr(module, "dropout", None) if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) else None
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            dropout = module.p
+        if dropout or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kind = type(module).__name__
+            raise ValueError(f"model: {name or 'the model'!r} ({kind}) is in training mode; call model.eval() first")
+
+
+@contextlib.contextmanager
+def only_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let autograd record the chosen parameters only; every flag is put back on exit."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(p) for p in parameters.values()}
+    try:
+        for p, flag in before:
+            if flag != (id(p) in wanted):
+                p.requires_grad_(id(p) in wanted)
+        yield
+    finally:
+        for p, flag in before:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move a batch (tensor, mapping, tuple) to a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(to_device(value, device) for value in inputs)
+    return inputs

@@ -1,0 +1,95 @@
+"""The loss of a batch: how much of its gradients the kept coefficients fail to reconstruct, as a squared ratio.
+
+    loss = Σ_s ‖g_s − ĝ_s‖² / Σ_s ‖g_s‖²,   ĝ_s = Σ_{k kept for s} c_sk Vout_k,   c_sk = <Vin_k, g_s>
+    ‖g_s − ĝ_s‖² = ‖g_s‖² − 2 Σ_k c_sk <Vout_k, g_s> + c_sᵀ M c_s,   M[k, j] = <Vout_k, Vout_j>
+
+No reconstruction is formed. Everything on the right is summed over the parameter tensors.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import l3d_kernels as lk
+from l3d.costs import Path, choose_paths, gram_is_cheaper_coactive
+from l3d.directions import Directions, Whole
+from l3d.factors import Gradients
+from l3d.project import project, project_at
+from l3d_kernels.reference import energy_from_gram
+
+
+class Objective(NamedTuple):
+    """The loss of one batch and what was kept."""
+
+    loss: Tensor  # [] differentiable squared ratio
+    kept: lk.SparseCoefficients
+    squared_residual: Tensor  # [S] ‖g_s − ĝ_s‖², differentiable
+    squared_norm: Tensor  # [S] ‖g_s‖²
+
+
+def n_kept(k: float, n_samples: int, n_subnetworks: int) -> int:
+    """Return how many coefficients of a batch are kept: floor(k·S·K + ½), at least one.
+
+    >>> n_kept(0.1, 32, 5)
+    16
+    """
+    return max(1, math.floor(k * n_samples * n_subnetworks + 0.5))
+
+
+def objective(
+    gradients: Gradients,
+    encoder: Directions,
+    decoder: Directions,
+    k: float,
+    *,
+    paths: dict[str, Path] | None = None,
+    coactive: bool | None = None,
+    backend: str = "auto",
+) -> Objective:
+    """Compute the loss of a batch at the kept fraction k.
+
+    `paths` and `coactive` override the choice by cost (`l3d.costs`); the value does not depend on them.
+    """
+    n = n_kept(k, gradients.n_samples, encoder.n_subnetworks)
+    paths = choose_paths(gradients, encoder, n) if paths is None else paths
+    sampled = [name for name, path in paths.items() if path.sampled]
+    direct = [name for name, path in paths.items() if not path.sampled]
+
+    coefficients = project(gradients, encoder, paths, direct, backend)
+    if sampled:
+        with torch.no_grad():
+            rest = project(gradients, encoder, paths, sampled, backend)
+        kept = lk.batch_topk(coefficients.detach() + rest, n, backend=backend)
+        values = coefficients[kept.rows, kept.columns] + project_at(gradients, encoder, kept, sampled, backend)
+        kept = kept._replace(values=values)
+    else:
+        kept = lk.batch_topk(coefficients, n, backend=backend)
+
+    overlap = project(gradients, decoder, paths, direct, backend)[kept.rows, kept.columns]
+    if sampled:
+        overlap = overlap + project_at(gradients, decoder, kept, sampled, backend)
+    squared_norm = gradients.squared_norm()
+    cross = torch.zeros_like(squared_norm).index_add(0, kept.rows, kept.values * overlap)
+    residual = squared_norm - 2 * cross + energy(kept, decoder, coactive, backend)
+    return Objective(residual.sum() / squared_norm.sum(), kept, residual, squared_norm)
+
+
+def energy(
+    kept: lk.SparseCoefficients, decoder: Directions, coactive: bool | None = None, backend: str = "auto"
+) -> Tensor:
+    """Return ‖ĝ_s‖² over all tensors together: [S]."""
+    if coactive is None:
+        pairs = int(kept.row_offsets.diff().square().sum())
+        coactive = gram_is_cheaper_coactive(decoder, kept.shape[0], kept.rows.numel(), pairs)
+    if not coactive:
+        return energy_from_gram(kept, decoder.gram())
+    total = kept.values.new_zeros(kept.shape[0])
+    for _, piece in decoder.items():
+        if isinstance(piece, Whole):
+            reconstruction = kept.dense() @ piece.vector
+            total = total + reconstruction.square().sum(1)
+        else:
+            total = total + lk.gram_energy_coactive(kept, *piece.factors(), backend=backend)
+    return total

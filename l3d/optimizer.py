@@ -1,0 +1,65 @@
+"""Adam whose steps know how large a factor's entries are.
+
+Adam's steps have the size of lr whatever the gradient's. But the entries of a unit direction's factors shrink with its
+rank, its width and the number of tensors, so one absolute lr is timid for a small model and divergent for a wide
+one. Here lr is relative: a fraction of each factor's root mean square entry at the start.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RelativeAdam:
+    """Adam (Kingma & Ba, 2015) with one step size per tensor: lr times the tensor's scale at the start.
+
+    Args:
+        parameters: tensors to train; their root mean square entry becomes their scale.
+        relative: False makes every scale one, and this plain Adam.
+        betas, eps: as in Adam.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        relative: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.parameters: list[Tensor] = list(parameters)
+        self.betas, self.eps = betas, eps
+        with torch.no_grad():
+            self.scales = [p.square().mean().sqrt().item() if relative else 1.0 for p in self.parameters]
+        self.first = [torch.zeros_like(p) for p in self.parameters]  # running mean of gradients
+        self.second = [torch.zeros_like(p) for p in self.parameters]  # and of their squares
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, gradients: Iterable[Tensor], lr: float) -> None:
+        """Take one step against the gradients, given in the parameters' order."""
+        grads = list(gradients)
+        self.count += 1
+        beta1, beta2 = self.betas
+        torch._foreach_lerp_(self.first, grads, 1 - beta1)
+        torch._foreach_mul_(self.second, beta2)
+        torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
+        correction = (1 - beta2**self.count) ** 0.5
+        denominators = torch._foreach_sqrt(self.second)
+        torch._foreach_add_(denominators, self.eps * correction)
+        sizes = [-lr * scale * correction / (1 - beta1**self.count) for scale in self.scales]
+        torch._foreach_addcdiv_(self.parameters, self.first, denominators, sizes)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint must hold: tensors, and json-able values."""
+        tensors = {f"first.{i}": t for i, t in enumerate(self.first)}
+        tensors |= {f"second.{i}": t for i, t in enumerate(self.second)}
+        return tensors, {"scales": self.scales, "count": self.count}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        for i in range(len(self.parameters)):
+            self.first[i].copy_(tensors[f"first.{i}"])
+            self.second[i].copy_(tensors[f"second.{i}"])
+        self.scales, self.count = list(values["scales"]), values["count"]

@@ -1,0 +1,224 @@
+"""The options of the command line: their names, types, defaults and help. Only data, and quick to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Option(NamedTuple):
+    """One option of the command line, which is also a key of a configuration file."""
+
+    name: str
+    type: Any
+    default: Any
+    values: str  # in the help, and where a value is refused: "expected VALUES"
+    help: str
+    positional: bool = False
+
+
+# Options of the same name in l3d.decompose.
+LEARNED = (
+    Option(
+        "params",
+        list[str] | str | None,
+        None,
+        "GLOB",
+        "Tensors to decompose, by name, as 'h.4.attn.*'; --params+ adds a pattern, a YAML file may list "
+        "several. null: all.",
+    ),
+    Option("n_subnetworks", PositiveInt, 100, "K", "Number of directions in parameter space to learn."),
+    Option(
+        "rank",
+        PositiveInt | dict[str, PositiveInt | list[PositiveInt]],
+        8,
+        "R|{GLOB:R}|{GLOB:[R,R]}",
+        "Rank of each direction in each tensor: one number, or one per tensor, as "
+        '\'{"*.q_proj.*": 8, "*": 4}\', the first match counts and a list gives one number per axis. '
+        "Vectors are always stored whole.",
+    ),
+    Option(
+        "k",
+        PositiveFloat,
+        0.1,
+        "FRACTION",
+        "Share of a batch's coefficients (samples × subnetworks) that is kept: above 0, at most 1.",
+    ),
+    Option(
+        "divergence",
+        Literal["mse", "kl", "mse_published"],
+        "mse",
+        "mse|kl|mse_published",
+        "What is differentiated. mse: for regression; kl: for classifiers and language models; "
+        "mse_published: that of the published toy code, whose gradient is not the MSE's (compare no errors "
+        "across them).",
+    ),
+    Option(
+        "reference",
+        Literal["sample", "mean", "uniform", "pair"],
+        "sample",
+        "sample|mean|uniform|pair",
+        "The output that each output is compared with: that of another random sample, the batch's mean, the "
+        "uniform one, or that of the row's own partner (python: data that yields pairs).",
+    ),
+    Option(
+        "positions",
+        Literal["all", "last"] | PositiveInt,
+        "all",
+        "all|last|N",
+        "Which output positions of a sequence are samples (kl): all, the last, or N drawn at random.",
+    ),
+    Option(
+        "preset",
+        Literal["default", "published"],
+        "default",
+        "default|published",
+        "Whose training settings hold where none are given: this package's, or those of the publication.",
+    ),
+)
+TRAINING = (
+    Option("steps", PositiveInt | None, None, "N", "Training steps. null: 2000, or 1000 epochs where published."),
+    Option("batch_size", PositiveInt, 16, "ROWS", "Rows of the data (texts, images, points) in a step."),
+    Option(
+        "lr",
+        PositiveFloat | None,
+        None,
+        "RATE",
+        "Adam's step size at the start, relative to each factor's typical entry (published: absolute). null: "
+        "0.05 (published: 0.01).",
+    ),
+    Option(
+        "warm_start",
+        NonNegativeInt | None,
+        None,
+        "STEPS",
+        "Steps at the start over which the kept share falls from 1 to k (published: stays 1). null: a tenth.",
+    ),
+    Option("n_restarts", PositiveInt, 1, "N", "Trainings from different seeds; the one of least error is kept."),
+    Option("seed", int, 0, "SEED", "Seed of everything that is random."),
+    Option(
+        "checkpoint_every",
+        PositiveInt | None,
+        None,
+        "STEPS",
+        "Steps between the checkpoints that `l3d resume` goes on from. null: ten in all.",
+    ),
+)
+MACHINE = (
+    Option(
+        "device",
+        str | None,
+        None,
+        "DEVICE",
+        "Where to train: cpu, cuda, cuda:1, ... null: where the model is loaded.",
+    ),
+    Option(
+        "dtype",
+        Literal["float32", "bfloat16", "float64"] | None,
+        None,
+        "float32|bfloat16|float64",
+        "Type of the learned directions. null: the model's, at least float32.",
+    ),
+    Option(
+        "backend",
+        Literal["auto", "torch", "triton"],
+        "auto",
+        "auto|torch|triton",
+        "Implementation of the operations. auto: the faster one, chosen for each.",
+    ),
+)
+DECOMPOSE = (*LEARNED, *TRAINING, *MACHINE)
+
+# What the command line adds: where things come from and where they go.
+MODEL = (
+    Option(
+        "model",
+        str | None,
+        None,
+        "SPEC",
+        "hf:DIR_OR_ID, a causal language model of transformers, or python:pkg.module:factory, a "
+        "function that returns a torch module. Loading runs code: name only what you trust. Required.",
+    ),
+    Option(
+        "model_args",
+        dict[str, Any],
+        {},
+        "VALUE",
+        "Arguments of the loader, each as --model_args.KEY VALUE. hf: dtype, revision, ...; python: the factory's.",
+    ),
+)
+DATA = (
+    Option(
+        "data",
+        str | None,
+        None,
+        "SPEC",
+        "text:FILE_OR_FOLDER, npz:FILE, or python:pkg.module:factory, a function that returns a tensor, "
+        "Dataset or iterable. Required.",
+    ),
+    Option(
+        "data_args",
+        dict[str, Any],
+        {},
+        "VALUE",
+        "Arguments of the loader, each as --data_args.KEY VALUE. text: length (tokens a row, 16), separator "
+        "('<|endoftext|>'), start (every|first window of a text), tokenizer, max_rows. npz: key (images), "
+        "mean, std (per channel: '[.5,.5,.5]'), max_rows. All: rows, a slice (--data_args.rows=-200: is the "
+        "last 200).",
+    ),
+)
+HELD_OUT = Option(
+    "held_out",
+    NonNegativeInt,
+    0,
+    "N",
+    "Keep the last N rows out of training and report the error on them. 0: off.",
+)
+EVALUATE_ROWS = Option(
+    "evaluate_rows",
+    PositiveInt,
+    1000,
+    "N",
+    "Evaluate on at most so many of the training rows, evenly spaced.",
+)
+OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
+COPY = Option("out", str | None, None, "DIR", "Work on a copy of RUN made here, and leave RUN as it is.")
+TOY = Option("name", str, None, "NAME", "The toy model: tms.", positional=True)
+RUN = Option("run", str, None, "RUN", "Run folder that `l3d toy` or `l3d decompose` made.", positional=True)
+DEVICE = Option("device", str | None, None, "DEVICE", "cpu, cuda, cuda:1, ...")
+
+
+def out(default: str) -> Option:
+    """Return the option that says where a run folder is made."""
+    text = "Run folder to make: config.yaml, decomposition, checkpoints, metrics.json, report.html."
+    return Option("out", str | None, None, "DIR", f"{text} Default: {default}.")
+
+
+def unset(options: Iterable[Option]) -> list[Option]:
+    """Return options that may all be left open (None), for a command that has the values from elsewhere."""
+    return [
+        option._replace(
+            type=option.type | None,
+            default=None,
+            help=option.help.removesuffix(" Required."),
+        )
+        for option in options
+    ]
+
+
+def expected(name: str) -> str | None:
+    """Say what values an option takes; None for an unknown one."""
+    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, RUN)
+    option = next((option for option in every if option.name == name), None)
+    if option is None:
+        return None
+    kinds = [kind for kind in get_args(option.type) if kind is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(option.type) else option.type
+    numbers = {
+        PositiveInt: "a whole number above 0",
+        NonNegativeInt: "a whole number from 0",
+        int: "a whole number",
+    }
+    return {**numbers, PositiveFloat: "a number above 0"}.get(kind, option.values)

@@ -1,0 +1,118 @@
+"""What a training run shows and remembers: a progress bar, and a history of bounded length."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+import l3d_kernels as lk
+
+COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
+RECORDS = 1000  # rows of history a run keeps at most
+
+
+class Recorder:
+    """Average what happens over a few steps at a time into a history of at most `RECORDS` rows.
+
+    `history` maps each of `COLUMNS` to its values: error and kept per sample are means over the interval,
+    dead_fraction is the fraction of subnetworks never kept in the last 200 batches or more.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.every = max(1, -(-steps // RECORDS))
+        self.history: dict[str, list[float]] = {name: [] for name in COLUMNS}
+        self.threshold = float("nan")
+        self.error = self.kept = 0.0
+        self.count = self.samples = 0
+        self.last_kept: torch.Tensor | None = None  # [K] the step each subnetwork was last kept at
+        self.started = perf_counter()
+
+    def add(self, step: int, error: float, kept: lk.SparseCoefficients, lr: float, k: float) -> bool:
+        """Take note of a step (counted from 1); tell whether a row was added to the history."""
+        n_samples, n_subnetworks = kept.shape
+        if self.last_kept is None:
+            self.last_kept = torch.full((n_subnetworks,), step - 1, device=kept.columns.device)
+        self.last_kept = self.last_kept.to(kept.columns.device)
+        self.last_kept[kept.columns] = step
+        self.error += error
+        self.kept += kept.rows.numel() / n_samples
+        self.samples += n_samples
+        self.count += 1
+        if step % self.every:
+            return False
+        self.threshold = smooth(self.threshold, float(kept.threshold))
+        elapsed = perf_counter() - self.started
+        row = (
+            step,
+            self.error / self.count,
+            self.kept / self.count,
+            float((self.last_kept <= step - 200).float().mean()),
+            lr,
+            k,
+            self.samples / max(elapsed, 1e-9),
+        )
+        for name, value in zip(COLUMNS, row, strict=True):
+            self.history[name].append(value)
+        self.error = self.kept = 0.0
+        self.count = self.samples = 0
+        self.started = perf_counter()
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides the history, as json-able values."""
+        last = [] if self.last_kept is None else self.last_kept.tolist()
+        return {"threshold": self.threshold, "last_kept": last, "pending": [self.error, self.kept, self.count]}
+
+    def load_state(self, state: dict[str, Any], history: dict[str, list[float]]) -> None:
+        """Continue from a checkpoint."""
+        self.history, self.threshold = history, state["threshold"]
+        self.last_kept = torch.tensor(state["last_kept"]) if state["last_kept"] else None
+        self.error, self.kept, self.count = state["pending"]
+
+    def latest(self) -> dict[str, float]:
+        """Return the last row of the history."""
+        return {name: values[-1] for name, values in self.history.items()}
+
+
+def smooth(mean: float, value: float, weight: float = 0.05) -> float:
+    """Move an exponential mean towards a value; NaN starts it."""
+    return value if mean != mean else mean + weight * (value - mean)
+
+
+class Progress:
+    """A bar with the figures of the latest record; silent where it is not wanted or nobody looks."""
+
+    def __init__(self, bar: RichProgress | None, task: int) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, step: int, row: dict[str, float]) -> None:
+        """Show a step and its figures."""
+        if self._bar is not None:
+            figures = (
+                f"error {row['error']:.4f}  kept {row['kept_per_sample']:.1f}  dead {row['dead_fraction']:.0%}  "
+                f"{row['samples_per_second']:,.0f} samples/s"
+            )
+            self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress_bar(total: int, label: str, show: bool) -> Iterator[Progress]:
+    """Show a progress bar on standard error while the block runs, if it is a terminal and `show` is set."""
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield Progress(None, 0)
+        return
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console, refresh_per_second=4) as bar:
+        yield Progress(bar, bar.add_task(label, total=total, figures=""))

@@ -1,0 +1,252 @@
+"""A run folder ─► RUN/report.html: one self-contained page that opens offline.
+
+    run folder ─ l3d.load, metrics.json, config.yaml ─► figures (l3d.plots), table rows ─ template ─► page
+
+The page asks for nothing over the network and forbids itself to (Content-Security-Policy), escapes every
+name it shows, and depends on the run folder alone: the same folder gives the same bytes.
+jinja2 and matplotlib are optional: pip install 'l3d[report]'.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from l3d import plots
+from l3d.run_folder import CONFIG, METRICS, REPORT, _replace, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from l3d import Decomposition
+
+MAX_DIAGRAMS = 60  # more subnetworks than this: the most active ones are drawn
+MAX_COLUMNS = 8  # more tensors than this: the largest ones by name, the others summed
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Headline(NamedTuple):
+    """One of the figures at the top of the page."""
+
+    label: str
+    shown: str  # as people read it
+    exact: str  # as metrics.json holds it
+    note: str
+
+
+class Row(NamedTuple):
+    """One subnetwork in the table."""
+
+    subnetwork: int
+    rate: float | None  # share of the samples it is kept for
+    main: str  # the tensor that holds most of it
+    shares: list[float]  # share of its squared norm per column
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write RUN/report.html from what the run folder holds and return its path.
+
+    The page is complete or the old one stays: it is written beside it first and then renamed. Without
+    metrics.json the last training step's figures are shown. Raises FileNotFoundError or ValueError, naming
+    the file, for a folder that holds no readable run, and ImportError without the extra `report`.
+    """
+    folder = Path(run_dir)
+    return _replace(folder / REPORT, render_report(folder))
+
+
+def render_report(run_dir: str | os.PathLike[str]) -> str:
+    """Return the page as text; see write_report."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install 'l3d[report]'") from error
+    from l3d import load
+
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
+    metrics = read_metrics(folder)
+    config, subject = _read_config(folder / CONFIG)
+    d = load(folder)
+    rates = metrics.get("activation_rate")
+    if rates is not None and len(rates) != d.n_subnetworks:
+        expected = f"expected {d.n_subnetworks} rates, got {len(rates)}"
+        raise ValueError(f"{folder / METRICS}: activation_rate: {expected}")
+    shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
+    prefix = _common_prefix(list(shapes))
+    columns, rows = _table(d, rates, prefix)
+    history = {key: list(values) for key, values in d.history.items()}
+    script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
+
+    def draw(figure: Figure, ids: str) -> Markup:
+        return Markup(plots.to_svg(figure, ids, css=True))
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent}
+    return environment.get_template("report.html.j2").render(
+        title=subject or folder.resolve().name,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=Markup(style),
+        n_subnetworks=d.n_subnetworks,
+        n_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        shapes=shapes,
+        headlines=_headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
+        from_history=not metrics,
+        curve=draw(plots.error_curve(history), "curve-") if history.get("step") else None,
+        curve_summary=_curve_summary(history),
+        rates=draw(plots.activation_rates(rates), "rates-") if rates else None,
+        n_dead=sum(rate == 0 for rate in rates or ()),
+        diagrams=[(i, draw(figure, f"net{i}-")) for i, figure in _diagrams(d, shapes, rates)],
+        chain=plots.mlp_chain(shapes),
+        prefix=prefix,
+        columns=columns,
+        rows=rows,
+        settings={key: _compact(value) for key, value in sorted(d.settings.items())},
+        metrics={key: _compact(value) for key, value in metrics.items() if key != "activation_rate"},
+        config=config,
+    )
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as a percentage of three figures at most."""
+    if not math.isfinite(fraction):
+        return "not finite"
+    if 0 < abs(fraction) < 1e-5:
+        return "<\u00a00.001\u00a0%"
+    return f"{100 * fraction:{',.0f' if abs(fraction) >= 0.9995 else '.3g'}}\u00a0%"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the two units that matter."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(n_bytes: float) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.3g} MiB"
+
+
+_HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
+    "error": ("error", percent, "of the gradients’ squared norm is left unexplained; 0 % is perfect"),
+    "held_out_error": ("error on held-out data", percent, "the same, on inputs not trained on"),
+    "mmcs": (
+        "match with the truth",
+        "{:.3f}".format,
+        "mean best |cosine| with the true directions; 1 is perfect",
+    ),
+    "kept_per_sample": (
+        "kept per sample",
+        "{:.3g}".format,
+        "subnetworks used to rebuild one gradient, on average",
+    ),
+    "dead_fraction": ("dead", percent, "of the subnetworks are never kept"),
+    "seconds": ("training time", duration, ""),
+    "steps_per_second": ("steps per second", "{:,.4g}".format, ""),
+    "peak_memory_bytes": ("peak memory", size, ""),
+    "cuda_peak_memory_bytes": ("peak memory, GPU", size, ""),
+}
+
+
+def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
+    """Return those of the figures that belong at the top of the page, in the order of _HEADLINES."""
+    return [
+        Headline(
+            label,
+            "not finite" if figures[key] is None else shown(figures[key]),
+            json.dumps(figures[key]),
+            note,
+        )
+        for key, (label, shown, note) in _HEADLINES.items()
+        if key in figures
+    ]
+
+
+def _read_config(path: Path) -> tuple[str, str]:
+    """Return config.yaml's text and the toy or the model that it names, both empty where there is none."""
+    import yaml
+
+    if not path.is_file():
+        return "", ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    named = settings if isinstance(settings, dict) else {}
+    return text, str(named.get("name") or named.get("model") or "")
+
+
+def _table(d: Decomposition, rates: Sequence[float] | None, prefix: str) -> tuple[list[str], list[Row]]:
+    """Return the table's column names and one row per subnetwork: its squared norm's share in each tensor."""
+    names = [name.removeprefix(prefix) for name in d.parameter_names]
+    shares = _shares(d)
+    largest = sorted(shares.sum(0).argsort(descending=True, stable=True)[:MAX_COLUMNS].tolist())
+    main = shares.argmax(1).tolist()
+    shown = shares[:, largest]
+    columns = [names[j] for j in largest]
+    if len(largest) < len(names):
+        columns.append("others")
+        shown = torch.cat([shown, 1 - shown.sum(1, keepdim=True)], dim=1).clamp_min(0)
+    rows = [Row(i, None if rates is None else rates[i], names[main[i]], row) for i, row in enumerate(shown.tolist())]
+    return columns, rows
+
+
+@torch.no_grad()
+def _shares(d: Decomposition) -> torch.Tensor:
+    """Return the share of its squared norm that each subnetwork has in each tensor: [K, tensors]."""
+    factors = ([factor.double() for factor in piece.factors()] for _, piece in d.decoder.items())
+    squares = torch.stack([((u @ u.mT) * (v @ v.mT)).sum((1, 2)) for u, v in factors], dim=1)
+    return squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def _diagrams(
+    d: Decomposition, shapes: Mapping[str, tuple[int, ...]], rates: Sequence[float] | None
+) -> Iterator[tuple[int, Figure]]:
+    """Yield (index, diagram) per subnetwork, all to one scale; none where the tensors form no small chain."""
+    if plots.mlp_chain(shapes) is None:
+        return
+    by_rate = sorted(range(d.n_subnetworks), key=lambda i: -rates[i] if rates else 0.0)
+    networks = {i: d.subnetwork(i) for i in sorted(by_rate[:MAX_DIAGRAMS])}
+    scale = plots.largest_entry(networks.values())
+    for i, network in networks.items():
+        yield i, plots.network_diagram([network], shapes, scale)
+
+
+def _curve_summary(history: Mapping[str, Sequence[float]]) -> str:
+    """Return the error curve in one sentence, for those who cannot see it."""
+    if not history.get("step"):
+        return ""
+    first, last = history["error"][0], history["error"][-1]
+    return f"The error goes from {percent(first)} to {percent(last)} over {history['step'][-1]:,.0f} steps."
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Return the dotted prefix that all names share, with its last dot."""
+    modules = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, modules))
+
+
+def _compact(value: Any) -> str:
+    """Return a setting as text: strings as they are, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,116 @@
+"""What a run folder holds beside the decomposition: config.yaml (settings) and metrics.json (figures).
+
+Both are written beside their place first and then renamed, so that a reader finds the old file or the new
+one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+REPORT = "report.html"
+
+
+def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
+    """Write RUN/config.yaml, which `l3d COMMAND --config` accepts, and return its path."""
+    import yaml
+
+    header = f"# l3d {command}; again with: l3d {command} --config THIS_FILE --out ANOTHER_FOLDER\n"
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    return _replace(run / CONFIG, header + text)
+
+
+def read_command(run: Path) -> str:
+    """Tell which command made the run folder, "toy" or "decompose".
+
+    Raises FileNotFoundError for a missing folder, ValueError for one that l3d did not make.
+    """
+    import yaml
+
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run folder")
+    path = run / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{run}: not a run folder of l3d: it has no {CONFIG}")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({_one_line(error)})") from error
+    if isinstance(settings, dict) and "name" in settings:
+        return "toy"
+    if isinstance(settings, dict) and "model" in settings:
+        return "decompose"
+    raise ValueError(f"{path}: not a configuration of l3d: it names neither a toy nor a model")
+
+
+def write_metrics(run: Path, metrics: Mapping[str, Any]) -> Path:
+    """Write RUN/metrics.json and return its path; a figure that is not finite becomes null."""
+    text = json.dumps({name: _finite(value) for name, value in metrics.items()}, indent=2, allow_nan=False)
+    return _replace(run / METRICS, text + "\n")
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """Read RUN/metrics.json; an empty dict where there is none yet. Raises ValueError for a broken one."""
+    path = run / METRICS
+    if not path.is_file():
+        return {}
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({_one_line(error)})") from error
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(metrics).__name__}")
+    return metrics
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """Find the checkpoint that was written last; None where there is none yet."""
+    found = list((run / "checkpoints").glob("restart*_step*[0-9]"))
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def check_new(out: Path) -> None:
+    """Raise ValueError unless `out` is a new or empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists and is not an empty folder")
+
+
+def check_copy(run: Path, out: Path) -> None:
+    """Raise ValueError unless `out` is a new or empty folder outside the run folder."""
+    check_new(out)
+    if out.resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"--out: {out} lies inside the run folder {run}")
+
+
+def copy_run(run: Path, out: Path) -> None:
+    """Copy a run folder to `out`, which check_copy has allowed."""
+    check_copy(run, out)
+    shutil.copytree(run, out, dirs_exist_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

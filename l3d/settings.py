@@ -1,0 +1,97 @@
+"""Settings of a decomposition: what the user chose, completed by a preset.
+
+"published" is the paper's recipe: Adam, one absolute step size, times .8 after every tenth of the run, everything
+kept at first. "default" takes steps relative to each factor's own entries, a cosine schedule, and lets the kept
+fraction fall gradually.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PRESETS = ("default", "published")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a training run, resolved: no None is left but in optional counts."""
+
+    n_subnetworks: int  # K
+    rank: Any  # int, or {glob: int or list}
+    k: float  # fraction of coefficients kept
+    divergence: str
+    reference: str
+    params: Any  # glob, list of globs or None
+    positions: Any  # "all", "last" or a number
+    preset: str
+    steps: int
+    batch_size: int  # rows of data
+    lr: float  # of Adam; relative to each factor's typical entry where `relative_lr`
+    schedule: str  # "cosine", or "step": x .8 ten times over the run
+    relative_lr: bool
+    warm_start: int  # steps before k reaches its value
+    warm_shape: str  # "anneal": k falls from 1 geometrically; "hold": everything is kept, then k
+    seed: int
+    dtype: str | None
+    backend: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain json-able values."""
+        return asdict(self)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Return the step size at a step, as a multiple of `lr`, in (0, 1]."""
+    progress = step / settings.steps
+    if settings.schedule == "step":
+        return 0.8 ** math.floor(10 * progress)
+    return 0.5 * (1 + math.cos(math.pi * progress)) * 0.99 + 0.01
+
+
+def kept_fraction(settings: Settings, step: int) -> float:
+    """Return the fraction of coefficients kept at a step: 1 at first, `k` from step `warm_start` on."""
+    if step >= settings.warm_start:
+        return settings.k
+    if settings.warm_shape == "hold":
+        return 1.0
+    return settings.k ** (step / settings.warm_start)
+
+
+def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
+    """Complete the user's choices (None: not chosen) by a preset; checks the numbers.
+
+    Raises ValueError naming the argument that is out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if not (isinstance(chosen["k"], (int, float)) and 0 < chosen["k"] <= 1):
+        raise ValueError(f"k: expected a fraction in (0, 1], got {chosen['k']!r}")
+    for name in ("n_subnetworks", "batch_size"):
+        if not (isinstance(chosen[name], int) and chosen[name] >= 1):
+            raise ValueError(f"{name}: expected a positive whole number, got {chosen[name]!r}")
+    published = preset == "published"
+    steps = chosen.pop("steps")
+    if steps is None:
+        steps = 2000
+        if published and n_rows is not None:
+            steps = 1000 * max(1, -(-n_rows // chosen["batch_size"]))  # a thousand epochs
+    if not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"steps: expected a positive whole number, got {steps!r}")
+    warm_start = chosen.pop("warm_start")
+    warm_start = steps // 10 if warm_start is None else warm_start
+    if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
+        raise ValueError(f"warm_start: expected a number of steps in [0, {steps}], got {warm_start!r}")
+    lr = chosen.pop("lr")
+    lr = (0.01 if published else 0.05) if lr is None else float(lr)
+    if not lr > 0:
+        raise ValueError(f"lr: expected a positive number, got {lr}")
+    return Settings(
+        preset=preset,
+        steps=steps,
+        lr=lr,
+        schedule="step" if published else "cosine",
+        relative_lr=not published,
+        warm_start=warm_start,
+        warm_shape="hold" if published else "anneal",
+        **chosen,
+    )

@@ -1,0 +1,244 @@
+"""Load models and data from one-line descriptions such as "hf:DIR", "text:FILE" or "python:module:factory".
+
+A "python:" description imports and calls code: load only those you trust.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from l3d.data import count_rows
+from l3d.readers import array_rows, check_whole, read_array, read_texts, token_rows
+
+Data = torch.Tensor | Dataset | Iterable
+Factory = Callable[..., Any]
+
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
+
+
+def load_model(spec: str, **arguments: Any) -> nn.Module:
+    """Load the model that `spec` names, in evaluation mode.
+
+    spec: "hf:DIR_OR_ID", a causal language model of transformers; the arguments (dtype, revision, ...)
+    go to its from_pretrained. Or "python:pkg.module:factory", where factory(**arguments) returns the
+    module; the working directory is searched too.
+    Raises ValueError for a description that names nothing usable, FileNotFoundError for a missing
+    folder, ImportError where transformers is not installed.
+    """
+    scheme, target = _split(spec, {"hf": "DIR_OR_ID", "python": "pkg.module:factory"}, "model")
+    if scheme == "python":
+        model = _call_factory(spec, target, arguments)
+    else:
+        model = _from_pretrained(spec, "AutoModelForCausalLM", _hf_source(spec, target), **arguments)
+        model.config.use_cache = False  # a cache of keys and values is of no use here and holds the graph
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model.eval()
+
+
+def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = None, **arguments: Any) -> Data:
+    """Load the data that `spec` names: a tensor whose rows are the model's inputs, or what a factory returns.
+
+    spec and its arguments:
+    * "text:FILE_OR_FOLDER" -> token ids, int64 [n, length]. A folder gives all its *.txt files. Texts end
+      at separator="<|endoftext|>". Each is cut into windows of length=16 ids, the first of which is the
+      tokenizer's BOS if it has one; shorter tails are dropped. start="every" takes all windows of a
+      text, "first" its first. tokenizer: folder or hub ID (default: that of model_spec, an "hf:" one).
+    * "npz:FILE" -> the array `key` (default: "images", else the only one). Images, uint8 [n, H, W, C],
+      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given;
+      other numbers are taken as they are.
+    * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, Dataset or iterable.
+
+    max_rows (text, npz): take only the first so many rows.
+    rows: "START:STOP" then keeps a slice, as x[START:STOP] does: "-200:" is the last 200 rows.
+    Raises ValueError for what does not fit together, FileNotFoundError for a missing file.
+    """
+    schemes = {"text": "FILE_OR_FOLDER", "npz": "FILE", "python": "pkg.module:factory"}
+    scheme, target = _split(spec, schemes, "data")
+    if scheme == "python":
+        data = _call_factory(spec, target, arguments)
+    else:
+        load: Factory = _load_text if scheme == "text" else _load_npz
+        known = {"path": Path(target).expanduser()} | ({"model_spec": model_spec} if scheme == "text" else {})
+        _check_arguments(load, known, arguments, spec)
+        try:
+            data = load(**known, **arguments)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{spec}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{spec}: {error}") from error
+    scalar = isinstance(data, (str, bytes, dict)) or (isinstance(data, torch.Tensor) and data.ndim == 0)
+    if scalar or not isinstance(data, (torch.Tensor, Dataset, Iterable)):
+        raise ValueError(f"{spec}: expected a tensor, Dataset or iterable, got {type(data).__name__}")
+    if rows is not None:
+        data = take_rows(data, _parse_rows(spec, rows), spec)
+    if count_rows(data) == 0:
+        raise ValueError(f"{spec}: no rows" + (f" in {rows!r}" if rows else ""))
+    return data
+
+
+def take_rows(data: Data, rows: slice | list[int], name: str = "data") -> Data:
+    """Take some rows of a tensor or a Dataset; raise ValueError for what can only be iterated."""
+    if isinstance(data, torch.Tensor):
+        return data[rows]
+    count = count_rows(data)
+    if count is None:
+        raise ValueError(f"{name}: rows can only be chosen from a tensor or a Dataset with a length")
+    return Subset(data, list(range(count)[rows]) if isinstance(rows, slice) else rows)  # type: ignore[arg-type]
+
+
+def absolute(spec: str) -> str:
+    """Write a description's path out in full, so that it holds in any working directory."""
+    scheme, _, target = spec.partition(":")
+    path = Path(target).expanduser()
+    return f"{scheme}:{path.resolve()}" if scheme in ("hf", "text", "npz") and path.exists() else spec
+
+
+def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
+    scheme, _, target = spec.partition(":")
+    if scheme not in schemes or not target:
+        known = ", ".join(f"{name}:{form}" for name, form in schemes.items())
+        raise ValueError(f"{what} {spec!r}: expected one of {known}")
+    return scheme, target
+
+
+def _parse_rows(spec: str, rows: Any) -> slice:
+    # YAML reads an unquoted 10:20 as the number 620: anything but a string is refused, never guessed at.
+    match = _SLICE.fullmatch(rows) if isinstance(rows, str) else None
+    if match is None:
+        raise ValueError(f'{spec}: rows: expected "START:STOP" (with the quotes in YAML), got {rows!r}')
+    return slice(*(None if bound is None else int(bound) for bound in match.groups()))
+
+
+def _check_arguments(function: Factory, known: dict[str, Any], arguments: dict[str, Any], spec: str) -> None:
+    """Raise a ValueError that lists what the function takes, before it is called."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in callables do not tell their parameters
+        return
+    try:
+        signature.bind(**known, **arguments)
+    except TypeError as error:
+        takes = ", ".join(name for name in signature.parameters if name not in known) or "none"
+        raise ValueError(f"{spec}: {error} (arguments it takes: {takes})") from error
+
+
+def _call_factory(spec: str, target: str, arguments: dict[str, Any]) -> Any:
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{spec}: expected python:pkg.module:factory")
+    here = os.getcwd()
+    added = here not in sys.path  # a console script, unlike `python -m`, does not look here
+    if added:
+        sys.path.append(here)
+    try:
+        factory = _find_factory(spec, module_name, name)
+        _check_arguments(factory, {}, arguments, spec)
+        return factory(**arguments)
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _find_factory(spec: str, module_name: str, name: str) -> Factory:
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module_name != missing and not module_name.startswith(f"{missing}."):
+            raise  # the module is there; something that it imports is not
+        raise ValueError(f"{spec}: no module named {missing!r}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{spec}: module {module_name!r} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{spec}: {name!r} is not callable")
+    return found
+
+
+def _hf_source(spec: str, target: str, needed: str | None = "config.json") -> str:
+    """Return the folder or hub ID that `target` means, having checked a folder for the file it needs."""
+    path = Path(target).expanduser()
+    if path.is_dir():
+        if needed is not None and not (path / needed).is_file():
+            raise ValueError(f"{spec}: folder without {needed}")
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{spec}: expected a folder, got a file")
+    if target[0] in "/.~" or target.count("/") > 1:
+        raise FileNotFoundError(f"{spec}: no such folder")
+    return target
+
+
+def _from_pretrained(spec: str, class_name: str, source: str, **arguments: Any) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{spec}: transformers is not installed: pip install 'l3d[hf]'") from error
+    try:
+        return getattr(transformers, class_name).from_pretrained(source, **arguments)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        # Such a message can fill a screen; its first line says what was wrong.
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{spec}: transformers cannot load it: {reason}") from error
+
+
+def _load_text(
+    path: Path,
+    model_spec: str | None,
+    length: int = 16,
+    separator: str | None = "<|endoftext|>",
+    max_rows: int | None = None,
+    tokenizer: str | None = None,
+    start: str = "every",
+) -> torch.Tensor:
+    check_whole("length", length, 2)
+    if max_rows is not None:
+        check_whole("max_rows", max_rows, 1)
+    if start not in ("every", "first"):
+        raise ValueError(f"start: expected 'every' or 'first', got {start!r}")
+    texts = read_texts(path, separator)
+    model = model_spec.removeprefix("hf:") if model_spec and model_spec.startswith("hf:") else None
+    config: Any = None
+    if model is not None:
+        config = _from_pretrained(f"model {model}", "AutoConfig", _hf_source(f"model {model}", model))
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and length > longest:
+            raise ValueError(f"length: the model takes at most {longest} tokens, got {length}")
+    chosen = tokenizer.removeprefix("hf:") if tokenizer else model
+    if chosen is None:
+        raise ValueError("tokenizer: needed (a folder or hub ID), because the model is not an hf: one")
+    name = f"tokenizer {chosen}"
+    encoder = _from_pretrained(name, "AutoTokenizer", _hf_source(name, chosen, needed=None))
+    data = token_rows(texts, encoder, length, max_rows, start)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and int(data.max()) >= vocabulary:
+        raise ValueError(
+            f"tokenizer: gives token {int(data.max())}, but the model's vocabulary has {vocabulary}: "
+            f"{chosen} does not belong to this model"
+        )
+    return data
+
+
+def _load_npz(
+    path: Path,
+    key: str | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    max_rows: int | None = None,
+) -> torch.Tensor:
+    if max_rows is not None:
+        check_whole("max_rows", max_rows, 1)
+    return array_rows(read_array(path, key)[:max_rows], mean, std)

@@ -1,0 +1,191 @@
+"""Decompositions and checkpoints on disk: safetensors for tensors, json for the rest; loading executes nothing.
+
+A decomposition is two files in a folder: decomposition.safetensors with tensors named
+"encoder.NAME.left", .. and decomposition.json with shapes, ranks, settings and history. Every file is written
+beside its place and moved there, so an interrupted write leaves the old one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from l3d.decomposition import Decomposition
+
+FORMAT = "l3d-decomposition-1"
+
+
+def save(decomposition: Decomposition, path: str | Path) -> None:
+    """Write a decomposition into a folder, which is made if missing."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "decomposition.safetensors", _named(decomposition))
+    write_json(
+        folder / "decomposition.json",
+        {
+            "format": FORMAT,
+            "n_subnetworks": decomposition.n_subnetworks,
+            "shapes": {name: list(shape) for name, shape in decomposition.shapes.items()},
+            "ranks": {name: list(ranks) for name, ranks in decomposition.ranks.items()},
+            "settings": decomposition.settings,
+            "history": decomposition.history,
+            "timing": decomposition.timing,
+            "threshold": decomposition.threshold,
+            "restart_errors": decomposition.restart_errors,
+        },
+    )
+
+
+def load(path: str | Path) -> Decomposition:
+    """Read a decomposition from a folder.
+
+    Raises FileNotFoundError where there is none, ValueError where the files are broken or of another kind.
+    """
+    folder = Path(path)
+    header = read_json(folder / "decomposition.json")
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {header.get('format')!r}")
+    try:
+        shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
+        ranked = {name: ranks for name, ranks in header["ranks"].items() if ranks}
+        rank = {name: ranks[0] if len(ranks) == 1 else ranks for name, ranks in ranked.items()}
+        decomposition = Decomposition(shapes, header["n_subnetworks"], _escaped(rank), header["settings"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: decomposition.json is damaged ({error!r})") from error
+    tensors = read_tensors(folder / "decomposition.safetensors")
+    own = _named(decomposition)
+    if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
+        raise ValueError(f"{folder}: decomposition.safetensors does not belong to decomposition.json")
+    decomposition.to(next(iter(tensors.values())).dtype)
+    own = _named(decomposition)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    decomposition.history, decomposition.timing = header["history"], header["timing"]
+    decomposition.threshold = header["threshold"]
+    decomposition.restart_errors = header["restart_errors"]
+    return decomposition
+
+
+def _escaped(rank: Mapping[str, Any]) -> dict[str, Any]:
+    """Make exact names of parameters safe as globs."""
+    return {name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]"): r for name, r in rank.items()}
+
+
+def _named(decomposition: Decomposition) -> dict[str, Tensor]:
+    """Name every tensor by side, parameter and factor: "encoder.W_in.weight.left"."""
+    named = {}
+    for side in ("encoder", "decoder"):
+        for name, piece in getattr(decomposition, side).items():
+            for factor, tensor in piece.named_parameters():
+                named[f"{side}.{name}.{factor}"] = tensor.detach()
+    return named
+
+
+# --- run folders and checkpoints --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds one run: checkpoints while it trains, the decomposition after."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path, overwrite: bool, resume: bool) -> "RunFolder":
+        """Make the folder, or check that it may be used."""
+        folder = Path(path)
+        if resume and not (folder / "checkpoints").is_dir():
+            raise FileNotFoundError(f"out: nothing to resume in {folder}; it holds no checkpoints")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out: {folder} is a file; name a folder")
+        if folder.exists() and any(folder.iterdir()) and not resume:
+            if not overwrite:
+                raise ValueError(f"out: {folder} is not empty; choose another folder or pass overwrite")
+            _check_ours(folder)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def checkpoints(self, restart: int) -> list[Path]:
+        """List a restart's complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob(f"restart{restart}_step*[0-9]"))
+
+    def save_checkpoint(
+        self, restart: int, step: int, decomposition: Decomposition, optimizer: Mapping[str, Tensor], state: Any
+    ) -> None:
+        """Write a checkpoint and drop the older ones of the same restart."""
+        old = self.checkpoints(restart)
+        target = self.path / "checkpoints" / f"restart{restart}_step{step:09d}"
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save(decomposition, partial)
+        write_tensors(partial / "optimizer.safetensors", dict(optimizer))
+        write_json(partial / "state.json", {"step": step, **state})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        for path in old:
+            if path != target:
+                shutil.rmtree(path)
+
+    def load_checkpoint(self, restart: int) -> tuple[Decomposition, dict[str, Tensor], dict[str, Any]] | None:
+        """Read a restart's last checkpoint: (decomposition, optimiser tensors, state), or None."""
+        found = self.checkpoints(restart)
+        if not found:
+            return None
+        path = found[-1]
+        return load(path), read_tensors(path / "optimizer.safetensors"), read_json(path / "state.json")
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse to delete a folder that no run wrote."""
+    marks = ("decomposition.json", "config.yaml", "checkpoints", "metrics.json", "report.html")
+    if not any((folder / mark).exists() for mark in marks):
+        raise ValueError(f"out: {folder} holds no run, so overwrite will not delete it; choose another folder")
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write json beside its place, then move it there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a json object; FileNotFoundError or ValueError with one line otherwise."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid json ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a json object, got {type(value).__name__}")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors beside their place, then move them there."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; FileNotFoundError or ValueError with one line otherwise."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a valid safetensors file ({error})") from error

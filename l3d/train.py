@@ -1,0 +1,259 @@
+"""Train a decomposition: the whole flow on one screen.
+
+model + batch ─ extract ─► per-sample gradients ─ project ─► coefficients ─ batch top-k ─► kept ─ objective ─►
+loss ─ Adam, unit norm ─► decomposition
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3d import store
+from l3d.data import Batches, count_rows, mix
+from l3d.decomposition import Decomposition
+from l3d.divergence import Divergence
+from l3d.extract import Extractor
+from l3d.factors import Gradients
+from l3d.model import Params, to_device
+from l3d.objective import objective
+from l3d.optimizer import RelativeAdam
+from l3d.progress import Progress, Recorder, progress_bar
+from l3d.settings import Settings, kept_fraction, learning_rate, resolve
+
+
+def decompose(
+    model: nn.Module,
+    data: Any,
+    n_subnetworks: int = 100,
+    rank: Any = 8,
+    k: float = 0.1,
+    params: Params = None,
+    divergence: str | Divergence = "mse",
+    reference: str | Tensor = "sample",
+    positions: str | int = "all",
+    preset: str = "default",
+    steps: int | None = None,
+    batch_size: int = 16,
+    lr: float | None = None,
+    warm_start: int | None = None,
+    n_restarts: int = 1,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+    out: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    on_start: Callable[[Path], None] | None = None,
+) -> Decomposition:
+    """Decompose a model into K sparsely active low-rank subnetworks of its parameters.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        data: a tensor [n, ...] or Dataset of rows, or an iterable of batches (DataLoader, generator function's
+            result, list). Rows of a Dataset may be (input, label): the label is ignored. For reference="pair" they are
+            (input, contrasting input).
+        n_subnetworks: K.
+        rank: of every matrix, or {glob: rank or one rank per mode}.
+        k: fraction of the S·K coefficients of a batch that is kept, in (0, 1].
+        params: glob, list of globs, or None for all parameters.
+        divergence, reference, positions: what is differentiated; see `extract_gradients`.
+        preset: "default", or "published" for the paper's recipe.
+        steps: optimiser steps; default 2000, or 1000 epochs for "published".
+        batch_size: rows of data (texts, images) per step.
+        lr: Adam's step size; "default" takes it relative to the typical entry of each factor (default .05),
+            "published" as it is (default .01).
+        warm_start: steps over which more than k is kept; default a tenth.
+        n_restarts: how many runs to make, with seeds seed, seed+1, ..; the one of lowest final error is kept.
+        seed: decides everything random; the same seed on the same machine gives the same bits.
+        device: where to train; the model is moved there for the run. Default: where the model is.
+        dtype: of the decomposition; default the model's, at least float32.
+        backend: "auto", "torch" or "triton".
+        out: a run folder to write the result and checkpoints to; refused if not empty unless `overwrite`.
+        checkpoint_every: steps between checkpoints, which `resume` continues from. Default: ten per run.
+        overwrite: replace an existing run folder.
+        resume: continue the run in `out` from its last checkpoint, with the same arguments.
+        progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
+        on_start: called with the run folder once everything has been checked and before training starts.
+
+    Returns the trained `Decomposition`; its `history` holds the training curve.
+
+    Raises ValueError for arguments out of range, with one line that names them; nothing is written then. A NaN or
+    infinity met during training raises ValueError naming the tensor and the step; the last checkpoint stays.
+
+    >>> d = decompose(nn.Linear(4, 3), torch.randn(64, 4), 2, rank=1, steps=5, progress=False)
+    >>> sorted(d.subnetwork(0))
+    ['bias', 'weight']
+    """
+    settings = resolve(
+        preset,
+        count_rows(data),
+        n_subnetworks=n_subnetworks,
+        rank=rank,
+        k=k,
+        params=params,
+        divergence=divergence if isinstance(divergence, str) else getattr(divergence, "__name__", "callable"),
+        reference=reference if isinstance(reference, str) else "tensor",
+        positions=positions,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warm_start=warm_start,
+        seed=seed,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        backend=backend,
+    )
+    if n_restarts < 1:
+        raise ValueError(f"n_restarts: expected at least 1, got {n_restarts}")
+    every = max(1, settings.steps // 10) if checkpoint_every is None else checkpoint_every
+    if every < 1:
+        raise ValueError(f"checkpoint_every: expected at least 1, got {checkpoint_every}")
+    home = next(model.parameters()).device
+    target = home if device is None else torch.device(device)
+    model.to(target)
+    try:
+        extractor = Extractor(model, divergence, reference, params, positions)
+        runs = [Run(settings, extractor, data, seed + i, target) for i in range(n_restarts)]
+        runs[0].check()
+        folder = store.RunFolder.open(out, overwrite, resume) if out is not None else None
+        if folder is not None and on_start is not None:
+            on_start(folder.path)
+        for i, run in enumerate(runs):
+            if folder is not None and resume:
+                run.restore(folder, i)
+            label = f"restart {i + 1}/{n_restarts}" if n_restarts > 1 else "decompose"
+            with progress_bar(settings.steps, label, progress) as bar:
+                run.train(bar, folder, every, i)
+    finally:
+        model.to(home)
+    best = min(runs, key=Run.final_error).decomposition
+    best.restart_errors = [run.final_error() for run in runs]
+    if folder is not None:
+        best.save(folder.path)
+    return best
+
+
+class Run:
+    """One training run: the decomposition, its optimiser, and the step it has reached."""
+
+    def __init__(self, settings: Settings, extractor: Extractor, data: Any, seed: int, device: torch.device) -> None:
+        self.settings, self.extractor, self.seed, self.device = settings, extractor, seed, device
+        self.batches = Batches(data, settings.batch_size, seed)
+        self.step = 0
+        self.recorder = Recorder(settings.steps)
+        shapes = {name: p.shape for name, p in extractor.parameters.items()}
+        start = torch.Generator().manual_seed(mix(seed, 1))
+        decomposition = Decomposition(
+            shapes, settings.n_subnetworks, settings.rank, {**settings.as_dict(), "seed": seed}, start
+        )
+        self.decomposition = decomposition.to(device, self._dtype())
+        self.optimizer = RelativeAdam(self.decomposition.parameters(), settings.relative_lr)
+
+    def _dtype(self) -> torch.dtype:
+        if self.settings.dtype is None:
+            return torch.promote_types(next(iter(self.extractor.parameters.values())).dtype, torch.float32)
+        dtype = getattr(torch, self.settings.dtype, None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected a floating dtype such as 'float32', got {self.settings.dtype!r}")
+        return dtype
+
+    def gradients(self, step: int) -> Gradients:
+        """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
+        generator = torch.Generator().manual_seed(mix(self.seed, 2, step))
+        gradients = self.extractor(to_device(self.batches[step], self.device), generator)
+        return gradients.to(next(self.decomposition.parameters()).dtype)
+
+    def check(self) -> None:
+        """Meet bad input before anything is written; streams are not touched, they cannot be put back."""
+        if self.batches.per_epoch is not None:
+            self.gradients(0)
+
+    def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int, restart: int) -> None:
+        """Train to the last step."""
+        settings, decomposition, optimizer = self.settings, self.decomposition, self.optimizer
+        started, first = time.perf_counter(), self.step
+        while self.step < settings.steps:
+            k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
+            with naming_step(self.step):
+                gradients = self.gradients(self.step)
+                result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=settings.backend)
+                error = finite_loss(result.loss, gradients)
+            optimizer.step(torch.autograd.grad(result.loss, optimizer.parameters), rate)
+            decomposition.normalize_()
+
+            self.step += 1
+            if self.recorder.add(self.step, error, result.kept, rate, k):
+                bar.update(self.step, self.recorder.latest())
+            if self.step % checkpoint_every == 0 or self.step == settings.steps:
+                seconds = time.perf_counter() - started
+                self._take_stock(seconds, self.step - first)
+                if folder is not None:
+                    self._save(folder, restart)
+
+    def _take_stock(self, seconds: float, steps: int) -> None:
+        """Hand what was recorded to the decomposition."""
+        self.decomposition.timing = {"seconds": seconds, "steps_per_second": steps / max(seconds, 1e-9)}
+        self.decomposition.history = self.recorder.history
+        self.decomposition.threshold = self.recorder.threshold
+
+    def final_error(self) -> float:
+        """Return the mean error over the last tenth of the history; infinity before there is any."""
+        errors = self.recorder.history["error"]
+        last = errors[-max(1, len(errors) // 10) :]
+        return sum(last) / len(last) if last else float("inf")
+
+    def _save(self, folder: store.RunFolder, restart: int) -> None:
+        tensors, values = self.optimizer.state()
+        state = {"optimizer": values, "recorder": self.recorder.state()}
+        folder.save_checkpoint(restart, self.step, self.decomposition, tensors, state)
+
+    def restore(self, folder: store.RunFolder, restart: int) -> None:
+        """Continue from a restart's last checkpoint, if there is one."""
+        found = folder.load_checkpoint(restart)
+        if found is None:
+            return
+        decomposition, tensors, state = found
+        changed = [
+            name
+            for name, value in self.decomposition.settings.items()
+            if json.dumps(value) != json.dumps(decomposition.settings.get(name))
+        ]
+        if changed:
+            raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
+        self.decomposition.load_state_dict(decomposition.state_dict())
+        self.optimizer.load_state(tensors, state["optimizer"])
+        self.recorder.load_state(state["recorder"], decomposition.history)
+        self.step = state["step"]
+        self._take_stock(decomposition.timing["seconds"], self.step)
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Say at which step an error was met."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"step {step}: {error}") from error
+
+
+def finite_loss(loss: Tensor, gradients: Gradients) -> float:
+    """Return the loss as a number; raises ValueError naming the tensor whose gradient is not finite."""
+    value = loss.item()
+    if math.isfinite(value):
+        return value
+    for name, tensor in gradients.tensors():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"gradients: NaN or infinity in those of {name!r}; the last checkpoint stays")
+    if not gradients.squared_norm().any():
+        raise ValueError("gradients: all zero in this batch, so there is nothing to reconstruct; check params and data")
+    raise ValueError("loss: not finite although the gradients are; lower lr")

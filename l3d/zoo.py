@@ -1,0 +1,80 @@
+"""Small published networks, built here so that no model library is needed to load their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class _Block(nn.Module):
+    """Two 3×3 convolutions beside a shortcut that has no parameters of its own (option A)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.new_channels = out_channels - in_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [n, in_channels, H, W] to [n, out_channels, H/stride, W/stride]."""
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        if self.new_channels:
+            before = self.new_channels // 2
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.new_channels - before))
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class _ResNet20(nn.Module):
+    """The network that `resnet20` describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(_Block(16, 16, 1), _Block(16, 16, 1), _Block(16, 16, 1))
+        self.layer2 = nn.Sequential(_Block(16, 32, 2), _Block(32, 32, 1), _Block(32, 32, 1))
+        self.layer3 = nn.Sequential(_Block(32, 64, 2), _Block(64, 64, 1), _Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map normalised images [n, 3, 32, 32] to logits [n, 10]."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+def resnet20(weights: str | None = None) -> nn.Module:
+    """Build ResNet-20 for CIFAR-10, with random weights or those of a safetensors file.
+
+    The architecture of He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition"
+    (CVPR 2016), section 4.2, with n = 3: three stages of three blocks, 16, 32 and 64 channels
+    wide, and option-A shortcuts (strided slice, zero-padded channels). Parameters are named conv1,
+    bn1, layer{1,2,3}.{0,1,2}.{conv1,bn1,conv2,bn2}, linear.
+
+    weights: a safetensors file that holds every tensor of the network and no other.
+    Returns the network in evaluation mode; images [n, 3, 32, 32] -> logits [n, 10].
+    Raises FileNotFoundError for a missing file, ValueError for one that does not fit.
+    """
+    model = _ResNet20().eval()
+    if weights is None:
+        return model
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"{weights}: no such file of weights")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(weights), strict=True)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a safetensors file ({error})") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{weights}: not the weights of this ResNet-20: {reason}") from error
+    return model

@@ -1,0 +1,380 @@
+"""Every op in plain torch: the specification of the kernels, and the path that runs on a CPU.
+
+Any floating dtype, any device; exact in float64; nothing here imports triton. Letters: B sequences, S samples
+(S a multiple of B; sample s reads sequence s // (S // B)), T positions that share a weight, I inputs, O outputs,
+K subnetworks, R rank, N kept coefficients. A sample's gradient and a subnetwork's direction are both sums of
+outer products:
+
+    G_s = sum_t dy[s, t] (x) x[s // (S // B), t]        [O, I]
+    V_k = sum_r left[k, r] (x) right[k, r]              [O, I]
+
+Wherever `x` appears it may also be integers [B, T]: indices that stand for one-hot rows (an embedding's input).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
+
+# Temporaries are cut into pieces of about this many elements: large enough that a piece fills the cores,
+# small enough that it stays near the caches (measured on 2 CPU cores; a quarter and four times are within 10 %).
+CHUNK = 1 << 22
+
+
+def pieces(total: int, per_item: int, budget: int = CHUNK) -> list[slice]:
+    """Cut `total` items, each needing `per_item` elements of temporaries, into slices within the budget."""
+    step = max(1, budget // max(1, per_item))
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def along(side: Tensor, factor: Tensor) -> Tensor:
+    """Project rows on every factor: [n, T, D] (or indices [n, T]) with factor [K, R, D] -> [n, T, K*R]."""
+    if side.is_floating_point():
+        return side @ factor.flatten(0, 1).mT
+    return factor[:, :, side].permute(2, 3, 0, 1).flatten(2)
+
+
+# --- projections ------------------------------------------------------------------------------------------------
+
+
+def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Coefficients <V_k, G_s> of every sample and subnetwork, from the factors: [S, K].
+
+    x [B, T, I] (or integers [B, T]), dy [S, T, O], left [K, R, O], right [K, R, I].
+    `einsum("sti,kri,sto,kro->sk", x.repeat_interleave(S // B, 0), right, dy, left)`
+    """
+    n_subnetworks, rank, _ = left.shape
+    n_sequences, n_positions = x.shape[:2]
+    if n_sequences == 0:
+        return dy.new_zeros(0, n_subnetworks)
+    share = dy.shape[0] // n_sequences
+    if n_positions == 1 and share == 1:
+        products = along(x, right)[:, 0] * along(dy, left)[:, 0]
+        return products.view(-1, n_subnetworks, rank).sum(2)
+    out = []
+    for piece in pieces(n_sequences, share * n_positions * n_subnetworks * rank):
+        seen = along(x[piece], right)  # [b, T, K*R], once for all samples of a sequence
+        returned = along(dy[piece.start * share : piece.stop * share], left)  # [s, T, K*R]
+        products = torch.einsum("btz,bptz->bpz", seen, returned.unflatten(0, (-1, share)))
+        out.append(products.reshape(-1, n_subnetworks, rank).sum(2))
+    return torch.cat(out)
+
+
+def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Coefficients <V_k, G_s> of materialised gradients: [S, K].
+
+    grad [S, O, I], left [K, R, O], right [K, R, I]. `einsum("soi,kro,kri->sk", grad, left, right)`, with V formed
+    for a few rows of O at a time, forward and backward, so that [K, O, I] never exists.
+    """
+    return _ProjectDense.apply(grad, left, right)
+
+
+class _ProjectDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(grad, left, right)
+        out = grad.new_zeros(grad.shape[0], left.shape[0])
+        for piece in _dense_pieces(grad, left):
+            out.addmm_(grad[:, piece].flatten(1), directions(left[:, :, piece], right).flatten(1).mT)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        grad, left, right = ctx.saved_tensors
+        d_grad = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
+        d_left, d_right = torch.empty_like(left), torch.zeros_like(right)
+        for piece in _dense_pieces(grad, left):
+            rows = piece.stop - piece.start
+            d_v = (d_out.mT @ grad[:, piece].flatten(1)).view(-1, rows, grad.shape[2])  # [K, o, I]
+            d_left[:, :, piece] = right @ d_v.mT
+            d_right += left[:, :, piece] @ d_v
+            if d_grad is not None:
+                v = directions(left[:, :, piece], right)
+                d_grad[:, piece] = (d_out @ v.flatten(1)).view(-1, rows, grad.shape[2])
+        return d_grad, d_left, d_right
+
+
+def _dense_pieces(grad: Tensor, left: Tensor) -> list[slice]:
+    return pieces(grad.shape[1], max(grad.shape[0], left.shape[0]) * grad.shape[2])
+
+
+def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:
+    """Coefficients <V_k, G_s> at the kept pairs only: [N], in the order of `kept`, differentiable.
+
+    Shapes as in `project`. `project(x, dy, left, right)[kept.rows, kept.columns]`, at the cost of the kept pairs:
+    samples are gathered by subnetwork, as tokens are by expert.
+    """
+    n_subnetworks, rank, _ = left.shape
+    n_sequences, n_positions = x.shape[:2]
+    n_kept = kept.rows.numel()
+    if n_kept == 0:
+        return dy.new_zeros(0) + 0 * (left.sum() + right.sum())
+    share = dy.shape[0] // n_sequences
+    # x.right for everything costs B*K, for the kept pairs N: take the cheaper.
+    seen_all = along(x, right).unflatten(2, (n_subnetworks, rank)) if n_kept >= n_sequences * n_subnetworks else None
+    out, positions = [], []
+    for columns, entries, valid in _grouped(kept, n_positions * (dy.shape[2] + rank)):
+        rows = kept.rows[entries]  # [k, m] samples that keep subnetwork k, padded by repetition
+        returned = dy[rows].flatten(1, 2) @ left[columns].mT  # [k, m*T, R]
+        sequences = rows // share
+        if seen_all is not None:
+            seen = seen_all[sequences, :, columns[:, None]].flatten(1, 2)  # [k, m*T, R]
+        elif x.is_floating_point():
+            seen = x[sequences].flatten(1, 2) @ right[columns].mT
+        else:
+            seen = right[columns[:, None, None], :, x[sequences]].flatten(1, 2)
+        products = (seen * returned).reshape(*entries.shape, -1).sum(2)  # [k, m]
+        out.append(products[valid])
+        positions.append(entries[valid])
+    values = torch.cat(out)
+    return values.new_empty(n_kept).index_put((torch.cat(positions),), values)
+
+
+def _grouped(kept: SparseCoefficients, per_entry: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Cut the kept entries into groups of subnetworks kept about equally often.
+
+    Returns (columns [k], entries [k, m], valid [k, m]) per group: the row-major positions of each subnetwork's
+    entries, padded to the group's longest by repeating its first. Sorting by count keeps the padding small.
+    """
+    counts = kept.column_offsets.diff()
+    order = torch.argsort(counts, descending=True, stable=True)
+    order = order[: int((counts > 0).sum())]
+    sorted_counts = counts[order].tolist()
+    groups, start = [], 0
+    while start < len(sorted_counts):
+        longest = sorted_counts[start]
+        stop = start + 1
+        while (
+            stop < len(sorted_counts)
+            and (stop + 1 - start) * longest * per_entry <= CHUNK
+            and 2 * sorted_counts[stop] >= longest
+        ):
+            stop += 1
+        columns = order[start:stop]
+        slot = torch.arange(longest, device=columns.device).expand(stop - start, -1)
+        valid = slot < counts[columns, None]
+        entries = kept.column_order[kept.column_offsets[columns, None] + slot * valid]
+        groups.append((columns, entries, valid))
+        start = stop
+    return groups
+
+
+# --- top-k ------------------------------------------------------------------------------------------------------
+
+
+def batch_topk(coefficients: Tensor, n: int) -> SparseCoefficients:
+    """Keep the n entries of largest |c| in the whole batch: exactly n, ties broken by lower flat index.
+
+    coefficients [S, K]; 0 <= n <= S*K. The values keep their autograd history.
+    """
+    shape = (coefficients.shape[0], coefficients.shape[1])
+    flat = coefficients.flatten()
+    magnitude = flat.detach().abs()
+    if n == 0:
+        index = torch.zeros(0, dtype=torch.int64, device=flat.device)
+        threshold = magnitude.new_full((), torch.inf)
+    elif n == flat.numel():
+        index = torch.arange(n, device=flat.device)
+        threshold = magnitude.min()
+    else:
+        threshold = torch.topk(magnitude, n, sorted=False).values.min()
+        index = (magnitude >= threshold).nonzero()[:, 0]
+        if index.numel() > n:  # ties at the threshold: the surplus of highest flat index goes
+            tied = magnitude[index] == threshold
+            surplus = index.numel() - n
+            late = tied.flip(0).cumsum(0).flip(0) <= surplus
+            index = index[~(tied & late)]
+    rows = torch.div(index, shape[1], rounding_mode="floor")
+    return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
+
+
+# --- energies and norms -----------------------------------------------------------------------------------------
+
+
+def directions(left: Tensor, right: Tensor) -> Tensor:
+    """Materialise V_k = sum_r left[k, r] (x) right[k, r]: [K, R, O], [K, R, I] -> [K, O, I]."""
+    return left.mT @ right
+
+
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products <V_k, V_j> of all directions: [K, K].
+
+    left [K, R, O], right [K, R, I]. Formed from the factors, K²R²(I+O) multiply-adds, or from tiles of V,
+    K²·I·O, whichever is less.
+    """
+    n_subnetworks, rank, n_outputs = left.shape
+    n_inputs = right.shape[2]
+    if rank == 1:
+        return (left[:, 0] @ left[:, 0].mT) * (right[:, 0] @ right[:, 0].mT)
+    if (n_subnetworks + rank) * n_outputs * n_inputs < n_subnetworks * rank**2 * (n_inputs + n_outputs):
+        return gram_by_tiles(left, right)
+    return gram_by_factors(left, right)
+
+
+def gram_by_factors(left: Tensor, right: Tensor) -> Tensor:
+    """Gram matrix as sum_rr' (left_kr . left_jr')(right_kr . right_jr'): [K, K]."""
+    n_subnetworks, rank, _ = left.shape
+    flat_left, flat_right = left.flatten(0, 1), right.flatten(0, 1)
+    out = []
+    for piece in pieces(n_subnetworks, n_subnetworks * rank * rank):
+        products = (left[piece].flatten(0, 1) @ flat_left.mT) * (right[piece].flatten(0, 1) @ flat_right.mT)
+        out.append(products.view(-1, rank, n_subnetworks, rank).sum((1, 3)))
+    return torch.cat(out)
+
+
+def gram_by_tiles(left: Tensor, right: Tensor) -> Tensor:
+    """Gram matrix as V Vᵀ with V formed for a few rows of O at a time: [K, K]."""
+    return _GramByTiles.apply(left, right)
+
+
+class _GramByTiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        out = left.new_zeros(left.shape[0], left.shape[0])
+        for piece in pieces(left.shape[2], left.shape[0] * right.shape[2]):
+            v = directions(left[:, :, piece], right).flatten(1)
+            out.addmm_(v, v.mT)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        both = d_out + d_out.mT
+        d_left, d_right = torch.empty_like(left), torch.zeros_like(right)
+        for piece in pieces(left.shape[2], left.shape[0] * right.shape[2]):
+            v = directions(left[:, :, piece], right)
+            d_v = (both @ v.flatten(1)).view_as(v)
+            d_left[:, :, piece] = right @ d_v.mT
+            d_right += left[:, :, piece] @ d_v
+        return d_left, d_right
+
+
+def energy_from_gram(kept: SparseCoefficients, gram_matrix: Tensor) -> Tensor:
+    """Quadratic form c_sᵀ M c_s of every sample's kept coefficients: [S]; gram_matrix [K, K]."""
+    coefficients = kept.dense()
+    return ((coefficients @ gram_matrix) * coefficients).sum(1)
+
+
+def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
+    """Squared norm of every sample's reconstruction, ‖Σ_k c_sk V_k‖²: [S].
+
+    left [K, R, O], right [K, R, I]. Over co-active pairs when their number, Σ_s n_s², is below K²/2 (n_s kept in
+    sample s), else from the full Gram matrix; see the two functions below. Differentiable in values and factors.
+    """
+    co_active = int(kept.row_offsets.diff().square().sum())
+    if 2 * co_active < left.shape[0] ** 2:
+        return gram_energy_coactive(kept, left, right)
+    return energy_from_gram(kept, gram(left, right))
+
+
+def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
+    """`gram_energy` over the pairs of subnetworks kept in the same sample: R²(I+O) Σ_s n_s² multiply-adds."""
+    n_samples, _ = kept.shape
+    rank = left.shape[1]
+    counts = kept.row_offsets.diff()
+    if kept.rows.numel() == 0:
+        return left.new_zeros(n_samples) + 0 * (left.sum() + right.sum())
+    energy = left.new_zeros(n_samples)
+    longest = int(counts.max())
+    slot = torch.arange(longest, device=left.device)
+    per_sample = longest * rank * (left.shape[2] + right.shape[2] + 2 * longest * rank)
+    chunks = []
+    for piece in pieces(n_samples, per_sample):
+        valid = slot < counts[piece, None]  # [s, m]
+        entries = kept.row_offsets[:-1][piece, None] + slot * valid
+        entries = entries.clamp_max(kept.rows.numel() - 1)
+        values = torch.where(valid, kept.values[entries], 0)  # [s, m]
+        columns = kept.columns[entries]
+        # the coefficient rides on the left factor, so that padding contributes exact zeros
+        weighted = (left[columns] * values[:, :, None, None]).flatten(1, 2)  # [s, m*R, O]
+        other = right[columns].flatten(1, 2)  # [s, m*R, I]
+        chunks.append(((weighted @ weighted.mT) * (other @ other.mT)).sum((1, 2)))
+    return energy + torch.cat(chunks)
+
+
+def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
+    """‖G_s‖² = Σ_tt' (x_t . x_t')(dy_st . dy_st'): [S]. x [B, T, I] (or integers [B, T]), dy [S, T, O].
+
+    From the factors, T²(I+O) per sample, or from G, T·I·O, whichever is less.
+    """
+    n_sequences, n_positions = x.shape[:2]
+    if n_sequences == 0:
+        return dy.new_zeros(0)
+    share = dy.shape[0] // n_sequences
+    if n_positions == 1:
+        squares = x.square().sum((1, 2)) if x.is_floating_point() else dy.new_ones(n_sequences)
+        return squares.repeat_interleave(share) * dy.square().sum((1, 2))
+    out = []
+    if x.is_floating_point() and x.shape[2] * dy.shape[2] < n_positions * (x.shape[2] + dy.shape[2]):
+        for piece in pieces(n_sequences, share * x.shape[2] * dy.shape[2]):
+            grad = outer(x[piece], dy[piece.start * share : piece.stop * share])
+            out.append(grad.square().sum((1, 2)))
+        return torch.cat(out)
+    for piece in pieces(n_sequences, share * n_positions * n_positions):
+        part = x[piece]
+        same = part @ part.mT if x.is_floating_point() else (part[:, :, None] == part[:, None, :]).to(dy.dtype)
+        returned = dy[piece.start * share : piece.stop * share]
+        out.append((same.repeat_interleave(share, 0) * (returned @ returned.mT)).sum((1, 2)))
+    return torch.cat(out)
+
+
+def outer(x: Tensor, dy: Tensor, n_inputs: int | None = None) -> Tensor:
+    """Materialise G_s = Σ_t dy[s, t] (x) x[s // (S // B), t]: [S, O, I].
+
+    x [B, T, I], or integers [B, T] below `n_inputs`, which is then required; dy [S, T, O].
+    """
+    share = dy.shape[0] // x.shape[0] if x.shape[0] else 1
+    if x.is_floating_point():
+        by_sequence = dy.unflatten(0, (-1, share))  # [B, P, T, O]
+        return (by_sequence.mT @ x[:, None]).flatten(0, 1)
+    if n_inputs is None:
+        raise ValueError("n_inputs: required where x holds indices, got None")
+    one_hot = torch.zeros(*x.shape, n_inputs, dtype=dy.dtype, device=dy.device).scatter_(2, x[..., None], 1)
+    return outer(one_hot, dy)
+
+
+# --- reconstructions --------------------------------------------------------------------------------------------
+
+
+def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
+    """ĝ_s = Σ_{k kept for s} c_sk V_k: [S, O, I]. left [K, R, O], right [K, R, I]."""
+    coefficients = kept.dense()
+    out = [
+        (coefficients @ directions(left[:, :, piece], right).flatten(1)).view(
+            kept.shape[0], piece.stop - piece.start, right.shape[2]
+        )
+        for piece in pieces(left.shape[2], left.shape[0] * right.shape[2])
+    ]
+    return torch.cat(out, dim=1)
+
+
+def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
+    """‖G_s − ĝ_s‖² without forming more of ĝ than a few rows of O at a time: [S].
+
+    grad [S, O, I]. The difference is taken before it is squared, so nothing cancels when the error is small.
+    """
+    total = grad.new_zeros(grad.shape[0])
+    for piece in pieces(grad.shape[1], max(grad.shape[0], left.shape[0]) * grad.shape[2]):
+        residual = grad[:, piece] - reconstruct(kept, left[:, :, piece], right)
+        total = total + residual.square().sum((1, 2))
+    return total
+
+
+def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
+    """Decode sparse codes: Σ_j values[a, j] weight[indices[a, j]] -> [A, D].
+
+    indices, values [A, k] with weight [L, D]; or, with row_offsets [A+1], indices and values [N] where row a owns
+    the entries row_offsets[a]:row_offsets[a+1]. Differentiable in values and weight.
+    """
+    if row_offsets is None:
+        n_codes, per_code = indices.shape
+        row_offsets = torch.arange(n_codes + 1, device=indices.device) * per_code
+        indices, values = indices.flatten(), values.flatten()
+    return torch.nn.functional.embedding_bag(
+        indices, weight, row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )

@@ -1,0 +1,55 @@
+"""The kept coefficients of a batch: a sparse [S, K] matrix that can be walked by sample and by subnetwork."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SparseCoefficients(NamedTuple):
+    """The N kept entries of a coefficient matrix [S, K], in row-major order.
+
+    `values` may carry autograd history; every other field is plain data. Row s owns the entries
+    `row_offsets[s]:row_offsets[s + 1]`; column k owns `column_order[column_offsets[k]:column_offsets[k + 1]]`,
+    which are positions in the row-major arrays, themselves in ascending row order.
+    """
+
+    values: Tensor  # [N] the coefficients, signed
+    rows: Tensor  # [N] int64, ascending
+    columns: Tensor  # [N] int64, ascending within a row
+    row_offsets: Tensor  # [S+1] int64
+    column_order: Tensor  # [N] int64, a permutation
+    column_offsets: Tensor  # [K+1] int64
+    threshold: Tensor  # [] the smallest kept |value|; infinity where nothing is kept
+    shape: tuple[int, int]  # (S, K)
+
+    def dense(self) -> Tensor:
+        """Return the matrix [S, K] with zeros where nothing was kept; differentiable in `values`."""
+        n_rows, n_columns = self.shape
+        flat = self.values.new_zeros(n_rows * n_columns)
+        return flat.index_put((self.rows * n_columns + self.columns,), self.values).view(n_rows, n_columns)
+
+
+def sparse_coefficients(
+    values: Tensor, rows: Tensor, columns: Tensor, threshold: Tensor, shape: tuple[int, int]
+) -> SparseCoefficients:
+    """Index row-major entries (`values`, `rows`, `columns`, each [N]) of an [S, K] matrix by row and by column."""
+    n_rows, n_columns = shape
+    column_order = torch.argsort(columns, stable=True)
+    return SparseCoefficients(
+        values=values,
+        rows=rows,
+        columns=columns,
+        row_offsets=_offsets(rows, n_rows),
+        column_order=column_order,
+        column_offsets=_offsets(columns, n_columns),
+        threshold=threshold,
+        shape=shape,
+    )
+
+
+def _offsets(groups: Tensor, n_groups: int) -> Tensor:
+    """Count the members of each group and return where each group starts: [n_groups + 1] int64."""
+    offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)
+    torch.cumsum(torch.bincount(groups, minlength=n_groups), dim=0, out=offsets[1:])
+    return offsets

@@ -1,0 +1,65 @@
+"""What a test may need and this machine may lack: real data, a GPU. Skips are counted at the end."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+NO_DATA = "data absent"
+NO_GPU = "no GPU"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads
+os.environ.setdefault("MPLBACKEND", "Agg")
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels on the CPU. Triton reads this when a kernel's module is imported,
+    # so it is set before any test file is.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if "OMP_NUM_THREADS" in os.environ:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def data_folder() -> Path:
+    """Return the folder of real models and data, which may not exist."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("L3D_DATA") or default)
+
+
+def has_data() -> bool:
+    return data_folder().is_dir() and any(data_folder().iterdir())
+
+
+def data_reason() -> str:
+    return f"{NO_DATA}: {data_folder()} is missing or empty; set L3D_DATA"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real models and data; skips the test where it is absent."""
+    if not has_data():
+        pytest.skip(data_reason())
+    return data_folder()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    data, gpu = has_data(), torch.cuda.is_available()
+    for item in items:
+        if not data and item.get_closest_marker("data"):
+            item.add_marker(pytest.mark.skip(reason=data_reason()))
+        if not gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"{NO_GPU}: torch.cuda.is_available() is False"))
+
+
+def pytest_report_header() -> str:
+    data = f"{data_folder()}{'' if has_data() else ' (absent)'}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"l3d: torch {torch.__version__}, {torch.get_num_threads()} threads, GPU {gpu}, data {data}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = {NO_DATA: 0, NO_GPU: 0, "other": 0}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        counts[next((kind for kind in (NO_DATA, NO_GPU) if reason.startswith(kind)), "other")] += 1
+    terminalreporter.write_line("skips: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))

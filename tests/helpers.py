@@ -1,0 +1,35 @@
+"""Comparisons that the tests share."""
+
+from typing import Any
+
+import torch
+
+
+def assert_relative(actual: Any, expected: Any, tolerance: float) -> float:
+    """Assert max|actual − expected| / max|expected| ≤ tolerance, and return that error.
+
+    Both are compared in float64 (complex128 if complex) on the CPU; arrays, lists and numbers are taken too.
+    Shapes must be equal: nothing broadcasts. Infinities must be the same in both, NaN fails, and where
+    `expected` is all zero `actual` must be.
+    """
+    a, b = (torch.as_tensor(t).detach().cpu() for t in (actual, expected))
+    assert a.shape == b.shape, f"shapes differ: actual {tuple(a.shape)}, expected {tuple(b.shape)}"
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    if b.numel() == 0:
+        return 0.0
+
+    difference = torch.where(a == b, 0.0, (a - b).abs())  # equal infinities differ by 0, not by NaN
+    difference = difference.nan_to_num(nan=torch.inf, posinf=torch.inf)  # NaN anywhere is the worst element
+    scale = torch.where(b.isfinite(), b.abs(), 0.0).max().item()
+    worst = int(difference.argmax())
+    largest = difference.flatten()[worst].item()
+    error = 0.0 if largest == 0 else largest / scale if scale > 0 else float("inf")
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), b.shape))
+    assert error <= tolerance, (
+        f"relative error {error:.3e} > {tolerance:.3e}; worst at {index}: "
+        f"actual {a.flatten()[worst].item()!r}, expected {b.flatten()[worst].item()!r}, "
+        f"max|expected| {scale:.6e}; "
+        f"{int((difference > tolerance * scale).sum())} of {b.numel()} elements are over"
+    )
+    return error
