@@ -5,30 +5,53 @@
 Start at `l3d.train`, where the whole flow stands on one screen.
 """
 
-from l3d import toys
-from l3d.decomposition import Decomposition
-from l3d.evaluate import Evaluation, TopSamples, evaluate, impact, top_samples
-from l3d.extract import Extractor, extract_gradients
-from l3d.factors import Gradients
-from l3d.intervene import intervene
-from l3d.store import load, save
-from l3d.train import decompose
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from l3d import toys as toys
+    from l3d.decomposition import Decomposition as Decomposition
+    from l3d.evaluation import Evaluation as Evaluation
+    from l3d.evaluation import TopSamples as TopSamples
+    from l3d.evaluation import evaluate as evaluate
+    from l3d.evaluation import impact as impact
+    from l3d.evaluation import top_samples as top_samples
+    from l3d.extract import Extractor as Extractor
+    from l3d.extract import extract_gradients as extract_gradients
+    from l3d.factors import Gradients as Gradients
+    from l3d.intervention import intervene as intervene
+    from l3d.store import load as load
+    from l3d.store import save as save
+    from l3d.train import decompose as decompose
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Decomposition",
-    "Evaluation",
-    "Extractor",
-    "Gradients",
-    "TopSamples",
-    "decompose",
-    "evaluate",
-    "extract_gradients",
-    "impact",
-    "intervene",
-    "load",
-    "save",
-    "top_samples",
-    "toys",
-]
+# Public name -> its module, imported on first use: torch takes seconds to import, and `l3d --help` should not.
+_HOMES = {
+    "Decomposition": "decomposition",
+    "Evaluation": "evaluation",
+    "Extractor": "extract",
+    "Gradients": "factors",
+    "TopSamples": "evaluation",
+    "decompose": "train",
+    "evaluate": "evaluation",
+    "extract_gradients": "extract",
+    "impact": "evaluation",
+    "intervene": "intervention",
+    "load": "store",
+    "save": "store",
+    "top_samples": "evaluation",
+}
+__all__ = ["toys", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "toys":
+        return import_module("l3d.toys")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'l3d' has no attribute {name!r}")
+    return getattr(import_module(f"l3d.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 
 class Batches:
@@ -75,7 +75,7 @@ def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor or Dataset has; None for anything read as a stream of batches."""
     if isinstance(data, Tensor):
         return len(data)
-    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+    if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         return len(data)
     return None
 

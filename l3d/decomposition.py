@@ -100,17 +100,17 @@ class Decomposition(nn.Module):
             raise ValueError(
                 f"gradients: expected those of {', '.join(self.shapes)}, got {', '.join(gradients.shapes)}"
             )
-        return gradients.to(next(self.parameters()).dtype)
+        return gradients.to(next(self.parameters()))
 
     def evaluate(self, model: nn.Module, data: Any, **options: Any) -> Any:
-        """Score the decomposition on data; see `l3d.evaluate.evaluate`."""
-        from l3d.evaluate import evaluate
+        """Score the decomposition on data; see `l3d.evaluation.evaluate`."""
+        from l3d.evaluation import evaluate
 
         return evaluate(self, model, data, **options)
 
     def impact(self, model: nn.Module, data: Any, n_references: int = 10) -> Tensor:
-        """Return every subnetwork's impact on every sample, [n, K]; see `l3d.evaluate.impact`."""
-        from l3d.evaluate import impact
+        """Return every subnetwork's impact on every sample, [n, K]; see `l3d.evaluation.impact`."""
+        from l3d.evaluation import impact
 
         return impact(self, model, data, n_references)
 

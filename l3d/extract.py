@@ -38,8 +38,8 @@ def extract_gradients(
 
     Args:
         model: in evaluation mode; it comes back exactly as it was.
-        inputs: a batch of B rows: a tensor, a mapping (passed as keyword arguments), or, for reference="pair", a
-            tuple (inputs, contrasting inputs).
+        inputs: a batch of B rows: a tensor, or a mapping (passed as keyword arguments). Of a tuple such as (input,
+            label) the first counts, except that reference="pair" takes (inputs, contrasting inputs).
         divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
         reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...].
         params: glob, list of globs, or None for all parameters.
@@ -92,6 +92,8 @@ class Extractor:
             if not (isinstance(inputs, (tuple, list)) and len(inputs) == 2):
                 raise ValueError("reference: 'pair' needs data that yields (input, contrast), got single inputs")
             inputs, contrast_inputs = inputs
+        elif isinstance(inputs, (tuple, list)) and inputs:
+            inputs = inputs[0]  # (input, label) and its like
         with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
             output = self._forward(inputs)
             samples = Samples(output, self.positions, self.is_kl, generator)

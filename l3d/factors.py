@@ -43,10 +43,10 @@ class Rows:
             return self.dy
         return self.x.repeat_interleave(self.dy.shape[0] // self.x.shape[0], 0)
 
-    def to(self, dtype: torch.dtype) -> "Rows":
-        """Cast the floating tensors."""
-        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
-        return Rows(x, self.dy.to(dtype), self.x_axis)
+    def to(self, like: Tensor) -> "Rows":
+        """Move to another tensor's device, and the floating tensors to its dtype."""
+        x = self.x.to(like) if self.x.is_floating_point() else self.x.to(like.device)
+        return Rows(x, self.dy.to(like), self.x_axis)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Dense:
         """Return ‖G_s‖²: [S]."""
         return self.grad.flatten(1).square().sum(1)
 
-    def to(self, dtype: torch.dtype) -> "Dense":
-        """Cast."""
-        return Dense(self.grad.to(dtype))
+    def to(self, like: Tensor) -> "Dense":
+        """Move to another tensor's device and dtype."""
+        return Dense(self.grad.to(like))
 
 
 Part = Rows | Dense
@@ -127,12 +127,12 @@ class Gradients:
                 total = total + 2 * _inner(part, other)
         return total
 
-    def to(self, dtype: torch.dtype) -> "Gradients":
-        """Cast to another floating dtype."""
-        if dtype == self.dtype:
+    def to(self, like: Tensor) -> "Gradients":
+        """Move to another tensor's device and floating dtype; itself where that changes nothing."""
+        if (like.dtype, like.device) == (self.dtype, self.device):
             return self
-        parts = {name: [part.to(dtype) for part in parts] for name, parts in self.parts.items()}
-        return Gradients(parts, self.shapes, self.n_samples, dtype, self.device)
+        parts = {name: [part.to(like) for part in parts] for name, parts in self.parts.items()}
+        return Gradients(parts, self.shapes, self.n_samples, like.dtype, like.device)
 
     def nbytes(self) -> int:
         """Count the bytes the factors hold."""

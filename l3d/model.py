@@ -39,8 +39,6 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
 
 def model_output(model: nn.Module, inputs: Any) -> Tensor:
     """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`."""
-    if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
-        inputs = inputs[0]
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]

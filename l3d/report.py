@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from l3d import plots
-from l3d.run_folder import CONFIG, METRICS, REPORT, _replace, read_metrics
+from l3d.files import replace_text
+from l3d.run_folder import CONFIG, METRICS, REPORT, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     the file, for a folder that holds no readable run, and ImportError without the extra `report`.
     """
     folder = Path(run_dir)
-    return _replace(folder / REPORT, render_report(folder))
+    return replace_text(folder / REPORT, render_report(folder))
 
 
 def render_report(run_dir: str | os.PathLike[str]) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from l3d.files import read_json, replace_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -25,7 +26,7 @@ def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
 
     header = f"# l3d {command}; again with: l3d {command} --config THIS_FILE --out ANOTHER_FOLDER\n"
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    return _replace(run / CONFIG, header + text)
+    return replace_text(run / CONFIG, header + text)
 
 
 def read_command(run: Path) -> str:
@@ -54,7 +55,7 @@ def read_command(run: Path) -> str:
 def write_metrics(run: Path, metrics: Mapping[str, Any]) -> Path:
     """Write RUN/metrics.json and return its path; a figure that is not finite becomes null."""
     text = json.dumps({name: _finite(value) for name, value in metrics.items()}, indent=2, allow_nan=False)
-    return _replace(run / METRICS, text + "\n")
+    return replace_text(run / METRICS, text + "\n")
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -62,13 +63,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
     path = run / METRICS
     if not path.is_file():
         return {}
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({_one_line(error)})") from error
-    if not isinstance(metrics, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(metrics).__name__}")
-    return metrics
+    return read_json(path)
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -100,16 +95,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _one_line(error: Exception) -> str:

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from l3d.decomposition import Decomposition
+from l3d.files import read_json, replace_text, replacing
 
 FORMAT = "l3d-decomposition-1"
 
@@ -57,14 +59,15 @@ def load(path: str | Path) -> Decomposition:
         shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
         ranked = {name: ranks for name, ranks in header["ranks"].items() if ranks}
         rank = {name: ranks[0] if len(ranks) == 1 else ranks for name, ranks in ranked.items()}
-        decomposition = Decomposition(shapes, header["n_subnetworks"], _escaped(rank), header["settings"])
+        with torch.device("meta"):  # no start is drawn: every tensor is read below
+            decomposition = Decomposition(shapes, header["n_subnetworks"], _escaped(rank), header["settings"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: decomposition.json is damaged ({error!r})") from error
     tensors = read_tensors(folder / "decomposition.safetensors")
     own = _named(decomposition)
     if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
         raise ValueError(f"{folder}: decomposition.safetensors does not belong to decomposition.json")
-    decomposition.to(next(iter(tensors.values())).dtype)
+    decomposition.to_empty(device="cpu").to(next(iter(tensors.values())).dtype)
     own = _named(decomposition)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
@@ -109,8 +112,7 @@ class RunFolder:
         if folder.exists() and any(folder.iterdir()) and not resume:
             if not overwrite:
                 raise ValueError(f"out: {folder} is not empty; choose another folder or pass overwrite")
-            _check_ours(folder)
-            shutil.rmtree(folder)
+            _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
@@ -144,41 +146,33 @@ class RunFolder:
         return load(path), read_tensors(path / "optimizer.safetensors"), read_json(path / "state.json")
 
 
-def _check_ours(folder: Path) -> None:
-    """Refuse to delete a folder that no run wrote."""
-    marks = ("decomposition.json", "config.yaml", "checkpoints", "metrics.json", "report.html")
-    if not any((folder / mark).exists() for mark in marks):
-        raise ValueError(f"out: {folder} holds no run, so overwrite will not delete it; choose another folder")
+def _remove_run(folder: Path) -> None:
+    """Delete what a run wrote into a folder, and nothing else; refuse a folder that no run wrote."""
+    header = folder / "decomposition.json"
+    config = folder / "config.yaml"
+    ours = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
+    ours = ours or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
+    ours = ours or any((folder / "checkpoints").glob("restart*_step*/decomposition.json"))
+    if not ours:
+        raise ValueError(f"out: {folder} holds no run of l3d, so overwrite will not touch it; choose another folder")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("decomposition.safetensors", "decomposition.json", "config.yaml", "metrics.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write json beside its place, then move it there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a json object; FileNotFoundError or ValueError with one line otherwise."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid json ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a json object, got {type(value).__name__}")
-    return value
+    """Write json whole."""
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors beside their place, then move them there."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, path)
+    """Write a safetensors file whole."""
+    with replacing(path) as partial:
+        # save_file would make the file readable by its owner only
+        partial.write_bytes(to_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

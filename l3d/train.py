@@ -150,6 +150,7 @@ class Run:
         self.settings, self.extractor, self.seed, self.device = settings, extractor, seed, device
         self.batches = Batches(data, settings.batch_size, seed)
         self.step = 0
+        self.seconds = 0.0  # spent training, over interruptions
         self.recorder = Recorder(settings.steps)
         shapes = {name: p.shape for name, p in extractor.parameters.items()}
         start = torch.Generator().manual_seed(mix(seed, 1))
@@ -171,7 +172,7 @@ class Run:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
         generator = torch.Generator().manual_seed(mix(self.seed, 2, step))
         gradients = self.extractor(to_device(self.batches[step], self.device), generator)
-        return gradients.to(next(self.decomposition.parameters()).dtype)
+        return gradients.to(next(self.decomposition.parameters()))
 
     def check(self) -> None:
         """Meet bad input before anything is written; streams are not touched, they cannot be put back."""
@@ -181,7 +182,7 @@ class Run:
     def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int, restart: int) -> None:
         """Train to the last step."""
         settings, decomposition, optimizer = self.settings, self.decomposition, self.optimizer
-        started, first = time.perf_counter(), self.step
+        started = time.perf_counter() - self.seconds
         while self.step < settings.steps:
             k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
             with naming_step(self.step):
@@ -195,14 +196,15 @@ class Run:
             if self.recorder.add(self.step, error, result.kept, rate, k):
                 bar.update(self.step, self.recorder.latest())
             if self.step % checkpoint_every == 0 or self.step == settings.steps:
-                seconds = time.perf_counter() - started
-                self._take_stock(seconds, self.step - first)
+                self.seconds = time.perf_counter() - started
+                self._take_stock()
                 if folder is not None:
                     self._save(folder, restart)
 
-    def _take_stock(self, seconds: float, steps: int) -> None:
+    def _take_stock(self) -> None:
         """Hand what was recorded to the decomposition."""
-        self.decomposition.timing = {"seconds": seconds, "steps_per_second": steps / max(seconds, 1e-9)}
+        per_second = self.step / max(self.seconds, 1e-9)
+        self.decomposition.timing = {"seconds": self.seconds, "steps_per_second": per_second}
         self.decomposition.history = self.recorder.history
         self.decomposition.threshold = self.recorder.threshold
 
@@ -234,7 +236,8 @@ class Run:
         self.optimizer.load_state(tensors, state["optimizer"])
         self.recorder.load_state(state["recorder"], decomposition.history)
         self.step = state["step"]
-        self._take_stock(decomposition.timing["seconds"], self.step)
+        self.seconds = decomposition.timing["seconds"]
+        self._take_stock()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from l3d.costs import choose_paths
 from l3d.data import in_order, mix
 from l3d.decomposition import Decomposition
-from l3d.divergence import Divergence
+from l3d.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.model import to_device
@@ -128,8 +128,13 @@ def _gradients(
     """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
     settings = decomposition.settings
     chosen: dict[str, Any] = {}
-    for name, value, default in (("divergence", divergence, "mse"), ("reference", reference, "sample")):
+    for name, value, default, known in (
+        ("divergence", divergence, "mse", BY_NAME),
+        ("reference", reference, "sample", REFERENCES),
+    ):
         value = settings.get(name, default) if value is None else value
+        if isinstance(value, str) and value not in known:
+            raise ValueError(f"{name}: the decomposition was trained with {value!r}, which is not saved; pass {name}=")
         chosen[name] = value
     extractor = Extractor(
         model, params=exact_names(decomposition), positions=settings.get("positions", "all"), **chosen
@@ -144,7 +149,7 @@ def _gradients(
     for i, batch in enumerate(in_order(data, batch_size or settings.get("batch_size", 16))):
         generator = torch.Generator().manual_seed(mix(seed, i))
         device = next(model.parameters()).device
-        yield extractor(to_device(batch, device), generator).to(parameter.dtype)
+        yield extractor(to_device(batch, device), generator).to(parameter)
 
 
 def exact_names(decomposition: Decomposition) -> list[str]:
