@@ -11,7 +11,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
-TESTS ?= tests l3d l3d_kernels
+TESTS ?= tests bench l3d l3d_kernels
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean FORCE
+.PHONY: help demo test bench lint format clean FORCE
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/de
 
 test: $(STAMP)  ## run the whole test suite, docstring examples included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## time a training step, ours beside the published method
+	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
 lint: $(STAMP)  ## check style, format and types; changes nothing
 	$(BIN)/ruff check .

@@ -172,7 +172,7 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
         arguments |= {"out": out, "overwrite": overwrite, "resume": resume}
         d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
         timing = {name: float(d.timing[name]) for name in ("seconds", "steps_per_second")}
-        _finish(out, _evaluate(d, job) | timing | _peak_memory())
+        _finish(out, _evaluate(d, job) | timing | _peak_memory() | {"environment": _environment(job.model)})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(out)) from None
 
@@ -194,7 +194,8 @@ def _evaluate(d: Decomposition, job: Job) -> dict[str, Any]:
         data, count = take_rows(data, [i * count // most for i in range(most)]), most
     d = d.to(next(job.model.parameters()).device)
     backend = job.settings.get("backend", "auto")
-    found = d.evaluate(job.model, data, backend=backend)
+    # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
+    found = d.evaluate(job.model, data, backend=backend, n_references=1 if job.toy is None else 30)
     figures = {
         "error": float(found.error),
         "kept_per_sample": float(found.kept_per_sample),
@@ -207,6 +208,15 @@ def _evaluate(d: Decomposition, job: Job) -> dict[str, Any]:
     if job.toy is not None:
         figures["mmcs"] = float(job.toy.mmcs(d))
     return figures
+
+
+def _environment(model: nn.Module) -> str:
+    """Say what made the figures, in one line."""
+    from l3d import __version__
+
+    device = next(model.parameters()).device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"l3d {__version__}, torch {torch.__version__}, {where}"
 
 
 def _peak_memory() -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a decomposition is worth: its error on data, how often each subnetwork acts, and on what."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ def evaluate(
     reference: str | Tensor | None = None,
     batch_size: int | None = None,
     k: float | None = None,
+    n_references: int = 1,
     seed: int | None = None,
     backend: str = "auto",
 ) -> Evaluation:
@@ -52,8 +54,10 @@ def evaluate(
         decomposition: a trained decomposition.
         model: the model it belongs to.
         data: a tensor, Dataset or iterable of batches.
-        divergence, reference, batch_size, k, seed: to score it otherwise; needed where it was trained with a
-            callable or a tensor, which are not saved.
+        divergence, reference, batch_size, k: to score it otherwise; the first two are needed where it was trained
+            with a callable or a tensor, which are not saved.
+        n_references: how many times to go through the data, with references drawn anew: more for less noise.
+        seed: of the draws; default the decomposition's.
         backend: "auto", "torch" or "triton".
 
     Batch top-k runs within each batch, so the size of the batch matters a little.
@@ -62,8 +66,12 @@ def evaluate(
     residual = norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
+    seed = decomposition.settings.get("seed", 0) if seed is None else seed
+    seeds = _draws(decomposition, n_references, mix(seed, 3))
     with torch.no_grad():
-        for gradients in _gradients(decomposition, model, data, divergence, reference, batch_size, seed):
+        for gradients in chain.from_iterable(
+            _gradients(decomposition, model, data, divergence, reference, batch_size, draw) for draw in seeds
+        ):
             result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=backend)
             residual += float(result.squared_residual.sum())
             norm += float(result.squared_norm.sum())
@@ -85,16 +93,11 @@ def evaluate(
 def impact(decomposition: Decomposition, model: nn.Module, data: Any, n_references: int = 10) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another. Raises ValueError where the
-    decomposition's reference is not drawn and `n_references` exceeds 1: all would be the same.
+    Samples are numbered in the order of the data, positions of a row one after another.
     """
-    if n_references < 1:
-        raise ValueError(f"n_references: expected at least 1, got {n_references}")
-    if decomposition.settings.get("reference", "sample") != "sample":
-        n_references = 1  # nothing is drawn: every repetition would be the same
     total: Tensor | None = None
-    for repetition in range(n_references):
-        seed = mix(decomposition.settings.get("seed", 0), 4, repetition)
+    seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4))
+    for seed in seeds:
         rows = []
         for gradients in _gradients(decomposition, model, data, None, None, None, seed):
             paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
@@ -102,7 +105,7 @@ def impact(decomposition: Decomposition, model: nn.Module, data: Any, n_referenc
         batch = torch.cat(rows)
         total = batch if total is None else total + batch
     assert total is not None
-    return total / n_references
+    return total / len(seeds)
 
 
 def top_samples(
@@ -116,6 +119,15 @@ def top_samples(
     return TopSamples(best.indices.mT, best.values.mT)
 
 
+def _draws(decomposition: Decomposition, n_references: int, seed: int) -> list[int]:
+    """Return the seeds of repeated passes over the data; one where a pass draws nothing."""
+    if n_references < 1:
+        raise ValueError(f"n_references: expected at least 1, got {n_references}")
+    drawn = decomposition.settings.get("reference", "sample") == "sample"
+    drawn = drawn or isinstance(decomposition.settings.get("positions", "all"), int)
+    return [mix(seed, i) for i in range(n_references if drawn else 1)]
+
+
 def _gradients(
     decomposition: Decomposition,
     model: nn.Module,
@@ -123,7 +135,7 @@ def _gradients(
     divergence: str | Divergence | None,
     reference: str | Tensor | None,
     batch_size: int | None,
-    seed: int | None,
+    seed: int,
 ) -> Iterator[Gradients]:
     """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
     settings = decomposition.settings
@@ -145,7 +157,6 @@ def _gradients(
             raise ValueError(
                 f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
             )
-    seed = mix(settings.get("seed", 0), 3) if seed is None else seed
     for i, batch in enumerate(in_order(data, batch_size or settings.get("batch_size", 16))):
         generator = torch.Generator().manual_seed(mix(seed, i))
         device = next(model.parameters()).device

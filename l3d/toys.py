@@ -6,6 +6,8 @@ so its circuit in parameter space is the direction in which a_i grows: W_out[i] 
 row i of W_out, nothing elsewhere.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,17 @@ class Superposition(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compress and reconstruct."""
         return torch.relu(self.W_out(self.W_in(x)))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread in the block: tiny tensors gain nothing from more, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def sparse_features(n: int, n_features: int, generator: torch.Generator, probability: float = 0.05) -> Tensor:
@@ -131,11 +144,12 @@ def _train_superposition(
     def losses(x: Tensor) -> Tensor:
         return (torch.relu(x @ w_in.mT @ w_out.mT + bias) - x).square().mean((1, 2))
 
-    for _ in range(steps):
-        optimizer.zero_grad()
-        losses(points[torch.randint(len(points), (256,), generator=generator)]).sum().backward()
-        optimizer.step()
-        schedule.step()
+    with one_thread():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses(points[torch.randint(len(points), (256,), generator=generator)]).sum().backward()
+            optimizer.step()
+            schedule.step()
     model = Superposition(n_features, n_hidden)
     with torch.no_grad():
         best = int(losses(points).argmin())

@@ -7,6 +7,7 @@ device, else the plain-torch twin. An explicit request that cannot be met raises
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from l3d_kernels import reference
@@ -46,8 +47,9 @@ def check_factors(left: Tensor, right: Tensor) -> None:
 
 def check_rows(x: Tensor, dy: Tensor) -> None:
     """Refuse per-sample rows whose shapes do not belong together."""
-    if x.ndim != (3 if x.is_floating_point() else 2):
-        raise ValueError(f"x: expected shape [B, T, I], or integers [B, T], got {x.dtype} {list(x.shape)}")
+    is_index = x.dtype in (torch.int64, torch.int32)  # narrower integers and booleans would be taken for masks
+    if x.ndim != (2 if is_index else 3) or not (is_index or x.is_floating_point()):
+        raise ValueError(f"x: expected shape [B, T, I], or int64 [B, T], got {x.dtype} {list(x.shape)}")
     n_sequences, n_positions = x.shape[:2]
     if dy.ndim != 3 or dy.shape[1] != n_positions or (dy.shape[0] % n_sequences if n_sequences else dy.shape[0]):
         raise ValueError(

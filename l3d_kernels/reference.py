@@ -23,9 +23,9 @@ from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 CHUNK = 1 << 22
 
 
-def pieces(total: int, per_item: int, budget: int = CHUNK) -> list[slice]:
-    """Cut `total` items, each needing `per_item` elements of temporaries, into slices within the budget."""
-    step = max(1, budget // max(1, per_item))
+def pieces(total: int, per_item: int) -> list[slice]:
+    """Cut `total` items, each needing `per_item` elements of temporaries, into slices of at most CHUNK elements."""
+    step = max(1, CHUNK // max(1, per_item))
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
@@ -48,7 +48,7 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     n_subnetworks, rank, _ = left.shape
     n_sequences, n_positions = x.shape[:2]
     if n_sequences == 0:
-        return dy.new_zeros(0, n_subnetworks)
+        return dy.new_zeros(0, n_subnetworks) + 0 * (left.sum() + right.sum())
     share = dy.shape[0] // n_sequences
     if n_positions == 1 and share == 1:
         products = along(x, right)[:, 0] * along(dy, left)[:, 0]
@@ -57,7 +57,7 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     for piece in pieces(n_sequences, share * n_positions * n_subnetworks * rank):
         seen = along(x[piece], right)  # [b, T, K*R], once for all samples of a sequence
         returned = along(dy[piece.start * share : piece.stop * share], left)  # [s, T, K*R]
-        products = torch.einsum("btz,bptz->bpz", seen, returned.unflatten(0, (-1, share)))
+        products = torch.einsum("btz,bptz->bpz", seen, returned.unflatten(0, (len(seen), share)))
         out.append(products.reshape(-1, n_subnetworks, rank).sum(2))
     return torch.cat(out)
 
@@ -172,7 +172,7 @@ def batch_topk(coefficients: Tensor, n: int) -> SparseCoefficients:
     """
     shape = (coefficients.shape[0], coefficients.shape[1])
     flat = coefficients.flatten()
-    magnitude = flat.detach().abs()
+    magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)  # NaN is kept and reaches the loss
     if n == 0:
         index = torch.zeros(0, dtype=torch.int64, device=flat.device)
         threshold = magnitude.new_full((), torch.inf)
@@ -304,7 +304,7 @@ def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """
     n_sequences, n_positions = x.shape[:2]
     if n_sequences == 0:
-        return dy.new_zeros(0)
+        return dy.sum((1, 2))
     share = dy.shape[0] // n_sequences
     if n_positions == 1:
         squares = x.square().sum((1, 2)) if x.is_floating_point() else dy.new_ones(n_sequences)
@@ -330,7 +330,7 @@ def outer(x: Tensor, dy: Tensor, n_inputs: int | None = None) -> Tensor:
     """
     share = dy.shape[0] // x.shape[0] if x.shape[0] else 1
     if x.is_floating_point():
-        by_sequence = dy.unflatten(0, (-1, share))  # [B, P, T, O]
+        by_sequence = dy.unflatten(0, (len(x), share))  # [B, P, T, O]
         return (by_sequence.mT @ x[:, None]).flatten(0, 1)
     if n_inputs is None:
         raise ValueError("n_inputs: required where x holds indices, got None")

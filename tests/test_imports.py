@@ -1,0 +1,141 @@
+"""What importing the packages does not do: pull in optional libraries, set the environment, start a GPU."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import l3d
+import l3d_kernels
+
+ROOT = Path(l3d_kernels.__file__).resolve().parents[1]
+FILES = {package: sorted((ROOT / package).rglob("*.py")) for package in ("l3d", "l3d_kernels")}
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh interpreter in the repository's root; warnings are errors."""
+    command = [sys.executable, "-W", "error:::l3d", "-c", program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def imported_roots(tree: ast.AST) -> set[str]:
+    """Return the first names of every module a file imports, at the top or inside functions."""
+    roots: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            roots.add((node.module or "").partition(".")[0])
+    return roots
+
+
+QUIET = """
+import os, sys
+before = dict(os.environ)
+for name in {blocked!r}:
+    sys.modules[name] = None
+import {package}
+for name in {package}.__all__:
+    getattr({package}, name)
+assert dict(os.environ) == before, "the environment was changed"
+found = sorted(set({unwanted!r}) & {{name.partition(".")[0] for name in sys.modules if sys.modules[name]}})
+assert not found, f"imported {{found}}"
+import torch
+assert not torch.cuda.is_initialized(), "CUDA was started"
+"""
+
+
+@pytest.mark.parametrize(
+    "package, blocked, unwanted",
+    [
+        ("l3d_kernels", ["triton"], ["l3d", "transformers", "matplotlib", "jinja2", "rich"]),
+        ("l3d_kernels", [], ["l3d"]),
+        ("l3d", ["triton"], []),
+        ("l3d", [], ["transformers", "matplotlib", "jinja2", "datasets", "huggingface_hub", "jsonargparse", "yaml"]),
+        ("l3d", ["transformers", "matplotlib", "jinja2", "yaml", "jsonargparse"], []),
+    ],
+)
+def test_import_is_quiet(package: str, blocked: list[str], unwanted: list[str]) -> None:
+    """Every public name can be had without the optional libraries; nothing is printed, set or started."""
+    finished = run(QUIET.format(package=package, blocked=blocked, unwanted=unwanted))
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+def test_the_kernels_work_without_triton() -> None:
+    """Without triton every operation still runs on the CPU, and asking for triton says what is missing."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, l3d_kernels as lk
+left, right = torch.ones(2, 1, 3), torch.ones(2, 1, 4)
+assert lk.gram(left, right).tolist() == [[12, 12], [12, 12]]
+try:
+    lk.gram(left, right, backend="triton")
+except RuntimeError as error:
+    assert "backend='triton'" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+    finished = run(program)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", FILES["l3d_kernels"], ids=lambda path: path.name)
+def test_the_kernels_never_import_the_package_above(path: Path) -> None:
+    """No file of l3d_kernels imports l3d, relative imports included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert "l3d" not in imported_roots(tree)
+    reaching_up = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level > 1]
+    assert not reaching_up
+
+
+def test_the_twin_does_not_import_triton() -> None:
+    """The plain-torch twins, and all that they import of the package, do without triton."""
+    for name in ("reference", "sparse"):
+        tree = ast.parse((ROOT / "l3d_kernels" / f"{name}.py").read_text(encoding="utf-8"))
+        assert imported_roots(tree) <= {"typing", "collections", "math", "torch", "l3d_kernels"}
+
+
+@pytest.mark.parametrize("package", [l3d, l3d_kernels], ids=lambda package: package.__name__)
+def test_every_public_name_exists(package: object) -> None:
+    """`__all__` holds no name twice and none that is missing; an unknown name is an AttributeError."""
+    names = package.__all__
+    assert len(set(names)) == len(names)
+    assert all(getattr(package, name) is not None for name in names)
+    assert set(names) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = package.no_such_name
+
+
+ALONE = """
+import importlib, sys
+for name in {names!r}:
+    for loaded in [n for n in sys.modules if n.partition(".")[0] == "l3d"]:
+        del sys.modules[loaded]
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        raise AssertionError(name) from error
+    assert module.__doc__, f"{{name}} has no docstring"
+"""
+
+
+def test_every_file_can_be_imported_first() -> None:
+    """No module of l3d needs another to have been imported before it: imports are not circular."""
+    names = [f"l3d.{path.stem}" for path in FILES["l3d"] if path.stem not in ("__init__", "__main__")]
+    assert "l3d.train" in names
+    finished = run(ALONE.format(names=names))
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_no_submodule_hides_a_public_function() -> None:
+    """Importing every submodule leaves every public name what it was: no file has a function's name."""
+    before = {name: getattr(l3d, name) for name in l3d.__all__}
+    for path in FILES["l3d"]:
+        if path.stem not in ("__init__", "__main__"):
+            importlib.import_module(f"l3d.{path.stem}")
+    assert {name: getattr(l3d, name) for name in l3d.__all__} == before
+    assert not {path.stem for path in FILES["l3d"]} & (set(l3d.__all__) - {"toys"})
