@@ -152,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"l3d: {interrupt}" if interrupt.args else "l3d: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except argparse.ArgumentError as error:
         return _fail(_explain(error))
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -79,8 +79,8 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
             n_kept=n_kept,
         )
         for path, cost in projection_costs(sizes).items():
-            # indices are gathered, not multiplied: never worth forming one-hot products for
-            if not part.x.is_floating_point() and path.materialised:
+            # indices are gathered, not multiplied: never worth forming one-hot products for, in any of the parts
+            if path.materialised and not all(p.x.is_floating_point() for p in parts):  # type: ignore[union-attr]
                 continue
             totals[path] = totals.get(path, 0.0) + cost
     return min(totals, key=totals.__getitem__)

@@ -67,33 +67,19 @@ def find_uses(root: Node, parameters: Mapping[str, Tensor]) -> tuple[list[Use], 
     autograd.Function may use parameters without an edge to them.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    sources: dict[Node, tuple[str, tuple[str, ...]] | None] = {}
-
-    def source(node: Node) -> tuple[str, tuple[str, ...]] | None:
-        """Trace a node back to the parameter it rearranges, if that is all it does."""
-        if node not in sources:
-            sources[node] = None
-            kind = operation(node)
-            if kind == "AccumulateGrad":
-                name = names.get(id(_leaf(node)))
-                sources[node] = None if name is None else (name, ())
-            elif kind in REARRANGE and len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
-                below = source(node.next_functions[0][0])
-                sources[node] = None if below is None else (below[0], (kind, *below[1]))
-        return sources[node]
-
     uses: list[Use] = []
-    opaque = source(root) is not None  # the output is a parameter, rearranged: a use without a node
+    opaque = _source(root, names) is not None  # the output is a parameter, rearranged: a use without a node
     seen = {root}
     stack = [root]
     while stack:
         node = stack.pop()
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
+        rearranges = _source(node, names) is not None
         for slot, (below, _) in enumerate(node.next_functions):
             if below is None:
                 continue
-            origin = source(below)
-            if origin is not None and source(node) is None:
+            origin = None if rearranges else _source(below, names)
+            if origin is not None:
                 uses.append(Use(origin[0], node, slot, origin[1]))
             if below not in seen:
                 seen.add(below)
@@ -101,8 +87,18 @@ def find_uses(root: Node, parameters: Mapping[str, Tensor]) -> tuple[list[Use], 
     return uses, opaque
 
 
-def _leaf(node: Any) -> Tensor:
-    return node.variable
+def _source(node: Any, names: Mapping[int, str]) -> tuple[str, tuple[str, ...]] | None:
+    """Trace a node back to the parameter that it rearranges, if that is all it does: (name, operations)."""
+    chain: list[str] = []
+    while True:
+        kind = operation(node)
+        if kind == "AccumulateGrad":
+            name = names.get(id(node.variable))
+            return None if name is None else (name, tuple(chain))
+        if kind not in REARRANGE or len(node.next_functions) != 1 or node.next_functions[0][0] is None:
+            return None
+        chain.append(kind)
+        node = node.next_functions[0][0]
 
 
 def positionwise_head(output: Tensor) -> tuple[Node, GradientEdge] | None:

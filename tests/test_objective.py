@@ -1,0 +1,493 @@
+"""The loss of a batch against a float64 computation that materialises every gradient and every direction."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import l3d
+from l3d import costs
+from l3d.costs import Path, Sizes
+from l3d.decomposition import Decomposition
+from l3d.directions import Directions, LowRank, Whole
+from l3d.factors import Gradients, Rows
+from l3d.objective import Objective, energy, n_kept, objective
+
+from helpers import assert_relative
+
+LOSS, PATHS = 1e-9, 1e-10
+Rank = int | dict[str, int | tuple[int, ...]]
+
+
+# --- models of every kind of piece ------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A language model of two positions-wise layers whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 7)
+        self.norm = nn.LayerNorm(7)
+        self.mix = nn.Linear(7, 7)
+        self.head = nn.Linear(7, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.norm(self.embedding(tokens))
+        return self.head(h + torch.tanh(self.mix(h.cumsum(1))))
+
+
+class Problem(NamedTuple):
+    """A model, a batch for it, and how to decompose it."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], Tensor]
+    rank: Rank
+    divergence: str = "mse"
+    n_subnetworks: int = 6
+    n_rows: int = 8
+
+
+def normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+PROBLEMS = {
+    "linear": Problem(lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), normal(8, 5), 2),
+    "linear on positions": Problem(
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Flatten(), nn.Linear(42, 3)), normal(8, 6, 5), 3
+    ),
+    "convolution": Problem(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.GELU(),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        normal(6, 2, 6, 6),
+        {"0.weight": (3, 2, 2, 3), "3.weight": (2, 1, 3, 2), "*": 2},
+        n_rows=6,
+    ),
+    "tied language model": Problem(
+        Tied,
+        lambda g: torch.randint(9, (4, 5), generator=g),
+        {"embedding*": 3, "*": 2},
+        "kl",
+        n_subnetworks=7,
+        n_rows=4,
+    ),
+    "vectors only": Problem(lambda: nn.Sequential(nn.LayerNorm(5), nn.Softplus()), normal(8, 5), 1),
+}
+KS = [1e-6, 0.1, 0.35, 1.0]
+
+
+def setup(name: str, seed: int = 0) -> tuple[Gradients, Decomposition]:
+    """Extract fresh gradients and draw an encoder and a decoder that differ, in float64."""
+    problem = PROBLEMS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = problem.build().double().eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    gradients = l3d.extract_gradients(
+        model, problem.inputs(generator), divergence=problem.divergence, generator=generator
+    )
+    decomposition = Decomposition(gradients.shapes, problem.n_subnetworks, problem.rank).double()
+    with torch.no_grad():
+        for parameter in decomposition.parameters():
+            parameter.normal_(generator=generator)
+    decomposition.normalize_()
+    return gradients, decomposition
+
+
+def materialised(directions: Directions) -> Tensor:
+    """Multiply every direction out with one einsum per tensor: [K, parameters]."""
+    flat = []
+    for name, piece in directions.items():
+        if isinstance(piece, Whole):
+            whole = piece.vector
+        elif isinstance(piece, LowRank):
+            whole = torch.einsum("kro,kri->koi", piece.left, piece.right)
+        else:
+            order = len(directions.shapes[name])
+            ranks, dims = "abcdef"[:order], "uvwxyz"[:order]
+            terms = ",".join(f"k{r}{d}" for r, d in zip(ranks, dims, strict=True))
+            whole = torch.einsum(f"k{ranks},{terms}->k{dims}", piece.core, *piece.modes)
+        flat.append(whole.flatten(1))
+    return torch.cat(flat, 1)
+
+
+class Truth(NamedTuple):
+    loss: Tensor
+    residual: Tensor  # [S]
+    kept: list[int]  # flat
+
+
+def brute_force(gradients: Gradients, encoder: Directions, decoder: Directions, n: int) -> Truth:
+    """The loss by definition: project, keep the n largest, reconstruct, subtract."""
+    g = torch.cat([grad.flatten(1) for grad in gradients.materialize().values()], 1)
+    coefficients = g @ materialised(encoder).mT
+    kept = coefficients.detach().abs().flatten().argsort(descending=True, stable=True)[:n]
+    mask = torch.zeros(coefficients.numel(), dtype=g.dtype).index_fill(0, kept, 1).view_as(coefficients)
+    residual = (g - (coefficients * mask) @ materialised(decoder)).square().sum(1)
+    return Truth(residual.sum() / g.square().sum(), residual, sorted(kept.tolist()))
+
+
+def flat(result: Objective) -> list[int]:
+    return (result.kept.rows * result.kept.shape[1] + result.kept.columns).tolist()
+
+
+def parameter_gradients(loss: Tensor, decomposition: Decomposition) -> list[Tensor]:
+    parameters = list(decomposition.parameters())
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("k", KS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_loss_is_that_of_the_materialised_computation(name: str, k: float) -> None:
+    """Loss, residuals, what is kept and all parameter gradients are the brute-force ones."""
+    gradients, d = setup(name)
+    result = objective(gradients, d.encoder, d.decoder, k)
+    n = max(1, math.floor(k * gradients.n_samples * d.n_subnetworks + 0.5))
+    truth = brute_force(gradients, d.encoder, d.decoder, n)
+    assert flat(result) == truth.kept
+    assert_relative(result.loss, truth.loss, LOSS)
+    assert_relative(result.squared_residual, truth.residual, LOSS)
+    assert_relative(
+        result.squared_norm, sum(g.flatten(1).square().sum(1) for g in gradients.materialize().values()), LOSS
+    )
+    for grad, expected in zip(parameter_gradients(result.loss, d), parameter_gradients(truth.loss, d), strict=True):
+        assert_relative(grad, expected, LOSS)
+
+
+@pytest.mark.parametrize("k", KS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_decomposition_loss_and_encode_are_the_objective(name: str, k: float) -> None:
+    """`Decomposition.loss` and `encode` give the brute-force loss and all coefficients."""
+    gradients, d = setup(name)
+    n = max(1, math.floor(k * gradients.n_samples * d.n_subnetworks + 0.5))
+    assert_relative(d.loss(gradients, k), brute_force(gradients, d.encoder, d.decoder, n).loss, LOSS)
+    g = torch.cat([grad.flatten(1) for grad in gradients.materialize().values()], 1)
+    assert_relative(d.encode(gradients), g @ materialised(d.encoder).mT, LOSS)
+
+
+# --- paths ------------------------------------------------------------------------------------------------------
+
+
+def path_choices(gradients: Gradients, directions: Directions) -> dict[str, list[Path]]:
+    """Every path each tensor can take: vectors and materialised gradients cannot be sampled."""
+    choices = {}
+    for name, piece in directions.items():
+        rows = not isinstance(piece, Whole) and all(isinstance(part, Rows) for part in gradients.parts[name])
+        sampled = (False, True) if rows else (False,)
+        matrix = (False,) if isinstance(piece, Whole) else (False, True)
+        choices[name] = [Path(m, s) for m, s in itertools.product(matrix, sampled)]
+    return choices
+
+
+@pytest.mark.parametrize("coactive", [False, True])
+@pytest.mark.parametrize("k", [0.1, 1.0])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_path_gives_the_same_loss_and_gradients(name: str, k: float, coactive: bool) -> None:
+    """Materialised or factored, dense or sampled, full or co-active Gram: loss and gradients agree to 1e-10."""
+    gradients, d = setup(name)
+    n = max(1, math.floor(k * gradients.n_samples * d.n_subnetworks + 0.5))
+    truth = brute_force(gradients, d.encoder, d.decoder, n)
+    expected = parameter_gradients(truth.loss, d)
+    choices = path_choices(gradients, d.encoder)
+    uniform = [
+        {name: path if path in paths else paths[0] for name, paths in choices.items()}
+        for path in itertools.starmap(Path, itertools.product((False, True), repeat=2))
+    ]
+    mixed = [{n: paths[(i + shift) % len(paths)] for i, (n, paths) in enumerate(choices.items())} for shift in (0, 1)]
+    for paths in uniform + mixed:
+        fresh, _ = setup(name)  # a materialised gradient is remembered: every path starts without it
+        result = objective(fresh, d.encoder, d.decoder, k, paths=paths, coactive=coactive)
+        assert flat(result) == truth.kept
+        assert_relative(result.loss, truth.loss, PATHS)
+        assert_relative(result.squared_residual, truth.residual, PATHS)
+        for grad, wanted in zip(parameter_gradients(result.loss, d), expected, strict=True):
+            assert_relative(grad, wanted, PATHS)
+
+
+def test_the_path_problems_reach_every_path() -> None:
+    """The problems above hold rows of floats and of indices, materialised gradients, vectors and Tucker pieces."""
+    kinds = set()
+    for name in PROBLEMS:
+        gradients, d = setup(name)
+        for tensor, piece in d.encoder.items():
+            for part in gradients.parts[tensor]:
+                index = isinstance(part, Rows) and not part.x.is_floating_point()
+                shared = isinstance(part, Rows) and part.x.shape[0] < part.dy.shape[0]
+                kinds.add((type(piece).__name__, type(part).__name__, index, shared))
+    pieces = {kind[:2] for kind in kinds}
+    assert {("Whole", "Dense"), ("LowRank", "Rows"), ("LowRank", "Dense"), ("Tucker", "Dense")} <= pieces
+    assert {
+        ("LowRank", "Rows", True, True),
+        ("LowRank", "Rows", False, True),
+        ("LowRank", "Rows", False, False),
+    } <= kinds
+
+
+@pytest.mark.parametrize("k", [0.05, 1.0])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_same_bits_twice(name: str, k: float) -> None:
+    """The same batch gives the same bits twice, loss and gradients."""
+    runs = []
+    for _ in range(2):
+        gradients, d = setup(name)
+        result = objective(gradients, d.encoder, d.decoder, k)
+        runs.append([result.loss, *parameter_gradients(result.loss, d)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# --- small errors -----------------------------------------------------------------------------------------------
+
+
+def nearly_exact(n_positions: int, noise: float) -> tuple[Gradients, Decomposition]:
+    """Gradients with disjoint inputs, and directions that are those gradients, plus a little noise."""
+    S, T, O = 6, n_positions, 5
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(S, T, S * T, dtype=torch.float64)
+    for s, t in itertools.product(range(S), range(T)):  # sample s alone uses inputs s*T..: G are orthogonal
+        x[s, t, s * T + t] = 1 + torch.rand((), generator=generator)
+    dy = torch.randn(S, T, O, generator=generator, dtype=torch.float64)
+    shapes = {"weight": torch.Size([O, S * T])}
+    gradients = Gradients({"weight": [Rows(x, dy, 1)]}, shapes, S, torch.float64, x.device)
+    d = Decomposition(shapes, S, T).double()
+    norms = torch.einsum("sti,sto->soi", x, dy).flatten(1).norm(dim=1)
+    with torch.no_grad():
+        for directions in (d.encoder, d.decoder):
+            piece = directions.pieces[0]
+            for tensor, rows in ((piece.left, dy), (piece.right, x)):
+                tensor.copy_(rows / norms.sqrt().view(-1, 1, 1))
+                tensor.add_(
+                    noise * tensor.norm() / tensor.numel() ** 0.5 * torch.randn(tensor.shape, generator=generator)
+                )
+    d.normalize_()
+    return gradients, d
+
+
+@pytest.mark.parametrize("path", list(itertools.starmap(Path, itertools.product((False, True), repeat=2))))
+@pytest.mark.parametrize("coactive", [False, True])
+@pytest.mark.parametrize("k", [1 / 6, 1.0])
+@pytest.mark.parametrize("n_positions", [1, 3])
+def test_loss_is_exact_where_it_is_small(n_positions: int, k: float, coactive: bool, path: Path) -> None:
+    """At an error near 1e-4, where the terms cancel, the loss is right to 1e-9 and its gradients to 1e-9."""
+    gradients, d = nearly_exact(n_positions, 5e-3)
+    truth = brute_force(gradients, d.encoder, d.decoder, round(k * 36))
+    assert 3e-5 < truth.loss < 3e-4
+    result = objective(gradients, d.encoder, d.decoder, k, paths={"weight": path}, coactive=coactive)
+    assert_relative(result.loss, truth.loss, LOSS)
+    for grad, expected in zip(parameter_gradients(result.loss, d), parameter_gradients(truth.loss, d), strict=True):
+        assert_relative(grad, expected, LOSS)
+
+
+@pytest.mark.parametrize("path", list(itertools.starmap(Path, itertools.product((False, True), repeat=2))))
+@pytest.mark.parametrize("coactive", [False, True])
+def test_float32_resolves_an_error_of_1e_4(coactive: bool, path: Path) -> None:
+    """In float32 an error near 1e-4 is right to 1 % on every path, as the design promises."""
+    gradients, d = nearly_exact(3, 5e-3)
+    truth = brute_force(gradients, d.encoder, d.decoder, 6)
+    narrow = d.float()
+    result = objective(
+        gradients.to(next(narrow.parameters())), d.encoder, d.decoder, 1 / 6, paths={"weight": path}, coactive=coactive
+    )
+    assert result.loss.dtype == torch.float32
+    assert_relative(result.loss, truth.loss, 1e-2)
+
+
+def test_loss_of_a_perfect_decomposition_is_zero() -> None:
+    """Directions that are the gradients themselves reconstruct them: what is left is rounding, and not NaN."""
+    gradients, d = nearly_exact(3, 0.0)
+    assert abs(d.loss(gradients, 1 / 6).item()) < 1e-14
+
+
+# --- how many are kept ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "k, n_samples, n_subnetworks, expected",
+    [
+        (0.1, 32, 5, 16),
+        (0.5, 1, 1, 1),  # 0.5 rounds up
+        (0.5, 1, 5, 3),  # 2.5 too: not to the even number
+        (0.25, 2, 3, 2),
+        (0.125, 4, 5, 3),
+        (0.1, 2, 7, 1),  # 1.4
+        (0.1, 4, 4, 2),  # 1.6
+        (1e-9, 3, 3, 1),  # never none
+        (1.0, 7, 3, 21),
+        (0.999, 7, 3, 21),
+        (0.1, 1, 1, 1),
+    ],
+)
+def test_number_kept_is_rounded_half_up(k: float, n_samples: int, n_subnetworks: int, expected: int) -> None:
+    """floor(k·S·K + ½) coefficients of a batch are kept, at least one, never more than there are."""
+    assert n_kept(k, n_samples, n_subnetworks) == expected
+    gradients, d = nearly_exact(1, 0.1)
+    result = objective(gradients, d.encoder, d.decoder, k)
+    assert result.kept.rows.numel() == max(1, math.floor(k * 36 + 0.5))
+
+
+# --- properties -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution", "linear on positions"])
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_splitting_a_batch_changes_nothing_when_all_is_kept(name: str, cut: int) -> None:
+    """At k = 1 every sample stands for itself: residuals of a batch are those of its parts."""
+    problem = PROBLEMS[name]
+    _, d = setup(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = problem.build().double().eval()
+    inputs = problem.inputs(torch.Generator().manual_seed(1))
+
+    def score(rows: Tensor) -> Objective:
+        return objective(l3d.extract_gradients(model, rows, reference="uniform"), d.encoder, d.decoder, 1.0)
+
+    whole, parts = score(inputs), [score(inputs[:cut]), score(inputs[cut:])]
+    assert_relative(torch.cat([part.squared_residual for part in parts]), whole.squared_residual, PATHS)
+    together = sum(part.loss * part.squared_norm.sum() for part in parts) / whole.squared_norm.sum()
+    assert_relative(together, whole.loss, PATHS)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 3.0, 1e5])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_error_does_not_depend_on_the_scale_of_the_divergence(name: str, factor: float) -> None:
+    """Multiplying all gradients by a number changes neither the error nor what is kept."""
+    gradients, d = setup(name)
+    scaled, _ = setup(name)
+    for parts in scaled.parts.values():
+        for part in parts:
+            (part.dy if isinstance(part, Rows) else part.grad).mul_(factor)
+    plain = objective(gradients, d.encoder, d.decoder, 0.2)
+    result = objective(scaled, d.encoder, d.decoder, 0.2)
+    assert flat(result) == flat(plain)
+    assert_relative(result.loss, plain.loss, PATHS)
+    assert_relative(result.squared_norm, plain.squared_norm * factor**2, PATHS)
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution", "tied language model"])
+def test_error_does_not_depend_on_how_factors_share_their_scale(name: str) -> None:
+    """Moving a scale from one factor of a tensor to another is the same direction, so the same error."""
+    gradients, d = setup(name)
+    before = d.loss(gradients, 0.2)
+    with torch.no_grad():
+        for directions in (d.encoder, d.decoder):
+            for piece in directions.pieces:
+                if not isinstance(piece, Whole):
+                    first, *_, last = piece.parameters()
+                    first.mul_(8)
+                    last.div_(8)
+    assert_relative(d.loss(gradients, 0.2), before, PATHS)
+
+
+def test_residuals_are_never_below_what_the_decoder_cannot_reach() -> None:
+    """The error at k = 1 is at least that of the best reconstruction in the decoder's span, and the loss is ≥ 0."""
+    for name in PROBLEMS:
+        gradients, d = setup(name)
+        g = torch.cat([grad.flatten(1) for grad in gradients.materialize().values()], 1)
+        basis = torch.linalg.qr(materialised(d.decoder).mT).Q
+        best = (g - g @ basis @ basis.mT).square().sum() / g.square().sum()
+        assert d.loss(gradients, 1.0) >= best * (1 - 1e-9)
+
+
+# --- the choice of path -----------------------------------------------------------------------------------------
+
+REGIMES = {
+    "toy": (Sizes(32, 32, 1, 5, 2, 5, 1, 16), Path(False, False)),
+    "toy in warm start": (Sizes(32, 32, 1, 10, 5, 10, 1, 320), Path(False, False)),
+    "16 tokens, width 256, rank 25": (Sizes(16, 256, 16, 256, 256, 100, 25, 2560), Path(True, True)),
+    "the same in warm start": (Sizes(16, 256, 16, 256, 256, 100, 25, 25600), Path(True, False)),
+    "the same at rank 4": (Sizes(16, 256, 16, 256, 256, 100, 4, 2560), Path(False, False)),
+    "width 4096, rank 25": (Sizes(16, 256, 16, 4096, 4096, 100, 25, 2560), Path(False, True)),
+    "width 4096 in warm start": (Sizes(16, 256, 16, 4096, 4096, 100, 25, 25600), Path(False, False)),
+    "a convolution": (Sizes(16, 16, 1024, 144, 16, 100, 8, 160), Path(True, False)),
+    "width 64, rank 32": (Sizes(16, 256, 16, 64, 64, 100, 32, 2560), Path(True, False)),
+}
+
+
+@pytest.mark.parametrize("sizes, expected", REGIMES.values(), ids=REGIMES)
+def test_costs_choose_the_path_of_each_regime(sizes: Sizes, expected: Path) -> None:
+    """Large T or high rank at small width: materialise; few kept at high rank: sample; else the plain path."""
+    counted = costs.projection_costs(sizes)
+    assert set(counted) == set(itertools.starmap(Path, itertools.product((False, True), repeat=2)))
+    assert min(counted, key=counted.__getitem__) == expected
+
+
+def test_every_path_is_chosen_somewhere() -> None:
+    """No path is dead code: each is the cheapest in some regime."""
+    assert {expected for _, expected in REGIMES.values()} == set(
+        itertools.starmap(Path, itertools.product((False, True), repeat=2))
+    )
+
+
+@pytest.mark.parametrize("field", ["n_positions", "n_samples", "n_subnetworks", "n_inputs", "n_outputs"])
+def test_costs_grow_with_every_size(field: str) -> None:
+    """More of anything never makes a path cheaper."""
+    small = Sizes(4, 8, 3, 5, 7, 6, 2, 9)
+    large = Sizes(**{**vars(small), field: 3 * getattr(small, field)})
+    before, after = costs.projection_costs(small), costs.projection_costs(large)
+    assert all(after[path] >= before[path] for path in before)
+    assert any(after[path] > before[path] for path in before)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_paths_are_chosen_for_every_tensor_and_fit_it(name: str) -> None:
+    """Every tensor gets a path it can take; indices are never multiplied out."""
+    gradients, d = setup(name)
+    for n in (1, gradients.n_samples * d.n_subnetworks):
+        chosen = costs.choose_paths(gradients, d.encoder, n)
+        assert list(chosen) == d.parameter_names
+        for tensor, path in chosen.items():
+            assert path in path_choices(gradients, d.encoder)[tensor]
+            if any(isinstance(part, Rows) and not part.x.is_floating_point() for part in gradients.parts[tensor]):
+                assert not path.materialised
+
+
+def test_gram_is_taken_in_full_or_over_co_active_pairs() -> None:
+    """Few kept of many subnetworks: co-active pairs; all kept: the full matrix. The energy is the same."""
+    gradients, _ = setup("linear")
+    d = Decomposition(gradients.shapes, 200, 2).double()
+    sparse, full = (objective(gradients, d.encoder, d.decoder, k).kept for k in (0.005, 1.0))
+    for kept, expected in ((sparse, True), (full, False)):
+        pairs = int(kept.row_offsets.diff().square().sum())
+        assert costs.gram_is_cheaper_coactive(d.decoder, 8, kept.rows.numel(), pairs) == expected
+        assert_relative(energy(kept, d.decoder, True), energy(kept, d.decoder, False), PATHS)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0.0, -0.1, 1.5, float("nan")])
+def test_a_fraction_out_of_range_is_refused(k: float) -> None:
+    """`Decomposition.loss` names k and its range."""
+    gradients, d = setup("linear")
+    with pytest.raises(ValueError, match=r"k: expected a fraction in \(0, 1\], got"):
+        d.loss(gradients, k)
+
+
+def test_gradients_of_other_parameters_are_refused() -> None:
+    """Gradients of other tensors, or of other shapes, are named and refused."""
+    gradients, _ = setup("linear")
+    _, other = setup("convolution")
+    for call in (other.loss, other.encode):
+        with pytest.raises(ValueError, match=r"gradients: expected those of 0\.weight, .* got 0\.weight, 0\.bias"):
+            call(gradients)
+
+
+def test_a_broken_encoder_cannot_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in a direction makes the loss NaN at any k: it is never simply not kept."""
+    for k in (0.1, 1.0):
+        gradients, d = setup("linear")
+        with torch.no_grad():
+            d.encoder.pieces[0].left[0] = float("nan")
+        assert d.loss(gradients, k).isnan()

@@ -1,0 +1,53 @@
+"""Everything in README.md that can be run is run: its Python blocks, and its l3d commands with fewer steps."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from l3d.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    line
+    for language, text in BLOCKS
+    if language == "sh"
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.startswith("l3d ")
+]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_block_runs(code, tmp_path, monkeypatch):
+    """Each Python block runs as it stands, from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(README), "exec"), {})
+
+
+def test_readme_has_its_commands():
+    """The README shows the toy, the language model and the CNN, and the two commands that set everything up."""
+    assert [command.split()[1] for command in COMMANDS] == ["toy", "decompose", "decompose"]
+    shell = "".join(text for language, text in BLOCKS if language == "sh")
+    assert "make demo" in shell
+    assert "make test" in shell
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[1:4]))
+def test_command_runs(command, tmp_path, monkeypatch, data_dir):
+    """Each command runs to its end with ten steps and leaves a report and the figures that the README quotes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("L3D_DATA", str(data_dir))
+    arguments = shlex.split(os.path.expandvars(command))[1:]
+    assert main([*arguments, "--steps", "10", "--evaluate_rows", "64"]) == 0
+    run = tmp_path / arguments[arguments.index("--out") + 1]
+    metrics = json.loads((run / "metrics.json").read_text())
+    for figure in ("error", "kept_per_sample", "dead_fraction", "seconds", "steps_per_second", "peak_memory_bytes"):
+        assert metrics[figure] >= 0
+    assert metrics["error"] < 1.5
+    assert (run / "report.html").stat().st_size > 10_000
