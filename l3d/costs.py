@@ -18,7 +18,7 @@ GATHER = 35
 class Path(NamedTuple):
     """How one tensor's gradients meet the directions."""
 
-    materialised: bool  # multiply the gradient out once per batch, project that; else project the rows
+    materialised: bool  # multiply the gradient out, whole or in tiles, and project that; else project the rows
     sampled: bool  # after top-k, project the kept pairs only; else all pairs, and pick
 
 

@@ -103,6 +103,11 @@ class Gradients:
             self._matrices[name] = total
         return self._matrices[name]
 
+    def fits_whole(self, name: str) -> bool:
+        """Tell whether one parameter's gradients may be held multiplied out: no more than their factors, or small."""
+        held = sum(tensor.numel() for owner, tensor in self.tensors() if owner == name)
+        return self.n_samples * self.shapes[name].numel() <= max(held, reference.CHUNK)
+
     def materialize(self) -> dict[str, Tensor]:
         """Multiply everything out: {name: [S, *shape]}. For tests and small models; training never does."""
         return {name: self.matrix(name).reshape(-1, *shape) for name, shape in self.shapes.items()}

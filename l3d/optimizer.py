@@ -18,6 +18,8 @@ class RelativeAdam:
     Args:
         parameters: tensors to train; their root mean square entry becomes their scale.
         relative: False makes every scale one, and this plain Adam.
+        weight_decay: fraction of a tensor that a step of lr 1 takes off, apart from the gradients (AdamW, Loshchilov &
+            Hutter, 2019); 0 is Adam.
         betas, eps: as in Adam.
     """
 
@@ -25,11 +27,12 @@ class RelativeAdam:
         self,
         parameters: Iterable[nn.Parameter],
         relative: bool = True,
+        weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         self.parameters: list[Tensor] = list(parameters)
-        self.betas, self.eps = betas, eps
+        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         with torch.no_grad():
             self.scales = [p.square().mean().sqrt().item() if relative else 1.0 for p in self.parameters]
         self.first = [torch.zeros_like(p) for p in self.parameters]  # running mean of gradients
@@ -48,6 +51,8 @@ class RelativeAdam:
         correction = (1 - beta2**self.count) ** 0.5
         denominators = torch._foreach_sqrt(self.second)
         torch._foreach_add_(denominators, self.eps * correction)
+        if self.weight_decay:
+            torch._foreach_mul_(self.parameters, 1 - lr * self.weight_decay)
         sizes = [-lr * scale * correction / (1 - beta1**self.count) for scale in self.scales]
         torch._foreach_addcdiv_(self.parameters, self.first, denominators, sizes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Option(NamedTuple):
@@ -88,6 +88,13 @@ TRAINING = (
         "RATE",
         "Adam's step size at the start, relative to each factor's typical entry (published: absolute). null: "
         "0.05 (published: 0.01).",
+    ),
+    Option(
+        "weight_decay",
+        NonNegativeFloat,
+        0.0,
+        "RATE",
+        "Decay of all factors, apart from the gradients: above 0, Adam is AdamW.",
     ),
     Option(
         "warm_start",

@@ -38,12 +38,14 @@ def _contributions(
             yield gradients.matrix(name)[:, :, 0] @ piece.vector.mT
             continue
         left, right = piece.factors()
-        if paths[name].materialised:
+        if paths[name].materialised and gradients.fits_whole(name):
             yield lk.project_dense(gradients.matrix(name), left, right, backend=backend)
             continue
         for part in gradients.parts[name]:
             if isinstance(part, Dense):
                 yield lk.project_dense(part.grad.flatten(2), left, right, backend=backend)
+            elif paths[name].materialised:
+                yield lk.project_tiled(part.x, part.dy, *_oriented(part, left, right), backend=backend)
             else:
                 yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=backend)
 

@@ -29,6 +29,7 @@ class Settings:
     lr: float  # of Adam; relative to each factor's typical entry where `relative_lr`
     schedule: str  # "cosine", or "step": x .8 ten times over the run
     relative_lr: bool
+    weight_decay: float  # of AdamW; 0 is Adam
     warm_start: int  # steps before k reaches its value
     warm_shape: str  # "anneal": k falls from 1 geometrically; "hold": everything is kept, then k
     seed: int
@@ -81,6 +82,8 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     warm_start = steps // 10 if warm_start is None else warm_start
     if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
         raise ValueError(f"warm_start: expected a number of steps in [0, {steps}], got {warm_start!r}")
+    if not 0 <= chosen["weight_decay"] < 1:
+        raise ValueError(f"weight_decay: expected a number in [0, 1), got {chosen['weight_decay']!r}")
     lr = chosen.pop("lr")
     lr = (0.01 if published else 0.05) if lr is None else float(lr)
     if not lr > 0:

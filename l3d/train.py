@@ -51,6 +51,7 @@ def decompose(
     out: str | Path | None = None,
     checkpoint_every: int | None = None,
     *,
+    weight_decay: float = 0.0,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -81,6 +82,7 @@ def decompose(
         backend: "auto", "torch" or "triton".
         out: a run folder to write the result and checkpoints to; refused if not empty unless `overwrite`.
         checkpoint_every: steps between checkpoints, which `resume` continues from. Default: ten per run.
+        weight_decay: makes Adam AdamW.
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
@@ -109,6 +111,7 @@ def decompose(
         batch_size=batch_size,
         lr=lr,
         warm_start=warm_start,
+        weight_decay=weight_decay,
         seed=seed,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         backend=backend,
@@ -158,7 +161,7 @@ class Run:
             shapes, settings.n_subnetworks, settings.rank, {**settings.as_dict(), "seed": seed}, start
         )
         self.decomposition = decomposition.to(device, self._dtype())
-        self.optimizer = RelativeAdam(self.decomposition.parameters(), settings.relative_lr)
+        self.optimizer = RelativeAdam(self.decomposition.parameters(), settings.relative_lr, settings.weight_decay)
 
     def _dtype(self) -> torch.dtype:
         if self.settings.dtype is None:

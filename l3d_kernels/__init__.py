@@ -12,7 +12,7 @@ from l3d_kernels.energy import (
     squared_gradient_norm,
     squared_residual_norm,
 )
-from l3d_kernels.projection import project, project_at, project_dense
+from l3d_kernels.projection import project, project_at, project_dense, project_tiled
 from l3d_kernels.sparse import SparseCoefficients
 from l3d_kernels.topk import batch_topk
 
@@ -25,6 +25,7 @@ __all__ = [
     "project",
     "project_at",
     "project_dense",
+    "project_tiled",
     "reconstruct",
     "sparse_decode",
     "squared_gradient_norm",

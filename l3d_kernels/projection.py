@@ -35,6 +35,20 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *, backend: str 
     return implementation("project", backend, dy)(x, dy, left, right)
 
 
+def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *, backend: str = "auto") -> Tensor:
+    """Return what `project` returns, from the gradients multiplied out a few rows of O at a time: [S, K].
+
+    Arguments as in `project`, x floating. Cheaper than the factors where R·(I+O) is large beside I·O / T; in memory
+    neither [S, O, I] nor [K, O, I] ever exists. Differentiable in `left` and `right`.
+    """
+    check_rows(x, dy)
+    check_factors(left, right)
+    check_rows_fit(x, dy, left, right)
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}; use project for indices")
+    return implementation("project_tiled", backend, dy)(x, dy, left, right)
+
+
 def project_at(
     x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients, *, backend: str = "auto"
 ) -> Tensor:

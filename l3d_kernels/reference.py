@@ -101,6 +101,42 @@ def _dense_pieces(grad: Tensor, left: Tensor) -> list[slice]:
     return pieces(grad.shape[1], max(grad.shape[0], left.shape[0]) * grad.shape[2])
 
 
+def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Coefficients <V_k, G_s> from tiles of the gradients multiplied out: [S, K].
+
+    `project_dense(outer(x, dy), left, right)`, with both G and V formed for a few rows of O at a time, forward and
+    backward, so that neither [S, O, I] nor [K, O, I] ever exists. x must be floating; it and dy get no gradient.
+    """
+    return _ProjectTiled.apply(x, dy, left, right)
+
+
+class _ProjectTiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(x, dy, left, right)
+        out = dy.new_zeros(dy.shape[0], left.shape[0])
+        for piece in _tiles(dy, left, right):
+            grad = outer(x, dy[:, :, piece]).flatten(1)
+            out.addmm_(grad, directions(left[:, :, piece], right).flatten(1).mT)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        x, dy, left, right = ctx.saved_tensors
+        d_left, d_right = torch.empty_like(left), torch.zeros_like(right)
+        for piece in _tiles(dy, left, right):
+            grad = outer(x, dy[:, :, piece]).flatten(1)
+            d_v = (d_out.mT @ grad).view(left.shape[0], piece.stop - piece.start, right.shape[2])
+            d_left[:, :, piece] = right @ d_v.mT
+            d_right += left[:, :, piece] @ d_v
+        return None, None, d_left, d_right
+
+
+def _tiles(dy: Tensor, left: Tensor, right: Tensor) -> list[slice]:
+    return pieces(left.shape[2], max(dy.shape[0], left.shape[0]) * right.shape[2])
+
+
 def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:
     """Coefficients <V_k, G_s> at the kept pairs only: [N], in the order of `kept`, differentiable.
 
