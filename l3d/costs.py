@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients, Rows, matrix_shape
+from l3d_kernels import SparseCoefficients
 
 # Multiply-adds that one gathered element costs on a CPU. From the two measured points that design fixed it by: at
 # 10 % kept, the sampled path loses twofold at rank 4 and wins more than twofold at rank 25.
@@ -86,13 +87,18 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
     return min(totals, key=totals.__getitem__)
 
 
-def gram_is_cheaper_coactive(directions: Directions, n_samples: int, n_kept: int, co_active: int) -> bool:
-    """Tell whether ‖ĝ‖² is cheaper over co-active pairs (`co_active` = Σ_s n_s²) than from the full Gram matrix."""
-    full = co = 0.0
-    n_subnetworks = directions.n_subnetworks
+def coactive_is_cheaper(directions: Directions, kept: SparseCoefficients) -> bool:
+    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from the full Gram matrix."""
+    n_samples, n_subnetworks = kept.shape
+    n_kept = kept.rows.numel()
+    full = float(n_samples * n_subnetworks**2)
+    gathered = per_pair = 0.0
     for _, piece in directions.items():
         left, right = piece.factors()
         rank, widths, area = left.shape[1], left.shape[2] + right.shape[2], left.shape[2] * right.shape[2]
         full += min(n_subnetworks**2 * rank**2 * widths, n_subnetworks * (n_subnetworks + rank) * area)
-        co += co_active * rank**2 * widths + n_kept * GATHER * rank * widths
-    return co < full + n_samples * n_subnetworks**2
+        gathered += n_kept * GATHER * rank * widths
+        per_pair += rank**2 * widths
+    if gathered + n_kept**2 / n_samples * per_pair >= full:  # Σ n_s² is at least N²/S: no need to look
+        return False
+    return gathered + int(kept.row_offsets.diff().square().sum()) * per_pair < full

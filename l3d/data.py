@@ -41,7 +41,7 @@ class Batches:
     def _count_batches(self, n_rows: int) -> int:
         # a last batch of a single row has no other sample to refer to: it is left out
         whole, rest = divmod(n_rows, self.batch_size)
-        return max(1, whole + (rest > 1 or self.batch_size == 1))
+        return max(1, whole + (rest > 1))
 
     def __getitem__(self, step: int) -> Any:
         """Return the batch of a step; iterables must be asked for their steps in order."""

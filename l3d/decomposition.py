@@ -71,7 +71,7 @@ class Decomposition(nn.Module):
         """
         gradients = self._checked(gradients)
         everything = gradients.n_samples * self.n_subnetworks
-        return project(gradients, self.encoder, choose_paths(gradients, self.encoder, everything), self.shapes)
+        return project(gradients, (self.encoder,), choose_paths(gradients, self.encoder, everything), self.shapes)
 
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
         """Return the reconstruction error Σ‖g_s − ĝ_s‖² / Σ‖g_s‖² of a batch: a differentiable scalar.

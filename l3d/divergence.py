@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from l3d.samples import Samples
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -17,7 +19,7 @@ def mse(output: Tensor, reference: Tensor) -> Tensor:
     >>> mse(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([2.])
     """
-    return (output - reference).flatten(1).square().mean(1)
+    return (output - reference).reshape(output.shape[0], -1).square().mean(1)
 
 
 def mse_published(output: Tensor, reference: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def mse_published(output: Tensor, reference: Tensor) -> Tensor:
 
     Kept for comparison with published figures; never compare errors across the two.
     """
-    return (output * (output - reference.detach())).flatten(1).mean(1)
+    return (output * (output - reference.detach())).reshape(output.shape[0], -1).mean(1)
 
 
 def kl(output: Tensor, reference: Tensor) -> Tensor:
@@ -48,11 +50,7 @@ def _kl_gradient(output: Tensor, reference: Tensor) -> Tensor:
 
 BY_NAME: dict[str, Divergence] = {"mse": mse, "mse_published": mse_published, "kl": kl}
 # their gradients to the output, written out: autograd would cost a toy's step more than its forward pass
-GRADIENTS: dict[Divergence, Divergence] = {
-    mse: _mse_gradient,
-    mse_published: _mse_published_gradient,
-    kl: _kl_gradient,
-}
+GRADIENTS = ((mse, _mse_gradient), (mse_published, _mse_published_gradient), (kl, _kl_gradient))
 REFERENCES = ("sample", "mean", "uniform", "pair")
 
 
@@ -60,14 +58,14 @@ def resolve_divergence(divergence: str | Divergence) -> Divergence:
     """Look a divergence up by name, or take a callable as it is."""
     if callable(divergence):
         return divergence
-    if divergence not in BY_NAME:
+    if not isinstance(divergence, str) or divergence not in BY_NAME:
         raise ValueError(f"divergence: expected {', '.join(BY_NAME)} or a callable, got {divergence!r}")
     return BY_NAME[divergence]
 
 
 def check_reference(reference: str | Tensor) -> str | Tensor:
     """Refuse a reference that is neither a known name nor a tensor."""
-    if isinstance(reference, Tensor) or reference in REFERENCES:
+    if isinstance(reference, Tensor) or (isinstance(reference, str) and reference in REFERENCES):
         return reference
     raise ValueError(f"reference: expected {', '.join(REFERENCES)} or a tensor, got {reference!r}")
 
@@ -76,6 +74,7 @@ def reference_outputs(
     reference: str | Tensor,
     outputs: Tensor,
     contrast: Tensor | None,
+    samples: Samples,
     is_kl: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
@@ -83,21 +82,29 @@ def reference_outputs(
 
     Args:
         reference: "sample" (another sample's output, drawn at random), "mean" (kl: of the probabilities),
-            "uniform" (kl: equal logits; else zeros), "pair" (the contrast's outputs), or a tensor [S, ...].
+            "uniform" (kl: equal logits; else zeros), "pair" (the contrast's outputs), or a tensor [S, ...],
+            [B, samples per row, ...] or of the whole output's shape.
         outputs: [S, ...] the model's own outputs, detached.
         contrast: [S, ...] the contrasting inputs' outputs, for "pair".
+        samples: which entries of the model's output the samples are.
         is_kl: whether outputs are logits of a KL divergence.
         generator: draws for "sample".
     """
     n_samples = outputs.shape[0]
     if isinstance(reference, Tensor):
-        flat = reference.reshape(-1, *outputs.shape[1:]) if reference.numel() == outputs.numel() else reference
-        if flat.shape != outputs.shape:
+        by_row = (samples.n_rows, samples.per_row, *samples.width)
+        if reference.shape == outputs.shape:
+            found = reference
+        elif samples.positions is not None and reference.shape == by_row:
+            found = reference.flatten(0, 1)
+        elif samples.positions is not None and reference.shape == samples.shape:
+            found = samples.gather(reference)
+        else:
             raise ValueError(
                 f"reference: expected outputs of shape {list(outputs.shape)} (samples first), "
                 f"got {list(reference.shape)}"
             )
-        return flat.to(outputs)
+        return found.detach().to(outputs)
     if reference == "sample":
         if n_samples < 2:
             raise ValueError(
@@ -122,8 +129,11 @@ def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor)
 
     Raises ValueError where the divergence does not return one scalar per sample, or is not finite.
     """
-    if divergence in GRADIENTS:
-        return GRADIENTS[divergence](outputs, references)
+    if not torch.isfinite(references).all():
+        raise ValueError("reference: holds NaN or infinity")
+    for known, known_gradient in GRADIENTS:
+        if divergence is known:
+            return known_gradient(outputs, references)
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad():
         values = divergence(leaf, references)
@@ -133,4 +143,6 @@ def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor)
         if not values.requires_grad:
             return torch.zeros_like(outputs)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    if not torch.isfinite(gradient).all():
+        raise ValueError("divergence: its gradient holds NaN or infinity")
     return gradient

@@ -73,8 +73,9 @@ def evaluate(
             _gradients(decomposition, model, data, divergence, reference, batch_size, draw) for draw in seeds
         ):
             result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=backend)
-            residual += float(result.squared_residual.sum())
-            norm += float(result.squared_norm.sum())
+            if result.squared_norm > 0:  # else nothing to reconstruct in this batch
+                residual += float(result.loss * result.squared_norm)
+                norm += float(result.squared_norm)
             counts += result.kept.column_offsets.diff().cpu()
             n_samples += gradients.n_samples
             n_kept += result.kept.rows.numel()
@@ -101,7 +102,7 @@ def impact(decomposition: Decomposition, model: nn.Module, data: Any, n_referenc
         rows = []
         for gradients in _gradients(decomposition, model, data, None, None, None, seed):
             paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
-            rows.append(project(gradients, decomposition.encoder, paths, decomposition.shapes).abs())
+            rows.append(project(gradients, (decomposition.encoder,), paths, decomposition.shapes).abs())
         batch = torch.cat(rows)
         total = batch if total is None else total + batch
     assert total is not None

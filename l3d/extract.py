@@ -10,6 +10,7 @@ be told apart there, else from the output.
 """
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
-from l3d.graph import Use, find_uses, n_outputs, output_shape, positionwise_head
+from l3d.graph import Use, n_outputs, output_shape, positionwise_head, read_graph
 from l3d.layout import Layout, LayoutProver
-from l3d.model import Params, check_evaluation_mode, model_output, only_trainable, select_parameters
+from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.rules import has_rule, part_of
 from l3d.samples import Samples
 
@@ -70,23 +71,23 @@ class Extractor:
         params: Params = None,
         positions: str | int = "all",
     ) -> None:
-        check_evaluation_mode(model)
+        check_fixed(model)
         self.model = model
         self.divergence = div.resolve_divergence(divergence)
-        self.is_kl = divergence == "kl"
-        self.by_row = divergence in ("mse", "mse_published")
+        self.is_kl = self.divergence is div.kl
+        self.by_row = self.divergence in (div.mse, div.mse_published)
         self.reference = div.check_reference(reference)
         if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
         self.positions = None if self.by_row else positions
         self.parameters = select_parameters(model, params)
+        self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
         self._prove_layouts = LayoutProver()
         self._output_width: tuple[int, ...] | None = None
 
     def __call__(self, inputs: Any, generator: torch.Generator | None = None) -> Gradients:
         """Return the gradients of one batch."""
-        if self.model.training:
-            check_evaluation_mode(self.model)
+        check_fixed(self.model)
         contrast_inputs = None
         if isinstance(self.reference, str) and self.reference == "pair":
             if not (isinstance(inputs, (tuple, list)) and len(inputs) == 2):
@@ -102,33 +103,25 @@ class Extractor:
             contrast = None
             if contrast_inputs is not None:
                 with torch.no_grad():
-                    contrast = samples.gather(model_output(self.model, contrast_inputs))
-            references = div.reference_outputs(self.reference, outputs, contrast, self.is_kl, generator)
+                    contrast = samples.gather(run_fixed(self.model, contrast_inputs))
+            references = div.reference_outputs(self.reference, outputs, contrast, samples, self.is_kl, generator)
             d_out = div.output_gradient(self.divergence, outputs, references)
             with torch.no_grad():
                 parts = self._backward(output, samples, d_out)
         shapes = {name: p.shape for name, p in self.parameters.items()}
-        parts = {name: [compact(part, shapes[name]) for part in combine(parts[name])] for name in shapes}
-        return Gradients(parts, shapes, samples.count, output.dtype, output.device)
+        like = torch.empty(0, dtype=self.dtype, device=output.device)
+        compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
+        return Gradients(compacted, shapes, samples.count, self.dtype, output.device)
 
     def _forward(self, inputs: Any) -> Tensor:
         """Run the model once, with autograd recording the uses of the chosen parameters."""
-        versions = {name: p._version for name, p in self.parameters.items()}
-        state = torch.get_rng_state()
-        output = model_output(self.model, inputs)
-        if not torch.equal(state, torch.get_rng_state()):
-            torch.set_rng_state(state)
-            raise ValueError(
-                "model: its forward pass drew random numbers (dropout in training mode?), so it is not a fixed "
-                "function; switch the randomness off, usually by model.eval()"
-            )
-        for name, p in self.parameters.items():
-            if p._version != versions[name]:
-                raise ValueError(f"model: its forward pass changed parameter {name!r} in place (max_norm?)")
+        output = run_fixed(self.model, inputs)
         if output.ndim == 0 or output.shape[0] == 0:
             raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
-        if not torch.isfinite(output).all():
-            raise ValueError("model: its output holds NaN or infinity; check the inputs and the weights")
+        if self.is_kl and output.ndim < 2:
+            raise ValueError(
+                f"divergence: 'kl' needs logits along a last dimension, got outputs of {list(output.shape)}"
+            )
         if output.grad_fn is None:
             raise ValueError(f"params: the model's output depends on none of {', '.join(self.parameters)}")
         return output
@@ -144,29 +137,28 @@ class Extractor:
     def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
         """Turn the gradient at the samples' outputs [S, ...] into the parts of every parameter's gradient."""
         assert output.grad_fn is not None
-        uses, opaque = find_uses(output.grad_fn, self.parameters)
-        layouts = self._prove_layouts(output, uses)
+        graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
+        uses, layouts = graph.uses, self._prove_layouts(output, graph)
         late = {use.name for use in uses if layouts[use.node] is None}
         late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
-        if opaque:  # what looks unused may be used where the graph does not tell
+        if graph.opaque:  # what looks unused may be used where the graph does not tell
             late |= set(self.parameters)
         uses = [use for use in uses if use.name not in late]
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
 
         starts: list[Any] = [output]
         grad_outputs = samples.one_by_one(samples.scatter(d_out))
-        head = positionwise_head(output) if samples.per_row > 1 else None
-        if head is not None:
+        head = positionwise_head(output, self.parameters) if samples.per_row > 1 else None
+        if head is not None and output_shape(head[0])[0] == samples.n_rows * samples.n_positions:
             node, edge = head
             at_head = [use for use in uses if use.node is node]
             if all(has_rule(use) and use.transposed is not None for use in at_head):
                 uses = [use for use in uses if use.node is not node]
-                returned = torch.autograd.grad(
-                    [output], [edge, GradientEdge(node, 0)], [samples.scatter(d_out)], retain_graph=True
-                )
-                starts, grad_outputs = [edge], samples.one_by_one(returned[0])
+                edges = [GradientEdge(node, 0)] + ([] if edge is None else [edge])
+                returned = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
+                starts, grad_outputs = [edge], samples.one_by_one(returned[-1])
                 for use in at_head:  # one row per sample: its own position's
-                    dy = samples.own_rows(returned[1])
+                    dy = samples.own_rows(returned[0])
                     part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
                     parts[use.name].append(part)
         dys = self._returned(starts, grad_outputs, uses, layouts)

@@ -61,7 +61,7 @@ class Dense:
 
     def squared_norm(self) -> Tensor:
         """Return ‖G_s‖²: [S]."""
-        return self.grad.flatten(1).square().sum(1)
+        return self.grad.reshape(self.grad.shape[0], -1).square().sum(1)
 
     def to(self, like: Tensor) -> "Dense":
         """Move to another tensor's device and dtype."""

@@ -8,7 +8,7 @@ hand out a saved tensor that was changed after it was saved.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,59 @@ REARRANGE = {
 }
 
 
+# Operations that leave every row of the batch where it is, or move rows in a way that their shapes tell.
+STEADY = {
+    "Abs",
+    "Add",
+    "Addmm",
+    "AvgPool1D",
+    "AvgPool2D",
+    "AdaptiveAvgPool2D",
+    "Baddbmm",
+    "Bmm",
+    "Cat",
+    "ConstantPadNd",
+    "Convolution",
+    "Cos",
+    "Cumsum",
+    "CudnnBatchNorm",
+    "Div",
+    "Elu",
+    "Embedding",
+    "Exp",
+    "Gelu",
+    "Hardswish",
+    "Hardtanh",
+    "LeakyRelu",
+    "LogSoftmax",
+    "MaskedFill",
+    "MaxPool2DWithIndices",
+    "Mean",
+    "Mm",
+    "Mul",
+    "NativeBatchNorm",
+    "NativeGroupNorm",
+    "NativeLayerNorm",
+    "Neg",
+    "Pow",
+    "Relu",
+    "Rsqrt",
+    "ScaledDotProductEfficientAttention",
+    "ScaledDotProductFlashAttention",
+    "ScaledDotProductFlashAttentionForCpu",
+    "Sigmoid",
+    "Silu",
+    "Sin",
+    "Softmax",
+    "Softplus",
+    "Sqrt",
+    "Stack",
+    "Sub",
+    "Sum",
+    "Tanh",
+}
+
+
 @dataclass(frozen=True)
 class Use:
     """One use of a parameter: input `slot` of `node` is the parameter, seen through the rearranging `chain`."""
@@ -60,34 +113,54 @@ def operation(node: Node) -> str:
     return node.name().split("::")[-1].split("Backward")[0]
 
 
-def find_uses(root: Node, parameters: Mapping[str, Tensor]) -> tuple[list[Use], bool]:
-    """Walk the graph below `root` and return every use of the parameters, in a fixed order.
+class Graph(NamedTuple):
+    """What one forward pass did with the chosen parameters."""
 
-    Also returns whether the graph is opaque somewhere, so that the list may be incomplete: a custom
-    autograd.Function may use parameters without an edge to them.
+    uses: list[Use]  # every use, in a fixed order
+    opaque: bool  # a custom autograd.Function may use parameters without an edge to them: `uses` may lack some
+    signature: int | None  # the same for passes of the same operations and shapes; None where rows may move at will
+
+
+def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Graph:
+    """Walk the autograd graph below the output's node `root`; the batch has `n_rows` rows.
+
+    Raises ValueError for reentrant checkpointing, which hides what it holds.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     uses: list[Use] = []
-    opaque = _source(root, names) is not None  # the output is a parameter, rearranged: a use without a node
+    opaque = _source(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
+    steady = True
+    operations: list[tuple[str, torch.Size]] = []
     seen = {root}
     stack = [root]
     while stack:
         node = stack.pop()
+        kind = operation(node)
+        if kind == "AccumulateGrad":
+            continue
+        if kind == "CheckpointFunction":
+            raise ValueError(
+                "model: reentrant checkpointing hides parameters; use checkpoint(..., use_reentrant=False)"
+            )
+        if kind == "Embedding" and node._saved_scale_grad_by_freq:  # type: ignore[attr-defined]
+            raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
+        operations.append((kind, output_shape(node)))
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
-        rearranges = _source(node, names) is not None
+        steady = steady and (kind in REARRANGE or kind in STEADY)
+        rearranges = _source(node, names, n_rows) is not None
         for slot, (below, _) in enumerate(node.next_functions):
             if below is None:
                 continue
-            origin = None if rearranges else _source(below, names)
+            origin = None if rearranges else _source(below, names, n_rows)
             if origin is not None:
                 uses.append(Use(origin[0], node, slot, origin[1]))
             if below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return uses, opaque
+    return Graph(uses, opaque, hash(tuple(operations)) if steady and not opaque else None)
 
 
-def _source(node: Any, names: Mapping[int, str]) -> tuple[str, tuple[str, ...]] | None:
+def _source(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:
     """Trace a node back to the parameter that it rearranges, if that is all it does: (name, operations)."""
     chain: list[str] = []
     while True:
@@ -95,27 +168,34 @@ def _source(node: Any, names: Mapping[int, str]) -> tuple[str, tuple[str, ...]] 
         if kind == "AccumulateGrad":
             name = names.get(id(node.variable))
             return None if name is None else (name, tuple(chain))
-        if kind not in REARRANGE or len(node.next_functions) != 1 or node.next_functions[0][0] is None:
+        # a table looked up once for all rows (learned positions) is a rearrangement too
+        shared = kind == "Embedding" and n_rows > 1 and output_shape(node)[0] == 1
+        if not (shared or kind in REARRANGE) or len(node.next_functions) != 1 or node.next_functions[0][0] is None:
             return None
         chain.append(kind)
         node = node.next_functions[0][0]
 
 
-def positionwise_head(output: Tensor) -> tuple[Node, GradientEdge] | None:
+def positionwise_head(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Node, GradientEdge | None] | None:
     """Find the head Linear of a language model and the edge of its input, where the vocabulary can be left behind.
 
     Follows the output down through operations that treat every position by itself (scalar scale, cast, view that
     keeps the last dimension, slice of the vocabulary, soft-capping's tanh) to a matrix product whose weight
-    is a parameter. Returns (the product's node, the edge of its first input), or None where anything else is met.
+    is a parameter. Returns (the product's node, the edge of its first input, if anything is decomposed below), or None
+    where anything else is met.
     """
+    names = {id(parameter): name for name, parameter in parameters.items()}
     node = output.grad_fn
     while node is not None:
         kind = operation(node)
         inputs = [below for below, _ in node.next_functions]
         if kind in ("Mm", "Addmm"):
             slot = 0 if kind == "Mm" else 1
-            below = inputs[slot]
-            return None if below is None else (node, GradientEdge(below, node.next_functions[slot][1]))
+            below = inputs.pop(slot)
+            # weight and bias must be parameters as they are: what they are computed from would be left behind
+            if any(other is not None and _source(other, names, 1) is None for other in inputs):
+                return None
+            return node, None if below is None else GradientEdge(below, node.next_functions[slot][1])
         if not inputs or inputs[0] is None or any(below is not None for below in inputs[1:]):
             return None
         if not _keeps_positions(kind, node):

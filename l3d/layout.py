@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from l3d.graph import Use, operation, output_shape
+from l3d.graph import Graph, output_shape
 
 LAYOUTS = ("major", "minor", "dim1")
 
@@ -26,7 +26,8 @@ class Layout:
         """Tell whether a tensor of this shape can have the layout at all."""
         if self.kind == "dim1":
             return len(shape) >= 2 and shape[1] == self.n_rows
-        return len(shape) >= 1 and shape[0] % self.n_rows == 0
+        blocks, rest = divmod(shape[0] if shape else 0, self.n_rows)
+        return rest == 0 and blocks > (self.kind == "minor")  # one block is "major" just as well
 
     def split(self, tensor: Tensor) -> Tensor:
         """Bring the batch to the front: [B, m, *rest]."""
@@ -45,51 +46,72 @@ class Layout:
         return tensor.transpose(0, 1)
 
 
+DIGITS = 25  # powers of two that a row's number is written in: 2^-12 .. 2^12 are exact even in float16
+
+
 class LayoutProver:
-    """Find each node's layout, once for every shape of batch."""
+    """Prove the layouts of each batch's nodes; where rows cannot move unseen, one proof per kind of batch will do."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, Layout | None] = {}
+        self._proved: dict[tuple[int, torch.Size], list[Layout | None]] = {}
 
-    def __call__(self, output: Tensor, uses: list[Use]) -> dict[Node, Layout | None]:
-        """Return the layout at every node of the uses, or None where the batch lies in no known way.
-
-        Scaling row b of the gradient at the output by w_b must scale what comes back in exactly b's rows. That is
-        checked with two backward passes for the first batch of each shape, and remembered.
-        """
-        n_rows = output.shape[0]
-        nodes = list(dict.fromkeys(use.node for use in uses))
-        keys = [(i, operation(node), output_shape(node), n_rows) for i, node in enumerate(nodes)]
-        found = {key: self._known[key] for key in keys if key in self._known}
-        missing = [i for i, key in enumerate(keys) if key not in found]
-        if missing:
-            generator = torch.Generator().manual_seed(0)
-            base = torch.randn(output.shape, generator=generator).to(output)
-            # powers of two scale floating-point numbers exactly, so only rounding of sums can differ
-            weights = (2.0 ** (torch.arange(n_rows) * 7 % 13 - 6)).to(output)
-            edges = [GradientEdge(nodes[i], 0) for i in missing]
-            columns = (-1, *[1] * (output.ndim - 1))
-            plain, scaled = (
-                torch.autograd.grad([output], edges, [grad], retain_graph=True, allow_unused=True)
-                for grad in (base, base * weights.view(columns))
-            )
-            for i, before, after in zip(missing, plain, scaled, strict=True):
-                layout = _layout_of(keys[i][2], before, after, weights)
-                found[keys[i]] = layout
-                if before is not None and before.any():
-                    self._known[keys[i]] = layout
-        return {node: found[key] for node, key in zip(nodes, keys, strict=True)}
+    def __call__(self, output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
+        """Return the layout of each parameter-using node's output; None where the batch lies in no known way."""
+        nodes = list(dict.fromkeys(use.node for use in graph.uses))
+        key = None if graph.signature is None else (graph.signature, output.shape)
+        if key in self._proved:
+            return dict(zip(nodes, self._proved[key], strict=True))
+        layouts, settled = prove_layouts(output, nodes)
+        if key is not None and settled:
+            self._proved[key] = list(layouts.values())
+        return layouts
 
 
-def _layout_of(shape: torch.Size, before: Tensor | None, after: Tensor | None, weights: Tensor) -> Layout | None:
-    for kind in LAYOUTS:
-        layout = Layout(kind, weights.shape[0])
-        if not layout.fits(shape):
-            continue
-        if before is None or after is None:
-            return layout
-        plain, scaled = layout.split(before).flatten(1), layout.split(after).flatten(1)
-        difference = (scaled / weights.to(scaled)[:, None] - plain).abs().max()
-        if difference <= 1e-3 * plain.abs().max():
-            return layout
-    return None
+def prove_layouts(output: Tensor, nodes: list[Node]) -> tuple[dict[Node, Layout | None], bool]:
+    """Return the layout of each node's output (None: no known one), and whether no other batch could show another.
+
+    Scaling row b of the gradient at the output by w_b must scale what comes back in exactly b's rows. The w_b are
+    powers of two, by which floating-point numbers scale exactly, and write b's number in base `DIGITS`, a digit per
+    backward pass: rows that mix or change places show.
+    """
+    n_rows = output.shape[0]
+    candidates = {
+        node: [layout for kind in LAYOUTS if (layout := Layout(kind, n_rows)).fits(output_shape(node))]
+        for node in nodes
+    }
+    if n_rows == 1 or not nodes:
+        return {node: found[0] if found else None for node, found in candidates.items()}, True
+    edges = [GradientEdge(node, 0) for node in nodes]
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(output.shape, generator=generator).to(output)
+
+    def returned(grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad([output], edges, [grad], retain_graph=True, allow_unused=True)
+
+    plain = returned(base)
+    rows, place = torch.arange(n_rows), 1
+    while place < n_rows:
+        weights = (2.0 ** (rows // place % DIGITS - DIGITS // 2)).to(output)
+        scaled = returned(base * weights.view(-1, *[1] * (output.ndim - 1)))
+        for node, before, after in zip(nodes, plain, scaled, strict=True):
+            candidates[node] = [each for each in candidates[node] if _scales(each, before, after, weights)]
+        place *= DIGITS
+    layouts = {node: found[0] if found else None for node, found in candidates.items()}
+    # settled where every row had a gradient to tell it by, and only one layout agreed with them all
+    settled = all(
+        before is not None and len(found) == 1 and bool(found[0].split(before).flatten(1).any(1).all())
+        for before, found in zip(plain, candidates.values(), strict=True)
+    )
+    return layouts, settled
+
+
+def _scales(layout: Layout, before: Tensor | None, after: Tensor | None, weights: Tensor) -> bool:
+    """Tell whether every row's gradient was scaled by its own weight, to rounding."""
+    if before is None or after is None:
+        return True
+    plain, scaled = layout.split(before).flatten(1), layout.split(after).flatten(1)
+    if plain.numel() == 0:
+        return False
+    tolerance = 8 * torch.finfo(weights.dtype).eps
+    difference = (scaled / weights[:, None].to(scaled) - plain).abs().amax(1)
+    return bool((difference <= tolerance * plain.abs().amax(1)).all())

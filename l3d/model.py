@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import fnmatch
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,15 +49,60 @@ def model_output(model: nn.Module, inputs: Any) -> Tensor:
     return output
 
 
-def check_evaluation_mode(model: nn.Module) -> None:
-    """Refuse a model in training mode whose dropout or batch norm would act."""
+def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model as a fixed function: a forward pass that draws no random number and changes no tensor of its.
+
+    Random state is put back in any case. Raises ValueError otherwise, and where the output is not finite.
+    """
+    inputs = _outside_inference_mode(inputs)
+    state = torch.get_rng_state()
+    tensors = [(name, t, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    try:
+        with warnings.catch_warnings():
+            # reentrant checkpointing without a differentiable input drops the gradients of all it holds
+            warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+            output = model_output(model, inputs)
+        drawn = not torch.equal(state, torch.get_rng_state())
+    except UserWarning as warning:
+        raise ValueError(f"model: {warning} Use checkpointing with use_reentrant=False, or none") from warning
+    finally:
+        torch.set_rng_state(state)
+    if drawn:
+        raise ValueError(
+            "model: its forward pass drew random numbers (dropout in training mode?), so it is not a fixed function; "
+            "switch the randomness off, usually by model.eval()"
+        )
+    for name, tensor, version in tensors:
+        if tensor._version != version:
+            raise ValueError(f"model: its forward pass changed {name!r} in place, so it is not a fixed function")
+    if not torch.isfinite(output).all():
+        raise ValueError("model: its output holds NaN or infinity; check the inputs and the weights")
+    return output
+
+
+def _outside_inference_mode(inputs: Any) -> Any:
+    """Copy tensors made in inference mode, which autograd refuses."""
+    if isinstance(inputs, Tensor):
+        return inputs.clone() if inputs.is_inference() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _outside_inference_mode(value) for key, value in inputs.items()}
+    return inputs
+
+
+def check_fixed(model: nn.Module) -> None:
+    """Refuse a model that is not a fixed function: dropout or batch norm in training mode, embeddings with max_norm."""
     for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"model: {name or 'the model'!r} has max_norm, which changes its weights as it runs")
         if not module.training:
             continue
         dropout = getattr(module, "dropout", None) if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) else None
         if isinstance(module, nn.modules.dropout._DropoutNd):
             dropout = module.p
-        if dropout or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+        )
+        if dropout or norm:
             kind = type(module).__name__
             raise ValueError(f"model: {name or 'the model'!r} ({kind}) is in training mode; call model.eval() first")
 

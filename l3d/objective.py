@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d.costs import Path, choose_paths, gram_is_cheaper_coactive
+from l3d.costs import Path, choose_paths, coactive_is_cheaper
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients
 from l3d.project import project, project_at
@@ -23,10 +23,9 @@ from l3d_kernels.reference import energy_from_gram
 class Objective(NamedTuple):
     """The loss of one batch and what was kept."""
 
-    loss: Tensor  # [] differentiable squared ratio
+    loss: Tensor  # [] differentiable: the squared ratio
     kept: lk.SparseCoefficients
-    squared_residual: Tensor  # [S] ‖g_s − ĝ_s‖², differentiable
-    squared_norm: Tensor  # [S] ‖g_s‖²
+    squared_norm: Tensor  # [] Σ_s ‖g_s‖², which the loss is relative to
 
 
 def n_kept(k: float, n_samples: int, n_subnetworks: int) -> int:
@@ -57,23 +56,23 @@ def objective(
     sampled = [name for name, path in paths.items() if path.sampled]
     direct = [name for name, path in paths.items() if not path.sampled]
 
-    coefficients = project(gradients, encoder, paths, direct, backend)
+    # encoder and decoder at once: a gradient that is multiplied out on the fly is so only once
+    both = project(gradients, (encoder, decoder), paths, direct, backend)
+    coefficients, overlaps = both.split(encoder.n_subnetworks, dim=1)
     if sampled:
         with torch.no_grad():
-            rest = project(gradients, encoder, paths, sampled, backend)
+            rest = project(gradients, (encoder,), paths, sampled, backend)
         kept = lk.batch_topk(coefficients.detach() + rest, n, backend=backend)
         values = coefficients[kept.rows, kept.columns] + project_at(gradients, encoder, kept, sampled, backend)
         kept = kept._replace(values=values)
+        overlap = overlaps[kept.rows, kept.columns] + project_at(gradients, decoder, kept, sampled, backend)
     else:
         kept = lk.batch_topk(coefficients, n, backend=backend)
+        overlap = overlaps[kept.rows, kept.columns]
 
-    overlap = project(gradients, decoder, paths, direct, backend)[kept.rows, kept.columns]
-    if sampled:
-        overlap = overlap + project_at(gradients, decoder, kept, sampled, backend)
-    squared_norm = gradients.squared_norm()
-    cross = torch.zeros_like(squared_norm).index_add(0, kept.rows, kept.values * overlap)
-    residual = squared_norm - 2 * cross + energy(kept, decoder, coactive, backend)
-    return Objective(residual.sum() / squared_norm.sum(), kept, residual, squared_norm)
+    squared_norm = gradients.squared_norm().sum()
+    residual = squared_norm - 2 * kept.values.dot(overlap) + energy(kept, decoder, coactive, backend).sum()
+    return Objective(residual / squared_norm, kept, squared_norm)
 
 
 def energy(
@@ -81,8 +80,7 @@ def energy(
 ) -> Tensor:
     """Return ‖ĝ_s‖² over all tensors together: [S]."""
     if coactive is None:
-        pairs = int(kept.row_offsets.diff().square().sum())
-        coactive = gram_is_cheaper_coactive(decoder, kept.shape[0], kept.rows.numel(), pairs)
+        coactive = coactive_is_cheaper(decoder, kept)
     if not coactive:
         return energy_from_gram(kept, decoder.gram())
     total = kept.values.new_zeros(kept.shape[0])

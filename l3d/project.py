@@ -1,6 +1,6 @@
 """Coefficients of per-sample gradients along a set of directions, summed over tensors, each by its own path."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,31 +13,37 @@ from l3d.factors import Dense, Gradients, Rows
 
 def project(
     gradients: Gradients,
-    directions: Directions,
+    directions: Sequence[Directions],
     paths: dict[str, Path],
     names: Collection[str],
     backend: str = "auto",
 ) -> Tensor:
-    """Return the share of <V_k, g_s> that the tensors `names` contribute: [S, K]."""
+    """Return the share of <V_k, g_s> that the tensors `names` contribute, for all directions of all sets: [S, Σ K]."""
     total: Tensor | None = None
     for contribution in _contributions(gradients, directions, paths, names, backend):
         total = contribution if total is None else total + contribution
     if total is None:
-        shape = (gradients.n_samples, directions.n_subnetworks)
+        shape = (gradients.n_samples, sum(each.n_subnetworks for each in directions))
         return torch.zeros(shape, dtype=gradients.dtype, device=gradients.device)
     return total
 
 
 def _contributions(
-    gradients: Gradients, directions: Directions, paths: dict[str, Path], names: Collection[str], backend: str
+    gradients: Gradients,
+    directions: Sequence[Directions],
+    paths: dict[str, Path],
+    names: Collection[str],
+    backend: str,
 ) -> Iterator[Tensor]:
-    for name, piece in directions.items():
+    for (name, first), *others in zip(*(each.items() for each in directions), strict=True):
         if name not in names or not gradients.parts[name]:
             continue
-        if isinstance(piece, Whole):
-            yield gradients.matrix(name)[:, :, 0] @ piece.vector.mT
+        pieces = [first, *(piece for _, piece in others)]
+        if isinstance(first, Whole):
+            yield gradients.matrix(name)[:, :, 0] @ _stacked([piece.vector for piece in pieces]).mT
             continue
-        left, right = piece.factors()
+        factors = [piece.factors() for piece in pieces]
+        left, right = _stacked([left for left, _ in factors]), _stacked([right for _, right in factors])
         if paths[name].materialised and gradients.fits_whole(name):
             yield lk.project_dense(gradients.matrix(name), left, right, backend=backend)
             continue
@@ -70,6 +76,10 @@ def project_at(
             assert isinstance(part, Rows)
             total = total + lk.project_at(part.x, part.dy, *_oriented(part, left, right), kept, backend=backend)
     return total
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _oriented(part: Rows, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

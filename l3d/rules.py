@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from l3d.factors import Dense, Part, Rows
-from l3d.graph import Use, operation
+from l3d.graph import Use, n_outputs, operation
 from l3d.layout import Layout
 
 Rule = Callable[[Use, Layout, Tensor, torch.Size], Part | None]
@@ -48,15 +48,17 @@ def matrix(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | No
     if use.transposed is None:
         return None
     node: Any = use.node
+    if layout.kind == "dim1":  # the batch runs along the product's columns
+        return None
     x = layout.split(node._saved_self if operation(node) == "Mm" else node._saved_mat1)
     alpha = getattr(node, "_saved_alpha", 1)
-    return Rows(x.detach(), dy if alpha == 1 else dy * alpha, x_axis=1 if use.transposed else 0)
+    return Rows(x.detach().clone(), dy if alpha == 1 else dy * alpha, x_axis=1 if use.transposed else 0)
 
 
 @rule(("Addmm", 0))
 def matrix_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """The vector added to a matrix product."""
-    if use.transposed is not False or len(shape) != 1 or shape[0] != dy.shape[-1]:
+    if use.transposed is not False or layout.kind == "dim1" or len(shape) != 1 or shape[0] != dy.shape[-1]:
         return None
     node: Any = use.node
     return Dense(dy.sum(1) * node._saved_beta)
@@ -66,11 +68,9 @@ def matrix_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
 def embedding(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """A table of rows looked up by index; the padding row gets nothing."""
     node: Any = use.node
-    if use.transposed is not False:
+    if use.transposed is not False or not layout.fits(node._saved_indices.shape):
         return None
-    if node._saved_scale_grad_by_freq:
-        raise ValueError(f"params: embedding {use.name!r} scales gradients by frequency, which has no per-sample form")
-    index = layout.split(node._saved_indices).flatten(1)
+    index = layout.split(node._saved_indices).flatten(1).clone()
     dy = dy.reshape(dy.shape[0], -1, dy.shape[-1])
     padding = node._saved_padding_idx
     if 0 <= padding < shape[0]:  # autograd stores "none" as a huge or negative number
@@ -137,6 +137,8 @@ def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
         return None
     node: Any = use.node
     dims = len(node._saved_normalized_shape)
+    if dy.ndim < dims + 2:  # the norm ran along the batch
+        return None
     if use.slot == 1:
         normal = (node._saved_input - node._saved_result1) * node._saved_result2
         dy = dy * per_sample(layout.split(normal.detach().to(dy.dtype)), dy)
@@ -146,7 +148,7 @@ def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
 @rule(("NativeGroupNorm", 1), ("NativeGroupNorm", 2))
 def group_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Scale and shift of GroupNorm, one per channel."""
-    if use.transposed is not False or layout.kind == "dim1":
+    if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3:
         return None
     node: Any = use.node
     if use.slot == 1:
@@ -161,7 +163,7 @@ def group_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
 def batch_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Scale and shift of BatchNorm in evaluation mode, where it treats every sample by itself."""
     node: Any = use.node
-    if use.transposed is not False or layout.kind == "dim1" or getattr(node, "_saved_training", True):
+    if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3 or getattr(node, "_saved_training", True):
         return None
     if use.slot == 1:
         x = node._saved_input.detach()
@@ -180,7 +182,7 @@ def scale(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | Non
     """A parameter that multiplies, broadcast over the batch: the weight of a hand-written RMSNorm."""
     node: Any = use.node
     other = node._saved_other if use.slot == 0 else node._saved_self
-    if use.transposed is not False or other is None:
+    if use.transposed is not False or not isinstance(other, Tensor):  # None, or a number
         return None
     out_shape = node._input_metadata[0].shape
     values = layout.split(other.detach().expand(out_shape))
@@ -228,8 +230,10 @@ def pulled_back(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part
     for sample, row in enumerate(dy):
         alone = torch.zeros(layout.n_rows, *row.shape, dtype=row.dtype, device=row.device)
         alone[sample // share] = row
-        result = node(layout.join(alone))
+        result = node(layout.join(alone), *[None] * (n_outputs(node) - 1))
         grad = result[use.slot] if isinstance(result, tuple) else result
+        if grad.is_complex() and not use.chain and not parameter.is_complex():
+            grad = grad.real
         grad = grad.sum_to_size(shape)  # autograd's engine undoes broadcasting, a node by itself does not
         if use.chain:
             (grad,) = torch.autograd.grad([edge], [parameter], [grad], retain_graph=True)
@@ -245,5 +249,5 @@ def has_rule(use: Use) -> bool:
 def part_of(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
     """Return the part of the parameter's gradient that comes from one use; dy [S, m, *rest]."""
     apply = RULES.get((operation(use.node), use.slot))
-    part = apply(use, layout, dy, parameter.shape) if apply else None
+    part = apply(use, layout, dy, parameter.shape) if apply and not dy.is_complex() else None
     return part if part is not None else pulled_back(use, layout, dy, parameter)

@@ -1,7 +1,7 @@
 """Every operation in plain torch against a float64 truth that materialises V and G and shares no code with it."""
 
-from collections.abc import Callable
-from itertools import pairwise
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -154,6 +154,11 @@ OPS = {
         true_projection,
         ("x", "dy", "left", "right"),
     ),
+    "project_tiled": Op(
+        lambda i: lk.project_tiled(i["x"], i["dy"], i["left"], i["right"]),
+        true_projection,
+        ("left", "right"),
+    ),
     "project_at": Op(
         lambda i: lk.project_at(i["x"], i["dy"], i["left"], i["right"], kept_of(i)),
         lambda i: true_projection(i)[i["pairs"][0], i["pairs"][1]],
@@ -219,6 +224,15 @@ OPS = {
 PUBLIC = [name for name in OPS if name in lk.__all__]
 
 
+def combinations(cases: Iterable[str]) -> list[Any]:
+    """Every operation with every case it takes: one that multiplies x out takes no indices."""
+    return [
+        pytest.param(name, case, id=f"{name}-{case}")
+        for name, case in itertools.product(OPS, cases)
+        if not (name == "project_tiled" and CASES[case].indices)
+    ]
+
+
 def with_leaves(inputs: Inputs, op: Op) -> tuple[Inputs, list[Tensor]]:
     """Copy the inputs, with gradients asked for where the operation has them."""
     copied = dict(inputs)
@@ -250,11 +264,10 @@ def assert_true(name: str, inputs: Inputs) -> None:
         assert_relative(grad, expected_grad, GRADIENTS)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("name", OPS)
-def test_values_and_gradients_are_those_of_the_materialised_truth(name: str, case: Case) -> None:
+@pytest.mark.parametrize("name, case", combinations(CASES))
+def test_values_and_gradients_are_those_of_the_materialised_truth(name: str, case: str) -> None:
     """Each operation agrees with einsums over V and G, value to 1e-12 and gradients to 1e-10."""
-    assert_true(name, make(case))
+    assert_true(name, make(CASES[case]))
 
 
 def test_every_public_operation_is_held_to_a_truth() -> None:
@@ -263,8 +276,9 @@ def test_every_public_operation_is_held_to_a_truth() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 100])
-@pytest.mark.parametrize("case", ["odd", "many positions", "lopsided", "many subnetworks, few kept", "indices"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name, case", combinations(["odd", "many positions", "lopsided", "many subnetworks, few kept", "indices"])
+)
 def test_cutting_temporaries_into_pieces_changes_nothing(
     name: str, case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,8 +301,9 @@ def test_pieces_cover_everything_once_within_the_budget(
     assert all(n == 1 or 1 <= n * per_item <= 7 or per_item == 0 for n in lengths)
 
 
-@pytest.mark.parametrize("case", ["odd", "one position, one sample a sequence", "many positions", "lopsided"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name, case", combinations(["odd", "one position, one sample a sequence", "many positions", "lopsided"])
+)
 def test_strides_do_not_matter(name: str, case: str) -> None:
     """Inputs with gaps between elements, or transposed in memory, give what packed ones do."""
     plain = make(CASES[case])
@@ -308,8 +323,7 @@ def test_strides_do_not_matter(name: str, case: str) -> None:
             assert_relative(grad, true, GRADIENTS)
 
 
-@pytest.mark.parametrize("case", ["odd", "one position, one sample a sequence", "many positions"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name, case", combinations(["odd", "one position, one sample a sequence", "many positions"]))
 def test_expanded_inputs_work(name: str, case: str) -> None:
     """Inputs repeated by a stride of zero, along samples, subnetworks or features, give the truth."""
     inputs = make(CASES[case])
@@ -322,8 +336,7 @@ def test_expanded_inputs_work(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["odd", "many positions", "indices", "nothing kept"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name, case", combinations(["odd", "many positions", "indices", "nothing kept"]))
 def test_dtype_follows_the_inputs(name: str, case: str, dtype: torch.dtype) -> None:
     """Results and gradients have the inputs' dtype, and are right to its precision."""
     inputs = make(CASES[case], dtype=dtype)
@@ -351,8 +364,9 @@ def test_indices_are_int64_or_int32(name: str) -> None:
             OPS[name].run(inputs | {"x": inputs["x"].to(dtype)})
 
 
-@pytest.mark.parametrize("case", ["odd", "rank one", "one position", "lopsided", "nothing kept", "indices"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name, case", combinations(["odd", "rank one", "one position", "lopsided", "nothing kept", "indices"])
+)
 def test_gradcheck(name: str, case: str) -> None:
     """Analytic gradients agree with finite differences, for the hand-written backwards too."""
     op = OPS[name]
@@ -375,7 +389,7 @@ def test_project_dense_differentiates_one_input_alone(only: str) -> None:
     assert_relative(grad, expected[OPS["project_dense"].leaves.index(only)], GRADIENTS)
 
 
-@pytest.mark.parametrize("name", ["project_dense", "gram_by_tiles"])
+@pytest.mark.parametrize("name", ["project_dense", "project_tiled", "gram_by_tiles"])
 def test_second_derivatives_of_hand_written_backwards_are_refused(name: str) -> None:
     """A backward that is not itself differentiable says so, instead of returning zeros."""
     own, leaves = with_leaves(make(CASES["odd"]), OPS[name])
@@ -415,8 +429,9 @@ def test_energy_takes_the_cheaper_route(kept: int, coactive: bool, monkeypatch: 
     assert bool(taken) == coactive
 
 
-@pytest.mark.parametrize("case", ["odd", "many positions", "lopsided", "everything kept", "indices"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name, case", combinations(["odd", "many positions", "lopsided", "everything kept", "indices"])
+)
 def test_same_bits_twice(name: str, case: str) -> None:
     """Two calls on the same inputs give the same bits, value and gradients."""
     inputs = make(CASES[case], dtype=torch.float32)
@@ -486,7 +501,7 @@ def test_sparse_decode_by_offsets_takes_codes_of_any_length(offsets: list[int]) 
     true = [tensor.detach().clone().requires_grad_() for tensor in own]
     rows = [
         sum((true[0][j] * true[1][indices[j]] for j in range(start, stop)), torch.zeros(3, dtype=torch.float64))
-        for start, stop in pairwise(offsets)
+        for start, stop in itertools.pairwise(offsets)
     ]
     expected = torch.stack(rows)
     assert_relative(result, expected, VALUES)
@@ -537,6 +552,13 @@ REFUSED: list[tuple[str, Inputs, str]] = [
     ("project", {"left": zeros(2, 7)}, r"left: expected shape \[K, R, O\], got \[2, 7\]"),
     ("project", {"right": zeros(2, 3, 5)}, r"right: expected shape \[2, 2, I\] to match left, got \[2, 3, 5\]"),
     ("project", {"right": zeros(3, 2, 5)}, r"right: expected shape \[2, 2, I\] to match left, got \[3, 2, 5\]"),
+    (
+        "project_tiled",
+        {"dy": zeros(6, 3, 7)},
+        r"dy: expected shape \[S, 4, O\] with S a multiple of 3, got \[6, 3, 7\]",
+    ),
+    ("project_tiled", {"x": integers(3, 4)}, r"x: expected a floating dtype, got torch.int64"),
+    ("project_tiled", {"right": zeros(2, 2, 4)}, r"right: expected shape \[K, R, 5\] to match x, got \[2, 2, 4\]"),
     ("project_at", {"dy": zeros(5, 4, 7)}, r"dy: expected shape \[S, 4, O\] with S a multiple of 3, got \[5, 4, 7\]"),
     ("project_at", {"dy": zeros(9, 4, 7)}, r"kept: expected coefficients of shape \[9, 2\], got \[6, 2\]"),
     ("project_at", {"left": zeros(4, 2, 7), "right": zeros(4, 2, 5)}, r"kept: expected .* \[6, 4\], got \[6, 2\]"),
@@ -587,6 +609,7 @@ def calls() -> dict[str, Callable[..., Tensor]]:
     f, kept = FITTING, kept_of(FITTING)
     return {
         "project": lambda **b: lk.project(f["x"], f["dy"], f["left"], f["right"], **b),
+        "project_tiled": lambda **b: lk.project_tiled(f["x"], f["dy"], f["left"], f["right"], **b),
         "project_at": lambda **b: lk.project_at(f["x"], f["dy"], f["left"], f["right"], kept, **b),
         "project_dense": lambda **b: lk.project_dense(f["grad"], f["left"], f["right"], **b),
         "gram": lambda **b: lk.gram(f["left"], f["right"], **b),
