@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -24,28 +25,35 @@ class Batches:
     """
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check_batch_size(batch_size)
+        if isinstance(data, np.ndarray):
+            raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.n_rows = count_rows(data)
         if self.n_rows == 0:
             raise ValueError("data: expected at least one sample, got none")
         if self.n_rows is None and not isinstance(data, Iterable):
             raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
-        self.per_epoch = None if self.n_rows is None else self._count_batches(self.n_rows)
+        self.per_epoch = None if self.n_rows is None else batches_per_epoch(self.n_rows, batch_size)
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._stream: Iterator[Any] | None = None
         self._streamed = 0
+        self._first: Any = None  # of a stream, fetched ahead
 
-    def _count_batches(self, n_rows: int) -> int:
-        # a last batch of a single row has no other sample to refer to: it is left out
-        whole, rest = divmod(n_rows, self.batch_size)
-        return max(1, whole + (rest > 1))
+    def peek(self) -> Any:
+        """Return the first batch, which step 0 will return again."""
+        if self.per_epoch is not None:
+            return self[0]
+        if self._streamed == 0:
+            self._first = self._next()
+        return self._first
 
     def __getitem__(self, step: int) -> Any:
         """Return the batch of a step; iterables must be asked for their steps in order."""
         if self.per_epoch is None:
+            if step == 0 and self._streamed == 1:
+                return self.peek()
             while self._streamed < step:  # a resumed run skips what was seen
                 self._next()
             return self._next()
@@ -71,6 +79,22 @@ class Batches:
         raise ValueError(f"data: the iterable ended after {self._streamed} batches and yields nothing when restarted")
 
 
+def batches_per_epoch(n_rows: int, batch_size: int) -> int:
+    """Count the batches that n_rows make; a last one of a single row, which has no other to refer to, is left out.
+
+    >>> batches_per_epoch(66, 32), batches_per_epoch(65, 32)
+    (3, 2)
+    """
+    whole, rest = divmod(n_rows, batch_size)
+    return max(1, whole + (rest > 1))
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Refuse what is no number of rows."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
+
+
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor or Dataset has; None for anything read as a stream of batches."""
     if isinstance(data, Tensor):
@@ -89,6 +113,7 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
 
 def in_order(data: Any, batch_size: int) -> Iterator[Any]:
     """Yield all of the data once, in order; raises ValueError where there is none."""
+    check_batch_size(batch_size)
     n_rows = count_rows(data)
     if n_rows is None:
         empty = True

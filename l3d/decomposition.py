@@ -108,11 +108,11 @@ class Decomposition(nn.Module):
 
         return evaluate(self, model, data, **options)
 
-    def impact(self, model: nn.Module, data: Any, n_references: int = 10) -> Tensor:
+    def impact(self, model: nn.Module, data: Any, n_references: int = 10, **options: Any) -> Tensor:
         """Return every subnetwork's impact on every sample, [n, K]; see `l3d.evaluation.impact`."""
         from l3d.evaluation import impact
 
-        return impact(self, model, data, n_references)
+        return impact(self, model, data, n_references, **options)
 
     def save(self, path: Any) -> None:
         """Write the decomposition into a folder, as safetensors and json; see `l3d.store.save`."""

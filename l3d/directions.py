@@ -79,7 +79,13 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
     Raises ValueError for a rank that a tensor does not allow, naming it.
     """
     resolved: dict[str, tuple[int, ...]] = {}
+    if not isinstance(rank, (int, Mapping)):
+        raise ValueError(f"rank: expected a whole number or {{glob: number or numbers}}, got {rank!r}")
     patterns = {"*": rank} if isinstance(rank, int) else dict(rank)
+    for pattern, wanted in patterns.items():
+        numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
+            raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
@@ -87,18 +93,16 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
         if len(shape) < 2:
             resolved[name] = ()
             continue
-        wanted = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), None)
-        if wanted is None:
+        first = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), None)
+        if first is None:
             raise ValueError(f"rank: no pattern matches {name!r}; add one, or '*'")
-        resolved[name] = _ranks_of(name, shape, wanted)
+        resolved[name] = _ranks_of(name, shape, first)
     return resolved
 
 
 def _ranks_of(name: str, shape: torch.Size, wanted: int | Sequence[int]) -> tuple[int, ...]:
     largest = min(matrix_shape(shape))
     ranks = (wanted,) if isinstance(wanted, int) else tuple(wanted)
-    if any(r < 1 for r in ranks):
-        raise ValueError(f"rank: expected positive numbers for {name!r}, got {wanted}")
     if isinstance(wanted, int):
         if wanted > largest:
             raise ValueError(

@@ -3,6 +3,7 @@
 Built in: "mse", "mse_published" and "kl"; or any callable f(output [S, ...], reference [S, ...]) -> [S].
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -74,9 +75,9 @@ def reference_outputs(
     reference: str | Tensor,
     outputs: Tensor,
     contrast: Tensor | None,
-    samples: Samples,
     is_kl: bool,
     generator: torch.Generator | None,
+    samples: Samples | None = None,
 ) -> Tensor:
     """Return the reference output of every sample: [S, ...].
 
@@ -86,20 +87,19 @@ def reference_outputs(
             [B, samples per row, ...] or of the whole output's shape.
         outputs: [S, ...] the model's own outputs, detached.
         contrast: [S, ...] the contrasting inputs' outputs, for "pair".
-        samples: which entries of the model's output the samples are.
         is_kl: whether outputs are logits of a KL divergence.
         generator: draws for "sample".
+        samples: which entries of the model's output the samples are, where a tensor may be given by row.
     """
     n_samples = outputs.shape[0]
     if isinstance(reference, Tensor):
-        by_row = (samples.n_rows, samples.per_row, *samples.width)
-        if reference.shape == outputs.shape:
-            found = reference
-        elif samples.positions is not None and reference.shape == by_row:
-            found = reference.flatten(0, 1)
-        elif samples.positions is not None and reference.shape == samples.shape:
-            found = samples.gather(reference)
-        else:
+        found = reference
+        if reference.shape != outputs.shape and samples is not None and samples.positions is not None:
+            if reference.shape == (samples.n_rows, samples.per_row, *samples.width):
+                found = reference.flatten(0, 1)
+            elif reference.shape == samples.shape:
+                found = samples.gather(reference)
+        if found.shape != outputs.shape:
             raise ValueError(
                 f"reference: expected outputs of shape {list(outputs.shape)} (samples first), "
                 f"got {list(reference.shape)}"
@@ -116,7 +116,8 @@ def reference_outputs(
         return outputs[index.to(outputs.device)]
     if reference == "mean":
         if is_kl:
-            return outputs.softmax(-1).mean(0, keepdim=True).log().expand_as(outputs)
+            log_mean = outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)
+            return log_mean.expand_as(outputs)
         return outputs.mean(0, keepdim=True).expand_as(outputs)
     if reference == "uniform":
         return torch.zeros_like(outputs)

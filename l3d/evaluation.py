@@ -13,7 +13,7 @@ from l3d.decomposition import Decomposition
 from l3d.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
-from l3d.model import to_device
+from l3d.model import exact_pattern, to_device
 from l3d.objective import objective
 from l3d.project import project
 
@@ -66,14 +66,16 @@ def evaluate(
     residual = norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
+    if not 0 < k <= 1:
+        raise ValueError(f"k: expected a fraction in (0, 1], got {k!r}")
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
-    seeds = _draws(decomposition, n_references, mix(seed, 3))
+    seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
     with torch.no_grad():
         for gradients in chain.from_iterable(
             _gradients(decomposition, model, data, divergence, reference, batch_size, draw) for draw in seeds
         ):
             result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=backend)
-            if result.squared_norm > 0:  # else nothing to reconstruct in this batch
+            if result.squared_norm != 0:  # else nothing to reconstruct in this batch
                 residual += float(result.loss * result.squared_norm)
                 norm += float(result.squared_norm)
             counts += result.kept.column_offsets.diff().cpu()
@@ -91,16 +93,25 @@ def evaluate(
 
 
 @torch.no_grad()
-def impact(decomposition: Decomposition, model: nn.Module, data: Any, n_references: int = 10) -> Tensor:
+def impact(
+    decomposition: Decomposition,
+    model: nn.Module,
+    data: Any,
+    n_references: int = 10,
+    *,
+    divergence: str | Divergence | None = None,
+    reference: str | Tensor | None = None,
+) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another.
+    Samples are numbered in the order of the data, positions of a row one after another. `divergence` and `reference`
+    replace the trained ones, as in `evaluate`.
     """
     total: Tensor | None = None
-    seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4))
+    seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
     for seed in seeds:
         rows = []
-        for gradients in _gradients(decomposition, model, data, None, None, None, seed):
+        for gradients in _gradients(decomposition, model, data, divergence, reference, None, seed):
             paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
             rows.append(project(gradients, (decomposition.encoder,), paths, decomposition.shapes).abs())
         batch = torch.cat(rows)
@@ -110,21 +121,29 @@ def impact(decomposition: Decomposition, model: nn.Module, data: Any, n_referenc
 
 
 def top_samples(
-    decomposition: Decomposition, model: nn.Module, data: Any, n: int = 10, n_references: int = 10
+    decomposition: Decomposition,
+    model: nn.Module,
+    data: Any,
+    n: int = 10,
+    n_references: int = 10,
+    *,
+    divergence: str | Divergence | None = None,
+    reference: str | Tensor | None = None,
 ) -> TopSamples:
-    """Return the n samples of largest impact for every subnetwork."""
-    impacts = impact(decomposition, model, data, n_references)
+    """Return the n samples of largest impact for every subnetwork; arguments as in `impact`."""
+    impacts = impact(decomposition, model, data, n_references, divergence=divergence, reference=reference)
     if not 1 <= n <= len(impacts):
         raise ValueError(f"n: expected between 1 and the {len(impacts)} samples, got {n}")
     best = impacts.topk(n, dim=0)
     return TopSamples(best.indices.mT, best.values.mT)
 
 
-def _draws(decomposition: Decomposition, n_references: int, seed: int) -> list[int]:
+def _draws(decomposition: Decomposition, n_references: int, seed: int, reference: str | Tensor | None) -> list[int]:
     """Return the seeds of repeated passes over the data; one where a pass draws nothing."""
     if n_references < 1:
         raise ValueError(f"n_references: expected at least 1, got {n_references}")
-    drawn = decomposition.settings.get("reference", "sample") == "sample"
+    reference = decomposition.settings.get("reference", "sample") if reference is None else reference
+    drawn = isinstance(reference, str) and reference == "sample"
     drawn = drawn or isinstance(decomposition.settings.get("positions", "all"), int)
     return [mix(seed, i) for i in range(n_references if drawn else 1)]
 
@@ -150,7 +169,10 @@ def _gradients(
             raise ValueError(f"{name}: the decomposition was trained with {value!r}, which is not saved; pass {name}=")
         chosen[name] = value
     extractor = Extractor(
-        model, params=exact_names(decomposition), positions=settings.get("positions", "all"), **chosen
+        model,
+        params=[exact_pattern(name) for name in decomposition.shapes],
+        positions=settings.get("positions", "all"),
+        **chosen,
     )
     parameter = next(decomposition.parameters())
     for name, p in extractor.parameters.items():
@@ -158,12 +180,7 @@ def _gradients(
             raise ValueError(
                 f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
             )
-    for i, batch in enumerate(in_order(data, batch_size or settings.get("batch_size", 16))):
+    for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
         generator = torch.Generator().manual_seed(mix(seed, i))
         device = next(model.parameters()).device
         yield extractor(to_device(batch, device), generator).to(parameter)
-
-
-def exact_names(decomposition: Decomposition) -> list[str]:
-    """Return the decomposed parameters' names as patterns that match nothing else."""
-    return [name.replace("[", "[[]") for name in decomposition.parameter_names]

@@ -81,7 +81,6 @@ class Extractor:
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
         self.positions = None if self.by_row else positions
         self.parameters = select_parameters(model, params)
-        self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
         self._prove_layouts = LayoutProver()
         self._output_width: tuple[int, ...] | None = None
 
@@ -104,14 +103,15 @@ class Extractor:
             if contrast_inputs is not None:
                 with torch.no_grad():
                     contrast = samples.gather(run_fixed(self.model, contrast_inputs))
-            references = div.reference_outputs(self.reference, outputs, contrast, samples, self.is_kl, generator)
+            references = div.reference_outputs(self.reference, outputs, contrast, self.is_kl, generator, samples)
             d_out = div.output_gradient(self.divergence, outputs, references)
             with torch.no_grad():
                 parts = self._backward(output, samples, d_out)
         shapes = {name: p.shape for name, p in self.parameters.items()}
-        like = torch.empty(0, dtype=self.dtype, device=output.device)
+        dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
+        like = torch.empty(0, dtype=dtype, device=output.device)
         compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
-        return Gradients(compacted, shapes, samples.count, self.dtype, output.device)
+        return Gradients(compacted, shapes, samples.count, dtype, output.device)
 
     def _forward(self, inputs: Any) -> Tensor:
         """Run the model once, with autograd recording the uses of the chosen parameters."""

@@ -142,7 +142,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             raise ValueError(
                 "model: reentrant checkpointing hides parameters; use checkpoint(..., use_reentrant=False)"
             )
-        if kind == "Embedding" and node._saved_scale_grad_by_freq:  # type: ignore[attr-defined]
+        if getattr(node, "_saved_scale_grad_by_freq", False):
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         operations.append((kind, output_shape(node)))
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)

@@ -1,6 +1,6 @@
 """Where the rows of a batch lie in the tensors inside a model: proved by a probe, never assumed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,22 +49,50 @@ class Layout:
 DIGITS = 25  # powers of two that a row's number is written in: 2^-12 .. 2^12 are exact even in float16
 
 
+PROOFS = 8  # agreeing proofs after which batches of one kind are trusted ..
+AGAIN = 16  # .. but for every so many
+
+
 class LayoutProver:
-    """Prove the layouts of each batch's nodes; where rows cannot move unseen, one proof per kind of batch will do."""
+    """Prove the layouts of each batch's nodes; where rows hardly move unseen, some proofs per kind of batch will do."""
 
     def __init__(self) -> None:
-        self._proved: dict[tuple[int, torch.Size], list[Layout | None]] = {}
+        self._proved: dict[tuple, _Record] = {}
 
     def __call__(self, output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
-        """Return the layout of each parameter-using node's output; None where the batch lies in no known way."""
+        """Return the layout of each parameter-using node's output; None where the batch lies in no known way.
+
+        Raises ValueError where a batch contradicts what many before it agreed on.
+        """
         nodes = list(dict.fromkeys(use.node for use in graph.uses))
-        key = None if graph.signature is None else (graph.signature, output.shape)
-        if key in self._proved:
-            return dict(zip(nodes, self._proved[key], strict=True))
+        if graph.signature is None:
+            return prove_layouts(output, nodes)[0]
+        places = tuple((use.name, use.slot) for use in graph.uses)
+        record = self._proved.setdefault((graph.signature, output.shape, places), _Record())
+        record.batches += 1
+        trusted = record.proofs >= PROOFS
+        if trusted and record.batches % AGAIN:
+            return dict(zip(nodes, record.layouts, strict=True))
         layouts, settled = prove_layouts(output, nodes)
-        if key is not None and settled:
-            self._proved[key] = list(layouts.values())
+        if settled:
+            agrees = record.proofs == 0 or record.layouts == list(layouts.values())
+            if trusted and not agrees:
+                raise ValueError(
+                    "model: the rows of the batch changed places inside it from one batch to another, so gradients since "
+                    "the last proof may be wrong; use extract_gradients, which proves every batch"
+                )
+            record.layouts = list(layouts.values())
+            record.proofs = record.proofs + 1 if agrees else -(2**62)  # once at odds, proved for ever
         return layouts
+
+
+@dataclass
+class _Record:
+    """What the proofs of one kind of batch found."""
+
+    batches: int = 0
+    proofs: int = 0  # that agreed
+    layouts: list[Layout | None] = field(default_factory=list)
 
 
 def prove_layouts(output: Tensor, nodes: list[Node]) -> tuple[dict[Node, Layout | None], bool]:

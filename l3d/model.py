@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import fnmatch
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -47,6 +48,15 @@ def model_output(model: nn.Module, inputs: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"model: expected a tensor or something with .logits, got {type(output).__name__}")
     return output
+
+
+def exact_pattern(name: str) -> str:
+    """Return a glob that matches this parameter's name and no other.
+
+    >>> exact_pattern("layers[0].*")
+    'layers[[]0].[*]'
+    """
+    return re.sub(r"[*?[]", r"[\g<0>]", name)
 
 
 def run_fixed(model: nn.Module, inputs: Any) -> Tensor:

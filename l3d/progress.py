@@ -1,5 +1,6 @@
 """What a training run shows and remembers: a progress bar, and a history of bounded length."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -66,11 +67,13 @@ class Recorder:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides the history, as json-able values."""
         last = [] if self.last_kept is None else self.last_kept.tolist()
-        return {"threshold": self.threshold, "last_kept": last, "pending": [self.error, self.kept, self.count]}
+        threshold = None if math.isnan(self.threshold) else self.threshold
+        return {"threshold": threshold, "last_kept": last, "pending": [self.error, self.kept, self.count]}
 
     def load_state(self, state: dict[str, Any], history: dict[str, list[float]]) -> None:
         """Continue from a checkpoint."""
-        self.history, self.threshold = history, state["threshold"]
+        self.history = history
+        self.threshold = math.nan if state["threshold"] is None else state["threshold"]
         self.last_kept = torch.tensor(state["last_kept"]) if state["last_kept"] else None
         self.error, self.kept, self.count = state["pending"]
 

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from l3d.data import batches_per_epoch, check_batch_size
+
 PRESETS = ("default", "published")
 
 
@@ -67,31 +69,34 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     if not (isinstance(chosen["k"], (int, float)) and 0 < chosen["k"] <= 1):
         raise ValueError(f"k: expected a fraction in (0, 1], got {chosen['k']!r}")
-    for name in ("n_subnetworks", "batch_size"):
-        if not (isinstance(chosen[name], int) and chosen[name] >= 1):
-            raise ValueError(f"{name}: expected a positive whole number, got {chosen[name]!r}")
+    check_batch_size(chosen["batch_size"])
+    if not (isinstance(chosen["n_subnetworks"], int) and chosen["n_subnetworks"] >= 1):
+        raise ValueError(f"n_subnetworks: expected a positive whole number, got {chosen['n_subnetworks']!r}")
+    if not isinstance(chosen["seed"], int):
+        raise ValueError(f"seed: expected a whole number, got {chosen['seed']!r}")
     published = preset == "published"
     steps = chosen.pop("steps")
     if steps is None:
         steps = 2000
         if published and n_rows is not None:
-            steps = 1000 * max(1, -(-n_rows // chosen["batch_size"]))  # a thousand epochs
+            steps = 1000 * batches_per_epoch(n_rows, chosen["batch_size"])  # a thousand epochs
     if not (isinstance(steps, int) and steps >= 1):
         raise ValueError(f"steps: expected a positive whole number, got {steps!r}")
     warm_start = chosen.pop("warm_start")
     warm_start = steps // 10 if warm_start is None else warm_start
     if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
         raise ValueError(f"warm_start: expected a number of steps in [0, {steps}], got {warm_start!r}")
-    if not 0 <= chosen["weight_decay"] < 1:
-        raise ValueError(f"weight_decay: expected a number in [0, 1), got {chosen['weight_decay']!r}")
+    decay = chosen["weight_decay"]
+    if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
+        raise ValueError(f"weight_decay: expected a number in [0, 1), got {decay!r}")
     lr = chosen.pop("lr")
-    lr = (0.01 if published else 0.05) if lr is None else float(lr)
-    if not lr > 0:
-        raise ValueError(f"lr: expected a positive number, got {lr}")
+    lr = (0.01 if published else 0.05) if lr is None else lr
+    if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
+        raise ValueError(f"lr: expected a positive number, got {lr!r}")
     return Settings(
         preset=preset,
         steps=steps,
-        lr=lr,
+        lr=float(lr),
         schedule="step" if published else "cosine",
         relative_lr=not published,
         warm_start=warm_start,

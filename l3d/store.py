@@ -6,6 +6,7 @@ beside its place and moved there, so an interrupted write leaves the old one.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from l3d.decomposition import Decomposition
 from l3d.files import read_json, replace_text, replacing
+from l3d.model import exact_pattern
 
 FORMAT = "l3d-decomposition-1"
 
@@ -28,22 +30,21 @@ FORMAT = "l3d-decomposition-1"
 def save(decomposition: Decomposition, path: str | Path) -> None:
     """Write a decomposition into a folder, which is made if missing."""
     folder = Path(path)
+    header = {
+        "format": FORMAT,
+        "n_subnetworks": decomposition.n_subnetworks,
+        "shapes": {name: list(shape) for name, shape in decomposition.shapes.items()},
+        "ranks": {name: list(ranks) for name, ranks in decomposition.ranks.items()},
+        "settings": decomposition.settings,
+        "history": decomposition.history,
+        "timing": decomposition.timing,
+        "threshold": decomposition.threshold if math.isfinite(decomposition.threshold) else None,
+        "restart_errors": [error if math.isfinite(error) else None for error in decomposition.restart_errors],
+    }
+    text = to_json(header)  # what json cannot hold is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "decomposition.safetensors", _named(decomposition))
-    write_json(
-        folder / "decomposition.json",
-        {
-            "format": FORMAT,
-            "n_subnetworks": decomposition.n_subnetworks,
-            "shapes": {name: list(shape) for name, shape in decomposition.shapes.items()},
-            "ranks": {name: list(ranks) for name, ranks in decomposition.ranks.items()},
-            "settings": decomposition.settings,
-            "history": decomposition.history,
-            "timing": decomposition.timing,
-            "threshold": decomposition.threshold,
-            "restart_errors": decomposition.restart_errors,
-        },
-    )
+    replace_text(folder / "decomposition.json", text)
 
 
 def load(path: str | Path) -> Decomposition:
@@ -55,31 +56,34 @@ def load(path: str | Path) -> Decomposition:
     header = read_json(folder / "decomposition.json")
     if header.get("format") != FORMAT:
         raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {header.get('format')!r}")
-    try:
-        shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
-        ranked = {name: ranks for name, ranks in header["ranks"].items() if ranks}
-        rank = {name: ranks[0] if len(ranks) == 1 else ranks for name, ranks in ranked.items()}
-        with torch.device("meta"):  # no start is drawn: every tensor is read below
-            decomposition = Decomposition(shapes, header["n_subnetworks"], _escaped(rank), header["settings"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: decomposition.json is damaged ({error!r})") from error
     tensors = read_tensors(folder / "decomposition.safetensors")
+    try:
+        return _assembled(header, tensors)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: damaged: decomposition.safetensors does not belong to decomposition.json ({reason})"
+        ) from error
+
+
+def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decomposition:
+    """Build the decomposition that a header and named tensors describe; any error says that they do not."""
+    shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
+    ranked = {name: ranks for name, ranks in header["ranks"].items() if ranks}
+    rank = {exact_pattern(name): ranks[0] if len(ranks) == 1 else ranks for name, ranks in ranked.items()}
+    with torch.device("meta"):  # no start is drawn: every tensor is read below
+        decomposition = Decomposition(shapes, header["n_subnetworks"], rank, header["settings"])
     own = _named(decomposition)
     if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
-        raise ValueError(f"{folder}: decomposition.safetensors does not belong to decomposition.json")
+        raise ValueError("the tensors are others than the header says")
     decomposition.to_empty(device="cpu").to(next(iter(tensors.values())).dtype)
     own = _named(decomposition)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     decomposition.history, decomposition.timing = header["history"], header["timing"]
-    decomposition.threshold = header["threshold"]
-    decomposition.restart_errors = header["restart_errors"]
+    decomposition.threshold = math.nan if header["threshold"] is None else header["threshold"]
+    decomposition.restart_errors = [math.inf if error is None else error for error in header["restart_errors"]]
     return decomposition
-
-
-def _escaped(rank: Mapping[str, Any]) -> dict[str, Any]:
-    """Make exact names of parameters safe as globs."""
-    return {name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]"): r for name, r in rank.items()}
 
 
 def _named(decomposition: Decomposition) -> dict[str, Tensor]:
@@ -130,7 +134,7 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         save(decomposition, partial)
         write_tensors(partial / "optimizer.safetensors", dict(optimizer))
-        write_json(partial / "state.json", {"step": step, **state})
+        replace_text(partial / "state.json", to_json({"step": step, **state}))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         for path in old:
@@ -163,9 +167,12 @@ def _remove_run(folder: Path) -> None:
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write json whole."""
-    replace_text(path, json.dumps(value, indent=1) + "\n")
+def to_json(value: Any) -> str:
+    """Return strict json; raises ValueError for what it cannot hold."""
+    try:
+        return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings: cannot be saved as json ({error})") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from l3d.divergence import Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.model import Params, to_device
-from l3d.objective import objective
+from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
 from l3d.progress import Progress, Recorder, progress_bar
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
@@ -104,7 +104,9 @@ def decompose(
         rank=rank,
         k=k,
         params=params,
-        divergence=divergence if isinstance(divergence, str) else getattr(divergence, "__name__", "callable"),
+        divergence=divergence
+        if isinstance(divergence, str)
+        else f"callable {getattr(divergence, '__name__', '')}".strip(),
         reference=reference if isinstance(reference, str) else "tensor",
         positions=positions,
         steps=steps,
@@ -116,12 +118,16 @@ def decompose(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         backend=backend,
     )
-    if n_restarts < 1:
-        raise ValueError(f"n_restarts: expected at least 1, got {n_restarts}")
     every = max(1, settings.steps // 10) if checkpoint_every is None else checkpoint_every
-    if every < 1:
-        raise ValueError(f"checkpoint_every: expected at least 1, got {checkpoint_every}")
-    home = next(model.parameters()).device
+    for name, value in (("n_restarts", n_restarts), ("checkpoint_every", every)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+    if resume and out is None:
+        raise ValueError("resume: expected the run folder as out, got None")
+    first = next(model.parameters(), None)
+    if first is None:
+        raise ValueError("model: has no parameters to decompose")
+    home = first.device
     target = home if device is None else torch.device(device)
     model.to(target)
     try:
@@ -178,9 +184,15 @@ class Run:
         return gradients.to(next(self.decomposition.parameters()))
 
     def check(self) -> None:
-        """Meet bad input before anything is written; streams are not touched, they cannot be put back."""
-        if self.batches.per_epoch is not None:
-            self.gradients(0)
+        """Go through a first step without taking it, to meet bad input before anything is written."""
+        self.batches.peek()
+        with torch.no_grad():
+            self.loss(self.gradients(0), 1.0)
+
+    def loss(self, gradients: Gradients, k: float) -> Objective:
+        """Compute the loss of a batch."""
+        d = self.decomposition
+        return objective(gradients, d.encoder, d.decoder, k, backend=self.settings.backend)
 
     def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int, restart: int) -> None:
         """Train to the last step."""
@@ -190,7 +202,7 @@ class Run:
             k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
             with naming_step(self.step):
                 gradients = self.gradients(self.step)
-                result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=settings.backend)
+                result = self.loss(gradients, k)
                 error = finite_loss(result.loss, gradients)
             optimizer.step(torch.autograd.grad(result.loss, optimizer.parameters), rate)
             decomposition.normalize_()
@@ -201,6 +213,8 @@ class Run:
             if self.step % checkpoint_every == 0 or self.step == settings.steps:
                 self.seconds = time.perf_counter() - started
                 self._take_stock()
+                with naming_step(self.step - 1):
+                    check_finite(decomposition)
                 if folder is not None:
                     self._save(folder, restart)
 
@@ -235,6 +249,8 @@ class Run:
         ]
         if changed:
             raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
+        if decomposition.shapes != self.decomposition.shapes or decomposition.ranks != self.decomposition.ranks:
+            raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
         self.decomposition.load_state_dict(decomposition.state_dict())
         self.optimizer.load_state(tensors, state["optimizer"])
         self.recorder.load_state(state["recorder"], decomposition.history)
@@ -250,6 +266,13 @@ def naming_step(step: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
+
+
+def check_finite(decomposition: Decomposition) -> None:
+    """Refuse a decomposition that the last steps have blown up; the last checkpoint stays."""
+    for name, parameter in decomposition.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
 
 
 def finite_loss(loss: Tensor, gradients: Gradients) -> float:

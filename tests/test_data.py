@@ -203,7 +203,7 @@ def test_what_holds_no_data_is_refused(bad: Any) -> None:
 
 def test_a_batch_size_below_one_is_refused() -> None:
     """No batch is smaller than a row."""
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a positive whole number, got 0"):
         Batches(numbers(3), 0, seed=0)
 
 

@@ -69,9 +69,9 @@ def test_ranks_resolve_by_the_first_pattern_that_matches(rank: Any, expected: di
         ),
         ({"embed*": (2, 5), "*": 1}, r"rank: expected 2 ranks of at most [11, 4] for 'embed.weight', got [2, 5]"),
         ({"embed*": (2,), "*": 1}, r"rank: expected 2 ranks of at most [11, 4] for 'embed.weight', got [2]"),
-        (0, r"rank: expected positive numbers for 'embed.weight', got 0"),
-        (-1, r"rank: expected positive numbers for 'embed.weight', got -1"),
-        ({"conv*": (2, 0, 1, 1), "*": 1}, r"rank: expected positive numbers for 'conv.weight', got (2, 0, 1, 1)"),
+        (0, r"rank: expected positive whole numbers for '*', got 0"),
+        (-1, r"rank: expected positive whole numbers for '*', got -1"),
+        ({"conv*": (2, 0, 1, 1), "*": 1}, r"rank: expected positive whole numbers for 'conv*', got (2, 0, 1, 1)"),
     ],
 )
 def test_ranks_a_tensor_does_not_allow_are_refused(rank: Any, message: str) -> None:
@@ -204,7 +204,7 @@ def test_normalize_gives_unit_norm_and_keeps_the_direction(scale: float) -> None
 
 
 def test_normalize_spreads_the_change_evenly_over_the_factors() -> None:
-    """Every factor of a tensor takes the same share, so balanced factors stay balanced; a second call is the identity."""
+    """Every factor of a tensor takes the same share, so balanced factors stay balanced; a second changes nothing."""
     directions = draw((5, 4, 3), (2, 3, 2))
     before = [p.detach().clone() for p in directions.parameters()]
     directions.normalize_()
