@@ -78,8 +78,8 @@ class LayoutProver:
             agrees = record.proofs == 0 or record.layouts == list(layouts.values())
             if trusted and not agrees:
                 raise ValueError(
-                    "model: the rows of the batch changed places inside it from one batch to another, so gradients since "
-                    "the last proof may be wrong; use extract_gradients, which proves every batch"
+                    "model: the rows of the batch changed places inside it from one batch to another, so gradients "
+                    "since the last proof may be wrong; use extract_gradients, which proves every batch"
                 )
             record.layouts = list(layouts.values())
             record.proofs = record.proofs + 1 if agrees else -(2**62)  # once at odds, proved for ever
@@ -125,9 +125,9 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> tuple[dict[Node, Layout 
             candidates[node] = [each for each in candidates[node] if _scales(each, before, after, weights)]
         place *= DIGITS
     layouts = {node: found[0] if found else None for node, found in candidates.items()}
-    # settled where every row had a gradient to tell it by, and only one layout agreed with them all
+    # settled where no layout is left, or one is and every row had a gradient to tell it by
     settled = all(
-        before is not None and len(found) == 1 and bool(found[0].split(before).flatten(1).any(1).all())
+        not found or (before is not None and len(found) == 1 and bool(found[0].split(before).flatten(1).any(1).all()))
         for before, found in zip(plain, candidates.values(), strict=True)
     )
     return layouts, settled

@@ -32,9 +32,13 @@ def test_rows_that_move_after_many_batches_are_an_error() -> None:
     for _ in range(PROOFS):
         extractor(torch.randn(4, 3, dtype=torch.float64))
     model.order = torch.tensor([1, 0, 3, 2])
-    with pytest.raises(ValueError, match="changed places"):
+
+    def go_on() -> None:
         for _ in range(AGAIN):
             extractor(torch.randn(4, 3, dtype=torch.float64))
+
+    with pytest.raises(ValueError, match="changed places"):
+        go_on()
 
 
 def test_rows_that_move_before_that_are_followed() -> None:
