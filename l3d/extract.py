@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
 from l3d.graph import Use, n_outputs, output_shape, positionwise_head, read_graph
-from l3d.layout import Layout, LayoutProver
+from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.rules import has_rule, part_of
 from l3d.samples import Samples
@@ -81,7 +81,6 @@ class Extractor:
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
         self.positions = None if self.by_row else positions
         self.parameters = select_parameters(model, params)
-        self._prove_layouts = LayoutProver()
         self._output_width: tuple[int, ...] | None = None
 
     def __call__(self, inputs: Any, generator: torch.Generator | None = None) -> Gradients:
@@ -138,7 +137,7 @@ class Extractor:
         """Turn the gradient at the samples' outputs [S, ...] into the parts of every parameter's gradient."""
         assert output.grad_fn is not None
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
-        uses, layouts = graph.uses, self._prove_layouts(output, graph)
+        uses, layouts = graph.uses, find_layouts(output, graph)
         late = {use.name for use in uses if layouts[use.node] is None}
         late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
         if graph.opaque:  # what looks unused may be used where the graph does not tell

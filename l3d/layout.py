@@ -1,6 +1,6 @@
-"""Where the rows of a batch lie in the tensors inside a model: proved by a probe, never assumed."""
+"""Where the rows of a batch lie in the tensors inside a model: read off the graph or proved by a probe, not assumed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,54 +49,19 @@ class Layout:
 DIGITS = 25  # powers of two that a row's number is written in: 2^-12 .. 2^12 are exact even in float16
 
 
-PROOFS = 8  # agreeing proofs after which batches of one kind are trusted ..
-AGAIN = 16  # .. but for every so many
+def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
+    """Return the layout of each parameter-using node's output; None where the batch lies in no known way.
+
+    Known from the graph alone where no operation of it can move or mix rows, else proved, in every batch.
+    """
+    nodes = list(dict.fromkeys(use.node for use in graph.uses))
+    if graph.rows_stay:
+        return dict.fromkeys(nodes, Layout("major", output.shape[0]))
+    return prove_layouts(output, nodes)
 
 
-class LayoutProver:
-    """Prove the layouts of each batch's nodes; where rows hardly move unseen, some proofs per kind of batch will do."""
-
-    def __init__(self) -> None:
-        self._proved: dict[tuple, _Record] = {}
-
-    def __call__(self, output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
-        """Return the layout of each parameter-using node's output; None where the batch lies in no known way.
-
-        Raises ValueError where a batch contradicts what many before it agreed on.
-        """
-        nodes = list(dict.fromkeys(use.node for use in graph.uses))
-        if graph.signature is None:
-            return prove_layouts(output, nodes)[0]
-        places = tuple((use.name, use.slot) for use in graph.uses)
-        record = self._proved.setdefault((graph.signature, output.shape, places), _Record())
-        record.batches += 1
-        trusted = record.proofs >= PROOFS
-        if trusted and record.batches % AGAIN:
-            return dict(zip(nodes, record.layouts, strict=True))
-        layouts, settled = prove_layouts(output, nodes)
-        if settled:
-            agrees = record.proofs == 0 or record.layouts == list(layouts.values())
-            if trusted and not agrees:
-                raise ValueError(
-                    "model: the rows of the batch changed places inside it from one batch to another, so gradients "
-                    "since the last proof may be wrong; use extract_gradients, which proves every batch"
-                )
-            record.layouts = list(layouts.values())
-            record.proofs = record.proofs + 1 if agrees else -(2**62)  # once at odds, proved for ever
-        return layouts
-
-
-@dataclass
-class _Record:
-    """What the proofs of one kind of batch found."""
-
-    batches: int = 0
-    proofs: int = 0  # that agreed
-    layouts: list[Layout | None] = field(default_factory=list)
-
-
-def prove_layouts(output: Tensor, nodes: list[Node]) -> tuple[dict[Node, Layout | None], bool]:
-    """Return the layout of each node's output (None: no known one), and whether no other batch could show another.
+def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None]:
+    """Return the layout of each node's output (None: no known one), by a probe.
 
     Scaling row b of the gradient at the output by w_b must scale what comes back in exactly b's rows. The w_b are
     powers of two, by which floating-point numbers scale exactly, and write b's number in base `DIGITS`, a digit per
@@ -108,7 +73,7 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> tuple[dict[Node, Layout 
         for node in nodes
     }
     if n_rows == 1 or not nodes:
-        return {node: found[0] if found else None for node, found in candidates.items()}, True
+        return {node: found[0] if found else None for node, found in candidates.items()}
     edges = [GradientEdge(node, 0) for node in nodes]
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(output.shape, generator=generator).to(output)
@@ -124,13 +89,7 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> tuple[dict[Node, Layout 
         for node, before, after in zip(nodes, plain, scaled, strict=True):
             candidates[node] = [each for each in candidates[node] if _scales(each, before, after, weights)]
         place *= DIGITS
-    layouts = {node: found[0] if found else None for node, found in candidates.items()}
-    # settled where no layout is left, or one is and every row had a gradient to tell it by
-    settled = all(
-        not found or (before is not None and len(found) == 1 and bool(found[0].split(before).flatten(1).any(1).all()))
-        for before, found in zip(plain, candidates.values(), strict=True)
-    )
-    return layouts, settled
+    return {node: found[0] if found else None for node, found in candidates.items()}
 
 
 def _scales(layout: Layout, before: Tensor | None, after: Tensor | None, weights: Tensor) -> bool:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from l3d import extract
 from l3d.extract import Extractor, extract_gradients
 from l3d.factors import Rows
-from l3d.layout import PROOFS
 
 from helpers import assert_relative
 
@@ -437,10 +436,8 @@ def test_shortcut_equals_plain_autograd(name: str, positions: str | int, monkeyp
 
 
 def extraction_flops(model: nn.Module, inputs: Tensor, divergence: str, params: Any = None) -> int:
-    """Count the matrix multiply-adds of one extraction after those by which the layouts are proved."""
+    """Count the matrix multiply-adds of one extraction."""
     extractor = Extractor(model, divergence, "mean", params)
-    for _ in range(PROOFS):
-        extractor(inputs)
     with FlopCounterMode(display=False) as counter:
         extractor(inputs)
     return counter.get_total_flops()
@@ -483,8 +480,6 @@ def test_one_backward_pass_per_position(monkeypatch: pytest.MonkeyPatch) -> None
 
     def count(model: nn.Module, inputs: Tensor, divergence: Any, **options: Any) -> int:
         extractor = Extractor(model, divergence, "mean", **options)
-        for _ in range(PROOFS):
-            extractor(inputs)
         passes.clear()
         extractor(inputs)
         return len(passes)

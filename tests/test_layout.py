@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d.extract import Extractor, extract_gradients
-from l3d.layout import AGAIN, DIGITS, PROOFS, Layout
+from l3d.layout import DIGITS, Layout
 
 from helpers import assert_relative
 
@@ -25,34 +25,14 @@ class Turncoat(nn.Module):
         return self.b(forth.T @ torch.tanh(self.a(forth @ x)))
 
 
-def test_rows_that_move_after_many_batches_are_an_error() -> None:
-    """A model that keeps its rows in place until it is trusted, and then does not, is caught at the next proof."""
-    model = Turncoat()
-    extractor = Extractor(model, "mse", "mean")
-    for _ in range(PROOFS):
-        extractor(torch.randn(4, 3, dtype=torch.float64))
-    model.order = torch.tensor([1, 0, 3, 2])
-
-    def go_on() -> None:
-        for _ in range(AGAIN):
-            extractor(torch.randn(4, 3, dtype=torch.float64))
-
-    with pytest.raises(ValueError, match="changed places"):
-        go_on()
-
-
-def test_rows_that_move_before_that_are_followed() -> None:
-    """A model that moves its rows within the first batches is proved at every batch from then on."""
+def test_rows_that_move_from_one_batch_to_the_next_are_followed() -> None:
+    """However long a model kept its rows in place, the batch in which it does not is proved like every other."""
     model, inputs = Turncoat(), torch.randn(4, 3, dtype=torch.float64)
     extractor = Extractor(model, "mse", "mean")
-    for batch in range(3 * AGAIN):
-        model.order = torch.arange(4) if batch % 3 else torch.tensor([1, 0, 3, 2])
-        actual = extractor(inputs).materialize()["a.weight"]
-        assert_relative(actual, extract_gradients(model, inputs, "mse", "mean").materialize()["a.weight"], 1e-12)
-        order, model.order = model.order, torch.arange(4)
-        straight = extract_gradients(model, inputs, "mse", "mean").materialize()["a.weight"]
-        assert_relative(actual, straight, 1e-12)
-        model.order = order
+    straight = extract_gradients(model, inputs, "mse", "mean").materialize()["a.weight"]
+    for batch in range(20):
+        model.order = torch.tensor([1, 0, 3, 2]) if batch == 19 else torch.arange(4)
+        assert_relative(extractor(inputs).materialize()["a.weight"], straight, 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["major", "minor", "dim1"])

@@ -101,6 +101,13 @@ def test_another_seed_is_another_run() -> None:
     assert len({run.history["error"][0] for run in runs}) == 3
 
 
+def test_references_are_drawn_anew_at_every_step() -> None:
+    """With the same batch at every step and no learning, only drawn references make steps differ."""
+    still = {"data": [points(8)], "lr": 1e-12, "warm_start": 0}
+    assert len(set(train(reference="sample", **still).history["error"])) == 20
+    assert len({round(error, 5) for error in train(reference="mean", **still).history["error"]}) == 1
+
+
 def test_checkpoints_do_not_change_the_run(tmp_path: Path) -> None:
     """Writing checkpoints, often or not at all, leaves the training the same to the bit."""
     plain = train()
