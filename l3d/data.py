@@ -26,8 +26,6 @@ class Batches:
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:
         check_batch_size(batch_size)
-        if isinstance(data, np.ndarray):
-            raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.n_rows = count_rows(data)
         if self.n_rows == 0:
@@ -97,6 +95,8 @@ def check_batch_size(batch_size: Any) -> None:
 
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor or Dataset has; None for anything read as a stream of batches."""
+    if isinstance(data, np.ndarray):
+        raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):
         return len(data)
     if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):

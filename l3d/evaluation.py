@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     kept_per_sample: float  # mean number of subnetworks kept
     activation_rate: Tensor  # [K] P_act: fraction of samples for which each subnetwork is kept
     dead_fraction: float  # fraction of subnetworks never kept
-    n_samples: int
+    n_samples: int  # in the data, however many references each was compared with
 
 
 class TopSamples(NamedTuple):
@@ -66,7 +66,7 @@ def evaluate(
     residual = norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
-    if not 0 < k <= 1:
+    if not (isinstance(k, (int, float)) and 0 < k <= 1):
         raise ValueError(f"k: expected a fraction in (0, 1], got {k!r}")
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
     seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
@@ -88,7 +88,7 @@ def evaluate(
         kept_per_sample=n_kept / n_samples,
         activation_rate=counts / n_samples,
         dead_fraction=float((counts == 0).float().mean()),
-        n_samples=n_samples,
+        n_samples=n_samples // len(seeds),
     )
 
 

@@ -150,7 +150,8 @@ def _train_superposition(
             losses(points[torch.randint(len(points), (256,), generator=generator)]).sum().backward()
             optimizer.step()
             schedule.step()
-    model = Superposition(n_features, n_hidden)
+    with torch.random.fork_rng(devices=[]):  # the start is overwritten: draw it from nobody's generator
+        model = Superposition(n_features, n_hidden)
     with torch.no_grad():
         best = int(losses(points).argmin())
         model.W_in.weight.copy_(w_in[best])

@@ -122,8 +122,10 @@ def decompose(
     for name, value in (("n_restarts", n_restarts), ("checkpoint_every", every)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    if resume and out is None:
-        raise ValueError("resume: expected the run folder as out, got None")
+    if resume and (out is None or overwrite):
+        raise ValueError("resume: expected the run folder as out, and no overwrite")
+    if n_restarts > 1 and isinstance(data, Iterator):
+        raise ValueError("data: an iterator can be read once only; for n_restarts pass what can be iterated again")
     first = next(model.parameters(), None)
     if first is None:
         raise ValueError("model: has no parameters to decompose")
@@ -175,6 +177,8 @@ class Run:
         dtype = getattr(torch, self.settings.dtype, None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype: expected a floating dtype such as 'float32', got {self.settings.dtype!r}")
+        if dtype == torch.float16:
+            raise ValueError("dtype: float16 cannot hold the optimiser's moments; use float32 or bfloat16")
         return dtype
 
     def gradients(self, step: int) -> Gradients:

@@ -46,6 +46,8 @@ def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *, backend
     check_rows_fit(x, dy, left, right)
     if not x.is_floating_point():
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}; use project for indices")
+    if x.requires_grad or dy.requires_grad:
+        raise ValueError("x, dy: project_tiled has no gradient to them; detach them, or use project")
     return implementation("project_tiled", backend, dy)(x, dy, left, right)
 
 

@@ -12,7 +12,8 @@ def assert_relative(actual: Any, expected: Any, tolerance: float) -> float:
     Shapes must be equal: nothing broadcasts. Infinities must be the same in both, NaN fails, and where
     `expected` is all zero `actual` must be.
     """
-    a, b = (torch.as_tensor(t).detach().cpu() for t in (actual, expected))
+    a, b = (t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64) for t in (actual, expected))
+    a, b = a.detach().cpu(), b.detach().cpu()
     assert a.shape == b.shape, f"shapes differ: actual {tuple(a.shape)}, expected {tuple(b.shape)}"
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     a, b = a.to(wide), b.to(wide)
