@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from l3d.rows import keeps_rows
+
 # Nodes that only rearrange, copy or cast their one input.
 REARRANGE = {
     "Alias",
@@ -37,26 +39,6 @@ REARRANGE = {
     "Unsqueeze",
     "View",
 }
-
-
-ELEMENTWISE = {
-    "Abs", "Add", "Alias", "Clone", "Cos", "Div", "Elu", "Exp", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
-    "LeakyRelu", "Log", "MaskedFill", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Silu", "Sin",
-    "Softplus", "Sqrt", "Sub", "Tanh", "ToCopy", "Where",
-}  # fmt: skip
-# Operations whose first dimension is a batch, of their first input alone or of all of them.
-BATCHED_FIRST = {
-    "Addmm", "AvgPool2D", "AdaptiveAvgPool2D", "Convolution", "CudnnBatchNorm", "MaxPool2DWithIndices", "Mm",
-    "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
-}  # fmt: skip
-BATCHED_ALL = {
-    "Baddbmm", "Bmm", "ScaledDotProductEfficientAttention", "ScaledDotProductFlashAttention",
-    "ScaledDotProductFlashAttentionForCpu",
-}  # fmt: skip
-ALONG_DIMS = {
-    "Cat", "Cumsum", "LogSoftmax", "Mean", "Select", "Slice", "Softmax", "Split", "SplitWithSizes", "Squeeze", "Stack",
-    "Sum", "Transpose", "Unbind", "Unsqueeze", "Expand", "View", "UnsafeView", "Permute",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
     names = {id(parameter): name for name, parameter in parameters.items()}
     uses: list[Use] = []
     opaque = _source(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
-    steady = True
+    rows_stay = True
     seen = {root}
     stack = [root]
     while stack:
@@ -112,7 +94,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
         rearranges = _source(node, names, n_rows) is not None
-        steady = steady and (rearranges or _keeps_rows(kind, node, names, n_rows))
+        rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, _activations(node, names, n_rows), n_rows))
         for slot, (below, _) in enumerate(node.next_functions):
             if below is None:
                 continue
@@ -122,57 +104,15 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             if below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return Graph(uses, opaque, steady)
+    return Graph(uses, opaque, rows_stay)
 
 
-def _keeps_rows(kind: str, node: Any, names: Mapping[int, str], n_rows: int) -> bool:
-    """Tell whether block b of the output's dimension 0 depends on block b of every input's, and on nothing else.
-
-    Inputs that are parameters, or on which no gradient depends, do not count.
-    """
-    shape = output_shape(node)
-    if not shape or not shape[0] or shape[0] % n_rows:
-        return False
-    inputs: list[torch.Size | None] = [
+def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
+    """Return the shape of each input of a node; None for parameters, and for what no gradient depends on."""
+    return [
         None if below is None or _source(below, names, n_rows) is not None else below._input_metadata[place].shape
         for below, place in node.next_functions
     ]
-    activations = [size for size in inputs if size is not None]
-    if any(not size or size[0] % n_rows for size in activations):
-        return False
-    if kind in ELEMENTWISE:
-        return all(len(size) == len(shape) and size[0] == shape[0] for size in activations)
-    if kind == "Embedding":
-        return not activations
-    if kind in BATCHED_ALL:
-        return all(size[0] == shape[0] for size in activations)
-    if kind in BATCHED_FIRST:
-        at = 1 if kind == "Addmm" else 0
-        if any(size is not None for slot, size in enumerate(inputs) if slot != at):
-            return False
-        if kind == "NativeLayerNorm" and len(node._saved_normalized_shape) >= len(shape):
-            return False
-        if kind in ("NativeBatchNorm", "CudnnBatchNorm") and getattr(node, "_saved_training", True):
-            return False
-        return all(size[0] == shape[0] and (kind != "MaxPool2DWithIndices" or len(size) == 4) for size in activations)
-    if kind in ("View", "UnsafeView", "ReshapeAlias"):
-        return True
-    if kind not in ALONG_DIMS or any(size[0] != shape[0] for size in activations):
-        return False
-    if kind == "Expand":
-        return len(activations) == 1 and len(activations[0]) == len(shape)
-    if kind == "Permute":
-        return node._saved_dims[0] == 0
-    names_of_dims = ("_saved_dim0", "_saved_dim1") if kind == "Transpose" else ("_saved_dim",)
-    if kind == "Squeeze" and not hasattr(node, "_saved_dim"):
-        return n_rows > 1 and len(activations) == 1
-    rank = max(len(size) for size in [shape, *activations])
-    dims = [dim for name in names_of_dims for dim in _as_tuple(getattr(node, name, 0))]
-    return all((dim - 2**64 if dim >= 2**63 else dim) % rank != 0 for dim in dims)
-
-
-def _as_tuple(value: Any) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _source(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:

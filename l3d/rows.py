@@ -1,0 +1,78 @@
+"""Which operations leave every row of a batch where it is, told from the autograd graph alone."""
+
+from typing import Any
+
+import torch
+
+# Operations on each entry by itself, or on the entries at one place of several inputs.
+ELEMENTWISE = {
+    "Abs", "Add", "Alias", "Clone", "Cos", "Div", "Elu", "Exp", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
+    "LeakyRelu", "Log", "MaskedFill", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Silu", "Sin",
+    "Softplus", "Sqrt", "Sub", "Tanh", "ToCopy", "Where",
+}  # fmt: skip
+# Operations whose first dimension is a batch, of their first input alone or of all of them.
+BATCHED_FIRST = {
+    "Addmm", "AvgPool2D", "AdaptiveAvgPool2D", "Convolution", "CudnnBatchNorm", "MaxPool2DWithIndices", "Mm",
+    "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
+}  # fmt: skip
+BATCHED_ALL = {
+    "Baddbmm", "Bmm", "ScaledDotProductEfficientAttention", "ScaledDotProductFlashAttention",
+    "ScaledDotProductFlashAttentionForCpu",
+}  # fmt: skip
+# Operations along dimensions that the node remembers: rows stay where that is not the first.
+ALONG_DIMS = {
+    "Cat", "Cumsum", "LogSoftmax", "Mean", "Select", "Slice", "Softmax", "Split", "SplitWithSizes", "Squeeze", "Stack",
+    "Sum", "Transpose", "Unbind", "Unsqueeze", "Expand", "View", "UnsafeView", "Permute",
+}  # fmt: skip
+
+
+def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: int) -> bool:
+    """Tell whether block b of the output's dimension 0 depends on block b of every input's, and on nothing else.
+
+    Args:
+        kind: the node's operation.
+        node: of the autograd graph.
+        inputs: the shape of each of its inputs; None for parameters, and for what no gradient depends on.
+        n_rows: of the batch; a "block" is one of that many equal parts of dimension 0.
+
+    A wrong "no" costs a probe; a wrong "yes" would cost the truth, so whatever is not known here is a "no".
+    """
+    shape = node._input_metadata[0].shape  # of the output: autograd names things from the backward pass's side
+    if not shape or not shape[0] or shape[0] % n_rows:
+        return False
+    activations = [size for size in inputs if size is not None]
+    if any(not size or size[0] % n_rows for size in activations):
+        return False
+    if kind in ELEMENTWISE:
+        return all(len(size) == len(shape) and size[0] == shape[0] for size in activations)
+    if kind == "Embedding":
+        return not activations
+    if kind in BATCHED_ALL:
+        return all(size[0] == shape[0] for size in activations)
+    if kind in BATCHED_FIRST:
+        at = 1 if kind == "Addmm" else 0
+        if any(size is not None for slot, size in enumerate(inputs) if slot != at):
+            return False
+        if kind == "NativeLayerNorm" and len(node._saved_normalized_shape) >= len(shape):
+            return False
+        if kind in ("NativeBatchNorm", "CudnnBatchNorm") and getattr(node, "_saved_training", True):
+            return False
+        return all(size[0] == shape[0] and (kind != "MaxPool2DWithIndices" or len(size) == 4) for size in activations)
+    if kind in ("View", "UnsafeView", "ReshapeAlias"):
+        return True
+    if kind not in ALONG_DIMS or any(size[0] != shape[0] for size in activations):
+        return False
+    if kind == "Expand":
+        return len(activations) == 1 and len(activations[0]) == len(shape)
+    if kind == "Permute":
+        return node._saved_dims[0] == 0
+    names_of_dims = ("_saved_dim0", "_saved_dim1") if kind == "Transpose" else ("_saved_dim",)
+    if kind == "Squeeze" and not hasattr(node, "_saved_dim"):
+        return n_rows > 1 and len(activations) == 1
+    rank = max(len(size) for size in [shape, *activations])
+    dims = [dim for name in names_of_dims for dim in _as_tuple(getattr(node, name, 0))]
+    return all((dim - 2**64 if dim >= 2**63 else dim) % rank != 0 for dim in dims)
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
