@@ -11,9 +11,11 @@ from l3d.directions import Directions, Whole
 from l3d.factors import Gradients, Rows, matrix_shape
 from l3d_kernels import SparseCoefficients
 
-# Multiply-adds that one gathered element costs on a CPU. From the two measured points that design fixed it by: at
-# 10 % kept, the sampled path loses twofold at rank 4 and wins more than twofold at rank 25.
-GATHER = 35
+# Multiply-adds that one gathered element costs on a CPU. Measured on 2 cores for one tensor (K=100, S=256, T=16, 10 %
+# kept; ms for factored, factored and sampled, materialised, materialised and sampled):
+#     width 64, rank 6: 74, 25, 7, 18;  width 256, rank 4: 29, 124, 103, 72;  width 256, rank 25: 243, 117, 100, 120
+# With this value the cheapest by count is the fastest in all three.
+GATHER = 45
 
 
 class Path(NamedTuple):
@@ -40,7 +42,8 @@ class Sizes:
 def projection_costs(s: Sizes) -> dict[Path, float]:
     """Count the multiply-adds of one training step's projections for each possible path.
 
-    A step projects on the encoder (all pairs), on the decoder (kept pairs), and once backward through each.
+    A step projects on the encoder (all pairs), on the decoder (kept pairs), and once backward through each. Where the
+    gradient is too large to be kept whole, its tiles are formed once more for the backward pass; that is not counted.
     """
     rows = s.n_positions * s.n_subnetworks * s.rank * (s.n_samples * s.n_outputs + s.n_sequences * s.n_inputs)
     area = s.n_inputs * s.n_outputs

@@ -107,7 +107,7 @@ def _ranks_of(name: str, shape: torch.Size, wanted: int | Sequence[int]) -> tupl
         if wanted > largest:
             raise ValueError(
                 f"rank: {wanted} exceeds {largest}, the most that {name!r} of shape {list(shape)} allows; "
-                f"pass a smaller rank, or a dict such as {{'{name}': {largest}, '*': {wanted}}}"
+                f"pass a smaller rank, or {{glob: rank}} with at most that for it"
             )
         return ranks if len(shape) == 2 else tuple(min(wanted, d) for d in shape)
     if len(ranks) != len(shape) or any(r > d for r, d in zip(ranks, shape, strict=True)):

@@ -104,9 +104,7 @@ def decompose(
         rank=rank,
         k=k,
         params=params,
-        divergence=divergence
-        if isinstance(divergence, str)
-        else f"callable {getattr(divergence, '__name__', '')}".strip(),
+        divergence=divergence if isinstance(divergence, str) else "callable",
         reference=reference if isinstance(reference, str) else "tensor",
         positions=positions,
         steps=steps,

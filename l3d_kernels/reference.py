@@ -18,8 +18,9 @@ from torch import Tensor
 
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 
-# Temporaries are cut into pieces of about this many elements: large enough that a piece fills the cores,
-# small enough that it stays near the caches (measured on 2 CPU cores; a quarter and four times are within 10 %).
+# Temporaries are cut into pieces of about this many elements. Measured on 2 CPU cores, loss and gradients of one
+# 256 x 256 tensor (K=100, R=25, S=256): 120 ms at a quarter of it, 115 ms, 172 ms at four times it; at width 64
+# it makes no difference.
 CHUNK = 1 << 22
 
 

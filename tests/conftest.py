@@ -1,6 +1,7 @@
 """What a test may need and this machine may lack: real data, a GPU. Skips are counted at the end."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         reason = reason.removeprefix("Skipped: ")
         counts[next((kind for kind in (NO_DATA, NO_GPU) if reason.startswith(kind)), "other")] += 1
     terminalreporter.write_line("skips: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make every model and input float64, and seed them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def assert_relative(actual: Any, expected: Any, tolerance: float) -> float:
@@ -34,3 +35,14 @@ def assert_relative(actual: Any, expected: Any, tolerance: float) -> float:
         f"{int((difference > tolerance * scale).sum())} of {b.numel()} elements are over"
     )
     return error
+
+
+class Root(nn.Module):
+    """A finite output whose gradient is not, for an input of zeros: the square root has no slope at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.before(x).square().sqrt())

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import l3d
 from l3d.decomposition import Decomposition
 
-from helpers import assert_relative
+from helpers import Root, assert_relative
 
 N, BATCH, K = 29, 7, 6  # the last batch of one row joins the one before: 7 7 7 8
 
@@ -396,17 +396,6 @@ def test_gradients_of_zero_are_refused() -> None:
     x = points(BATCH)
     with pytest.raises(ValueError, match=r"data: every gradient is zero"):
         decomposition(reference="pair").evaluate(net(), TensorDataset(x, x))
-
-
-class Root(nn.Module):
-    """A finite output whose gradient is not, for an input of zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.before(x).square().sqrt())
 
 
 def test_gradients_that_are_not_finite_are_not_passed_over() -> None:

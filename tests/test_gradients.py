@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,7 @@ TOLERANCE = 1e-10
 VOCABULARY, WIDTH, LENGTH = 11, 4, 5
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    """Every model and input is float64 and seeded."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Head(nn.Module):

@@ -1,7 +1,7 @@
 """Every way a model can use a parameter gives the gradients that torch.func gives, one row at a time, in float64."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,14 +21,7 @@ from helpers import assert_relative
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    """Every model and input is float64 and seeded."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Net(nn.Module):

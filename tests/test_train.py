@@ -22,7 +22,7 @@ from l3d.settings import kept_fraction, learning_rate, resolve
 from l3d.sources import load_data, load_model
 from l3d.zoo import resnet20
 
-from helpers import assert_relative
+from helpers import Root, assert_relative
 
 
 class Net(nn.Module):
@@ -555,17 +555,6 @@ def test_nan_in_the_output_names_the_step_and_leaves_the_checkpoint(tmp_path: Pa
     assert all(p.isfinite().all() for p in checkpoint.parameters())
     assert checkpoint.history["step"] == list(range(1, 9))
     assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, resume=True), train())
-
-
-class Root(nn.Module):
-    """A finite output whose gradient is not, for an input of zeros: the square root has no slope at zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.before(x).square().sqrt())
 
 
 @pytest.mark.parametrize("k", [0.1, 1.0])
