@@ -90,18 +90,21 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
     return min(totals, key=totals.__getitem__)
 
 
-def coactive_is_cheaper(directions: Directions, kept: SparseCoefficients) -> bool:
-    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from the full Gram matrix."""
-    n_samples, n_subnetworks = kept.shape
+def coactive_is_cheaper(directions: Directions, kept: SparseCoefficients, n_groups: int = 1) -> bool:
+    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from the full Gram matrix.
+
+    With several groups of directions, pairs lie within a group, and there is a Gram matrix for each.
+    """
+    n_rows, n_subnetworks = kept.shape[0] * n_groups, kept.shape[1] // n_groups
     n_kept = kept.rows.numel()
-    full = float(n_samples * n_subnetworks**2)
+    full = float(n_rows * n_subnetworks**2)
     gathered = per_pair = 0.0
     for _, piece in directions.items():
         left, right = piece.factors()
         rank, widths, area = left.shape[1], left.shape[2] + right.shape[2], left.shape[2] * right.shape[2]
-        full += min(n_subnetworks**2 * rank**2 * widths, n_subnetworks * (n_subnetworks + rank) * area)
+        full += n_groups * min(n_subnetworks**2 * rank**2 * widths, n_subnetworks * (n_subnetworks + rank) * area)
         gathered += n_kept * GATHER * rank * widths
         per_pair += rank**2 * widths
-    if gathered + n_kept**2 / n_samples * per_pair >= full:  # Σ n_s² is at least N²/S: no need to look
+    if gathered + n_kept**2 / n_rows * per_pair >= full:  # Σ n_s² is at least N²/rows: no need to look
         return False
-    return gathered + int(kept.row_offsets.diff().square().sum()) * per_pair < full
+    return gathered + int(kept.by_group(n_groups).row_offsets.diff().square().sum()) * per_pair < full

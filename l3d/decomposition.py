@@ -1,6 +1,6 @@
 """A decomposition: K subnetworks, each an encoder direction and a unit-norm decoder direction in parameter space."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from l3d.costs import choose_paths
 from l3d.directions import Directions, Rank, resolve_ranks
 from l3d.factors import Gradients
+from l3d.model import exact_pattern
 from l3d.objective import objective
 from l3d.project import project
 
@@ -53,6 +54,47 @@ class Decomposition(nn.Module):
         self.timing: dict[str, float] = {}
         self.threshold = float("nan")
         self.restart_errors: list[float] = []
+
+    @classmethod
+    def empty(
+        cls,
+        shapes: Mapping[str, torch.Size],
+        n_subnetworks: int,
+        ranks: Mapping[str, tuple[int, ...]],
+        settings: Mapping[str, Any],
+        like: Tensor,
+    ) -> "Decomposition":
+        """Make a decomposition whose tensors are still to be filled, of the dtype and on the device of `like`.
+
+        `ranks` are resolved ones, as the attribute holds them.
+        """
+        rank = {exact_pattern(name): each[0] if len(each) == 1 else each for name, each in ranks.items() if each}
+        with torch.device("meta"):  # no start is drawn
+            decomposition = cls(shapes, n_subnetworks, rank, settings)
+        return decomposition.to_empty(device=like.device).to(like.dtype)
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence["Decomposition"]) -> "Decomposition":
+        """Lay decompositions of the same parameters and ranks side by side, their subnetworks one after another.
+
+        Restarts are trained so, all in one step. The settings are those of the first.
+        """
+        first = parts[0]
+        n_subnetworks = sum(part.n_subnetworks for part in parts)
+        whole = cls.empty(first.shapes, n_subnetworks, first.ranks, first.settings, next(first.parameters()))
+        with torch.no_grad():
+            for target, *tensors in zip(whole.parameters(), *(part.parameters() for part in parts), strict=True):
+                target.copy_(torch.cat(tensors))
+        return whole
+
+    def part(self, index: int, n_parts: int) -> "Decomposition":
+        """Copy one of so many equal parts that lie side by side; history and the like stay behind."""
+        size = self.n_subnetworks // n_parts
+        part = self.empty(self.shapes, size, self.ranks, self.settings, next(self.parameters()))
+        with torch.no_grad():
+            for target, whole in zip(part.parameters(), self.parameters(), strict=True):
+                target.copy_(whole[index * size : (index + 1) * size])
+        return part
 
     @property
     def n_subnetworks(self) -> int:

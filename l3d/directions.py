@@ -17,6 +17,9 @@ from torch import Tensor, nn
 import l3d_kernels as lk
 from l3d.factors import matrix_shape
 
+# Up to so many directions, the Gram matrices of groups are cut out of that of all: one operation beats many small ones.
+SMALL_GRAM = 256
+
 Rank = int | Mapping[str, int | Sequence[int]]
 
 
@@ -165,13 +168,26 @@ class Directions(nn.Module):
         for piece in self.pieces:
             _rescale(piece, squared)
 
-    def gram(self) -> Tensor:
-        """Return <V_k, V_j> over all tensors together: [K, K]."""
-        products = [
-            piece.vector @ piece.vector.mT if isinstance(piece, Whole) else lk.gram(*piece.factors())
-            for _, piece in self.items()
-        ]
-        return sum(products[1:], products[0])
+    def gram(self, chosen: slice = slice(None)) -> Tensor:  # noqa: B008
+        """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
+        total: Tensor | None = None
+        for _, piece in self.items():
+            if isinstance(piece, Whole):
+                product = piece.vector[chosen] @ piece.vector[chosen].mT
+            else:
+                left, right = piece.factors()
+                product = lk.gram(left[chosen], right[chosen])
+            total = product if total is None else total + product
+        assert total is not None
+        return total
+
+    def grams(self, n_groups: int) -> Tensor:
+        """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
+        size = self.n_subnetworks // n_groups
+        if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
+            return torch.stack([self.gram(slice(i * size, (i + 1) * size)) for i in range(n_groups)])
+        blocks = self.gram().view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2)
+        return blocks.movedim(-1, 0)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Multiply one direction out: {name: tensor of the parameter's shape}."""

@@ -17,15 +17,15 @@ from l3d.costs import Path, choose_paths, coactive_is_cheaper
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients
 from l3d.project import project, project_at
-from l3d_kernels.reference import energy_from_gram
 
 
 class Objective(NamedTuple):
     """The loss of one batch and what was kept."""
 
-    loss: Tensor  # [] differentiable: the squared ratio
+    loss: Tensor  # [] differentiable: the squared ratio; [groups] where there are several
     kept: lk.SparseCoefficients
     squared_norm: Tensor  # [] Σ_s ‖g_s‖², which the loss is relative to
+    residual: Tensor  # [S] or [S, groups], differentiable: ‖g_s − ĝ_s‖²
 
 
 def n_kept(k: float, n_samples: int, n_subnetworks: int) -> int:
@@ -43,16 +43,19 @@ def objective(
     decoder: Directions,
     k: float,
     *,
+    n_groups: int = 1,
     paths: dict[str, Path] | None = None,
     coactive: bool | None = None,
     backend: str = "auto",
 ) -> Objective:
     """Compute the loss of a batch at the kept fraction k.
 
-    `paths` and `coactive` override the choice by cost (`l3d.costs`); the value does not depend on them.
+    With several groups, the directions are so many decompositions side by side, each with its own top-k and loss: only
+    the gradients are shared. `paths` and `coactive` override the choice by cost (`l3d.costs`); the value does not
+    depend on them.
     """
-    n = n_kept(k, gradients.n_samples, encoder.n_subnetworks)
-    paths = choose_paths(gradients, encoder, n) if paths is None else paths
+    n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // n_groups)
+    paths = choose_paths(gradients, encoder, n * n_groups) if paths is None else paths
     sampled = [name for name, path in paths.items() if path.sampled]
     direct = [name for name, path in paths.items() if not path.sampled]
 
@@ -62,32 +65,43 @@ def objective(
     if sampled:
         with torch.no_grad():
             rest = project(gradients, (encoder,), paths, sampled, backend)
-        kept = lk.batch_topk(coefficients.detach() + rest, n, backend=backend)
+        kept = lk.batch_topk(coefficients.detach() + rest, n, n_groups, backend=backend)
         values = coefficients[kept.rows, kept.columns] + project_at(gradients, encoder, kept, sampled, backend)
         kept = kept._replace(values=values)
         overlap = overlaps[kept.rows, kept.columns] + project_at(gradients, decoder, kept, sampled, backend)
     else:
-        kept = lk.batch_topk(coefficients, n, backend=backend)
+        kept = lk.batch_topk(coefficients, n, n_groups, backend=backend)
         overlap = overlaps[kept.rows, kept.columns]
 
-    squared_norm = gradients.squared_norm().sum()
-    residual = squared_norm - 2 * kept.values.dot(overlap) + energy(kept, decoder, coactive, backend).sum()
-    return Objective(residual / squared_norm, kept, squared_norm)
+    squared_norms = gradients.squared_norm()
+    explained = kept._replace(values=kept.values * overlap).dense().unflatten(1, (n_groups, -1)).sum(2)  # [S, groups]
+    residual = squared_norms[:, None] - 2 * explained + energy(kept, decoder, coactive, n_groups, backend)
+    squared_norm = squared_norms.sum()
+    loss = residual.sum(0) / squared_norm
+    if n_groups == 1:
+        loss, residual = loss[0], residual[:, 0]
+    return Objective(loss, kept, squared_norm, residual)
 
 
 def energy(
-    kept: lk.SparseCoefficients, decoder: Directions, coactive: bool | None = None, backend: str = "auto"
+    kept: lk.SparseCoefficients,
+    decoder: Directions,
+    coactive: bool | None = None,
+    n_groups: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
-    """Return ‖ĝ_s‖² over all tensors together: [S]."""
+    """Return ‖ĝ_s‖² over all tensors together, for each group of directions: [S, groups]."""
     if coactive is None:
-        coactive = coactive_is_cheaper(decoder, kept)
+        coactive = coactive_is_cheaper(decoder, kept, n_groups)
     if not coactive:
-        return energy_from_gram(kept, decoder.gram())
-    total = kept.values.new_zeros(kept.shape[0])
+        coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
+        return ((coefficients @ decoder.grams(n_groups)) * coefficients).sum(2).mT
+    by_group = kept.by_group(n_groups)
+    total = kept.values.new_zeros(by_group.shape[0])
     for _, piece in decoder.items():
         if isinstance(piece, Whole):
-            reconstruction = kept.dense() @ piece.vector
+            reconstruction = by_group.dense() @ piece.vector
             total = total + reconstruction.square().sum(1)
         else:
-            total = total + lk.gram_energy_coactive(kept, *piece.factors(), backend=backend)
-    return total
+            total = total + lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
+    return total.unflatten(0, (-1, n_groups))

@@ -1,7 +1,7 @@
 """What a training run shows and remembers: a progress bar, and a history of bounded length."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -15,71 +15,97 @@ import l3d_kernels as lk
 
 COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
 RECORDS = 1000  # rows of history a run keeps at most
+DEAD_AFTER = 200  # batches in which a subnetwork was never kept, for it to count as dead
 
 
 class Recorder:
     """Average what happens over a few steps at a time into a history of at most `RECORDS` rows.
 
     `history` maps each of `COLUMNS` to its values: error and kept per sample are means over the interval,
-    dead_fraction is the fraction of subnetworks never kept in the last 200 batches or more.
+    dead_fraction is the fraction of subnetworks never kept in the last 200 batches or more. Of several restarts
+    trained side by side, error and dead_fraction hold one value each: a row is then a list.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, n_restarts: int = 1) -> None:
         self.every = max(1, -(-steps // RECORDS))
-        self.history: dict[str, list[float]] = {name: [] for name in COLUMNS}
-        self.threshold = float("nan")
-        self.error = self.kept = 0.0
+        self.history: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self.thresholds = [float("nan")] * n_restarts
+        self.errors = [0.0] * n_restarts  # sums over the interval
+        self.kept = 0.0
         self.count = self.samples = 0
-        self.last_kept: torch.Tensor | None = None  # [K] the step each subnetwork was last kept at
+        self.last_kept: torch.Tensor | None = None  # [restarts * K] the step each subnetwork was last kept at
         self.started = perf_counter()
 
-    def add(self, step: int, error: float, kept: lk.SparseCoefficients, lr: float, k: float) -> bool:
+    def add(self, step: int, errors: Sequence[float], kept: lk.SparseCoefficients, lr: float, k: float) -> bool:
         """Take note of a step (counted from 1); tell whether a row was added to the history."""
         n_samples, n_subnetworks = kept.shape
         if self.last_kept is None:
             self.last_kept = torch.full((n_subnetworks,), step - 1, device=kept.columns.device)
         self.last_kept = self.last_kept.to(kept.columns.device)
         self.last_kept[kept.columns] = step
-        self.error += error
-        self.kept += kept.rows.numel() / n_samples
+        self.errors = [total + error for total, error in zip(self.errors, errors, strict=True)]
+        self.kept += kept.rows.numel() / (n_samples * len(errors))
         self.samples += n_samples
         self.count += 1
         if step % self.every:
             return False
-        self.threshold = smooth(self.threshold, float(kept.threshold))
+        found = kept.threshold.reshape(-1).tolist()
+        self.thresholds = [smooth(mean, value) for mean, value in zip(self.thresholds, found, strict=True)]
         elapsed = perf_counter() - self.started
+        dead = (self.last_kept <= step - DEAD_AFTER).view(len(errors), -1).float().mean(1).tolist()
         row = (
             step,
-            self.error / self.count,
+            _one_or_all([total / self.count for total in self.errors]),
             self.kept / self.count,
-            float((self.last_kept <= step - 200).float().mean()),
+            _one_or_all(dead),
             lr,
             k,
             self.samples / max(elapsed, 1e-9),
         )
         for name, value in zip(COLUMNS, row, strict=True):
             self.history[name].append(value)
-        self.error = self.kept = 0.0
+        self.errors = [0.0] * len(errors)
+        self.kept = 0.0
         self.count = self.samples = 0
         self.started = perf_counter()
         return True
 
+    def dead(self, step: int) -> torch.Tensor:
+        """Tell which subnetworks of all restarts have not been kept for long: [restarts * K], boolean."""
+        assert self.last_kept is not None
+        return self.last_kept <= step - DEAD_AFTER
+
+    def history_of(self, restart: int) -> dict[str, list[float]]:
+        """Return one restart's own history."""
+        return {
+            name: [row[restart] if isinstance(row, list) else row for row in rows]
+            for name, rows in self.history.items()
+        }
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides the history, as json-able values."""
         last = [] if self.last_kept is None else self.last_kept.tolist()
-        threshold = None if math.isnan(self.threshold) else self.threshold
-        return {"threshold": threshold, "last_kept": last, "pending": [self.error, self.kept, self.count]}
+        thresholds = [None if math.isnan(threshold) else threshold for threshold in self.thresholds]
+        return {"thresholds": thresholds, "last_kept": last, "pending": [self.errors, self.kept, self.count]}
 
-    def load_state(self, state: dict[str, Any], history: dict[str, list[float]]) -> None:
+    def load_state(self, state: dict[str, Any], history: dict[str, list[Any]]) -> None:
         """Continue from a checkpoint."""
         self.history = history
-        self.threshold = math.nan if state["threshold"] is None else state["threshold"]
+        self.thresholds = [math.nan if threshold is None else threshold for threshold in state["thresholds"]]
         self.last_kept = torch.tensor(state["last_kept"]) if state["last_kept"] else None
-        self.error, self.kept, self.count = state["pending"]
+        self.errors, self.kept, self.count = state["pending"]
 
     def latest(self) -> dict[str, float]:
-        """Return the last row of the history."""
-        return {name: values[-1] for name, values in self.history.items()}
+        """Return the last row of the history, of the restart that is best there."""
+        errors = self.history["error"][-1]
+        best = errors.index(min(errors)) if isinstance(errors, list) else 0
+        return {
+            name: rows[-1][best] if isinstance(rows[-1], list) else rows[-1] for name, rows in self.history.items()
+        }
+
+
+def _one_or_all(values: list[float]) -> float | list[float]:
+    return values[0] if len(values) == 1 else values
 
 
 def smooth(mean: float, value: float, weight: float = 0.05) -> float:

@@ -68,7 +68,7 @@ def read_metrics(run: Path) -> dict[str, Any]:
 
 def last_checkpoint(run: Path) -> Path | None:
     """Find the checkpoint that was written last; None where there is none yet."""
-    found = list((run / "checkpoints").glob("restart*_step*[0-9]"))
+    found = list((run / "checkpoints").glob("step*[0-9]"))
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from l3d.decomposition import Decomposition
 from l3d.files import read_json, replace_text, replacing
-from l3d.model import exact_pattern
 
 FORMAT = "l3d-decomposition-1"
 
@@ -69,15 +68,14 @@ def load(path: str | Path) -> Decomposition:
 def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decomposition:
     """Build the decomposition that a header and named tensors describe; any error says that they do not."""
     shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
-    ranked = {name: ranks for name, ranks in header["ranks"].items() if ranks}
-    rank = {exact_pattern(name): ranks[0] if len(ranks) == 1 else ranks for name, ranks in ranked.items()}
-    with torch.device("meta"):  # no start is drawn: every tensor is read below
-        decomposition = Decomposition(shapes, header["n_subnetworks"], rank, header["settings"])
+    ranks = {name: tuple(each) for name, each in header["ranks"].items()}
+    if not tensors:
+        raise ValueError("the tensors are others than the header says")
+    like = next(iter(tensors.values()))
+    decomposition = Decomposition.empty(shapes, header["n_subnetworks"], ranks, header["settings"], like)
     own = _named(decomposition)
     if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
         raise ValueError("the tensors are others than the header says")
-    decomposition.to_empty(device="cpu").to(next(iter(tensors.values())).dtype)
-    own = _named(decomposition)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     decomposition.history, decomposition.timing = header["history"], header["timing"]
@@ -120,16 +118,16 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
-    def checkpoints(self, restart: int) -> list[Path]:
-        """List a restart's complete checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob(f"restart{restart}_step*[0-9]"))
+    def checkpoints(self) -> list[Path]:
+        """List the complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step*[0-9]"))
 
     def save_checkpoint(
-        self, restart: int, step: int, decomposition: Decomposition, optimizer: Mapping[str, Tensor], state: Any
+        self, step: int, decomposition: Decomposition, optimizer: Mapping[str, Tensor], state: Any
     ) -> None:
-        """Write a checkpoint and drop the older ones of the same restart."""
-        old = self.checkpoints(restart)
-        target = self.path / "checkpoints" / f"restart{restart}_step{step:09d}"
+        """Write a checkpoint and drop the older ones."""
+        old = self.checkpoints()
+        target = self.path / "checkpoints" / f"step{step:09d}"
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         save(decomposition, partial)
@@ -141,9 +139,9 @@ class RunFolder:
             if path != target:
                 shutil.rmtree(path)
 
-    def load_checkpoint(self, restart: int) -> tuple[Decomposition, dict[str, Tensor], dict[str, Any]] | None:
-        """Read a restart's last checkpoint: (decomposition, optimiser tensors, state), or None."""
-        found = self.checkpoints(restart)
+    def load_checkpoint(self) -> tuple[Decomposition, dict[str, Tensor], dict[str, Any]] | None:
+        """Read the last checkpoint: (decomposition, optimiser tensors, state), or None."""
+        found = self.checkpoints()
         if not found:
             return None
         path = found[-1]
@@ -156,7 +154,7 @@ def _remove_run(folder: Path) -> None:
     config = folder / "config.yaml"
     ours = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
     ours = ours or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
-    ours = ours or any((folder / "checkpoints").glob("restart*_step*/decomposition.json"))
+    ours = ours or any((folder / "checkpoints").glob("step*/decomposition.json"))
     if not ours:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite will not touch it; choose another folder")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

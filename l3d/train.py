@@ -122,8 +122,6 @@ def decompose(
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
     if resume and (out is None or overwrite):
         raise ValueError("resume: expected the run folder as out, and no overwrite")
-    if n_restarts > 1 and isinstance(data, Iterator):
-        raise ValueError("data: an iterator can be read once only; for n_restarts pass what can be iterated again")
     first = next(model.parameters(), None)
     if first is None:
         raise ValueError("model: has no parameters to decompose")
@@ -132,42 +130,49 @@ def decompose(
     model.to(target)
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
-        runs = [Run(settings, extractor, data, seed + i, target) for i in range(n_restarts)]
-        runs[0].check()
+        run = Run(settings, extractor, data, target, n_restarts)
+        run.check()
         folder = store.RunFolder.open(out, overwrite, resume) if out is not None else None
         if folder is not None and on_start is not None:
             on_start(folder.path)
-        for i, run in enumerate(runs):
-            if folder is not None and resume:
-                run.restore(folder, i)
-            label = f"restart {i + 1}/{n_restarts}" if n_restarts > 1 else "decompose"
-            with progress_bar(settings.steps, label, progress) as bar:
-                run.train(bar, folder, every, i)
+        if folder is not None and resume:
+            run.restore(folder)
+        label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
+        with progress_bar(settings.steps, label, progress) as bar:
+            run.train(bar, folder, every)
     finally:
         model.to(home)
-    best = min(runs, key=Run.final_error).decomposition
-    best.restart_errors = [run.final_error() for run in runs]
+    best = run.best()
     if folder is not None:
         best.save(folder.path)
     return best
 
 
 class Run:
-    """One training run: the decomposition, its optimiser, and the step it has reached."""
+    """One training run: the restarts side by side in one decomposition, its optimiser, and the step it has reached.
 
-    def __init__(self, settings: Settings, extractor: Extractor, data: Any, seed: int, device: torch.device) -> None:
-        self.settings, self.extractor, self.seed, self.device = settings, extractor, seed, device
-        self.batches = Batches(data, settings.batch_size, seed)
+    All restarts see the same batches; the first is what a run of one restart would be.
+    """
+
+    def __init__(
+        self, settings: Settings, extractor: Extractor, data: Any, device: torch.device, n_restarts: int = 1
+    ) -> None:
+        self.settings, self.extractor, self.device, self.n_restarts = settings, extractor, device, n_restarts
+        self.batches = Batches(data, settings.batch_size, settings.seed)
         self.step = 0
         self.seconds = 0.0  # spent training, over interruptions
-        self.recorder = Recorder(settings.steps)
+        self.recorder = Recorder(settings.steps, n_restarts)
         shapes = {name: p.shape for name, p in extractor.parameters.items()}
-        start = torch.Generator().manual_seed(mix(seed, 1))
-        decomposition = Decomposition(
-            shapes, settings.n_subnetworks, settings.rank, {**settings.as_dict(), "seed": seed}, start
+        restarts = []
+        for i in range(n_restarts):
+            start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
+            restarts.append(
+                Decomposition(shapes, settings.n_subnetworks, settings.rank, settings.as_dict(), start)
+            )
+        self.decomposition = Decomposition.side_by_side(restarts).to(device, self._dtype())
+        self.optimizer = RelativeAdam(
+            self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay
         )
-        self.decomposition = decomposition.to(device, self._dtype())
-        self.optimizer = RelativeAdam(self.decomposition.parameters(), settings.relative_lr, settings.weight_decay)
 
     def _dtype(self) -> torch.dtype:
         if self.settings.dtype is None:
@@ -181,7 +186,7 @@ class Run:
 
     def gradients(self, step: int) -> Gradients:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
-        generator = torch.Generator().manual_seed(mix(self.seed, 2, step))
+        generator = torch.Generator().manual_seed(mix(self.settings.seed, 2, step))
         gradients = self.extractor(to_device(self.batches[step], self.device), generator)
         return gradients.to(next(self.decomposition.parameters()))
 
@@ -189,14 +194,14 @@ class Run:
         """Go through a first step without taking it, to meet bad input before anything is written."""
         self.batches.peek()
         with torch.no_grad():
-            self.loss(self.gradients(0), 1.0)
+            self.objective(self.gradients(0), 1.0)
 
-    def loss(self, gradients: Gradients, k: float) -> Objective:
-        """Compute the loss of a batch."""
+    def objective(self, gradients: Gradients, k: float) -> Objective:
+        """Compute every restart's loss of a batch."""
         d = self.decomposition
-        return objective(gradients, d.encoder, d.decoder, k, backend=self.settings.backend)
+        return objective(gradients, d.encoder, d.decoder, k, n_groups=self.n_restarts, backend=self.settings.backend)
 
-    def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int, restart: int) -> None:
+    def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int) -> None:
         """Train to the last step."""
         settings, decomposition, optimizer = self.settings, self.decomposition, self.optimizer
         started = time.perf_counter() - self.seconds
@@ -204,43 +209,52 @@ class Run:
             k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
             with naming_step(self.step):
                 gradients = self.gradients(self.step)
-                result = self.loss(gradients, k)
-                error = finite_loss(result.loss, gradients)
-            optimizer.step(torch.autograd.grad(result.loss, optimizer.parameters), rate)
+                result = self.objective(gradients, k)
+                errors = finite_losses(result.loss, gradients)
+            optimizer.step(torch.autograd.grad(result.loss.sum(), optimizer.parameters), rate)
             decomposition.normalize_()
 
             self.step += 1
-            if self.recorder.add(self.step, error, result.kept, rate, k):
+            if self.recorder.add(self.step, errors, result.kept, rate, k):
                 bar.update(self.step, self.recorder.latest())
             if self.step % checkpoint_every == 0 or self.step == settings.steps:
                 self.seconds = time.perf_counter() - started
-                self._take_stock()
                 with naming_step(self.step - 1):
                     check_finite(decomposition)
                 if folder is not None:
-                    self._save(folder, restart)
+                    self._save(folder)
 
-    def _take_stock(self) -> None:
-        """Hand what was recorded to the decomposition."""
-        per_second = self.step / max(self.seconds, 1e-9)
-        self.decomposition.timing = {"seconds": self.seconds, "steps_per_second": per_second}
-        self.decomposition.history = self.recorder.history
-        self.decomposition.threshold = self.recorder.threshold
+    def final_errors(self) -> list[float]:
+        """Return each restart's mean error over the last tenth of the history; infinity before there is any."""
+        every = [self.recorder.history_of(i)["error"] for i in range(self.n_restarts)]
+        last = [errors[-max(1, len(errors) // 10) :] for errors in every]
+        return [sum(errors) / len(errors) if errors else math.inf for errors in last]
 
-    def final_error(self) -> float:
-        """Return the mean error over the last tenth of the history; infinity before there is any."""
-        errors = self.recorder.history["error"]
-        last = errors[-max(1, len(errors) // 10) :]
-        return sum(last) / len(last) if last else float("inf")
+    def best(self) -> Decomposition:
+        """Return the restart of least final error, with its history."""
+        errors = self.final_errors()
+        index = errors.index(min(errors))
+        best = self.decomposition.part(index, self.n_restarts)
+        best.restart_errors = errors
+        best.history = self.recorder.history_of(index)
+        best.threshold = self.recorder.thresholds[index]
+        best.timing = self._timing()
+        return best
 
-    def _save(self, folder: store.RunFolder, restart: int) -> None:
+    def _timing(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "steps_per_second": self.step / max(self.seconds, 1e-9)}
+
+    def _save(self, folder: store.RunFolder) -> None:
         tensors, values = self.optimizer.state()
         state = {"optimizer": values, "recorder": self.recorder.state()}
-        folder.save_checkpoint(restart, self.step, self.decomposition, tensors, state)
+        self.decomposition.history = self.recorder.history
+        self.decomposition.timing = self._timing()
+        self.decomposition.threshold = self.recorder.thresholds[0]  # that of a lone restart
+        folder.save_checkpoint(self.step, self.decomposition, tensors, state)
 
-    def restore(self, folder: store.RunFolder, restart: int) -> None:
-        """Continue from a restart's last checkpoint, if there is one."""
-        found = folder.load_checkpoint(restart)
+    def restore(self, folder: store.RunFolder) -> None:
+        """Continue from the last checkpoint, if there is one."""
+        found = folder.load_checkpoint()
         if found is None:
             return
         decomposition, tensors, state = found
@@ -249,6 +263,8 @@ class Run:
             for name, value in self.decomposition.settings.items()
             if json.dumps(value) != json.dumps(decomposition.settings.get(name))
         ]
+        if decomposition.n_subnetworks != self.decomposition.n_subnetworks and "n_subnetworks" not in changed:
+            changed.append("n_restarts")
         if changed:
             raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
         if decomposition.shapes != self.decomposition.shapes or decomposition.ranks != self.decomposition.ranks:
@@ -258,7 +274,6 @@ class Run:
         self.recorder.load_state(state["recorder"], decomposition.history)
         self.step = state["step"]
         self.seconds = decomposition.timing["seconds"]
-        self._take_stock()
 
 
 @contextmanager
@@ -277,11 +292,11 @@ def check_finite(decomposition: Decomposition) -> None:
             raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
 
 
-def finite_loss(loss: Tensor, gradients: Gradients) -> float:
-    """Return the loss as a number; raises ValueError naming the tensor whose gradient is not finite."""
-    value = loss.item()
-    if math.isfinite(value):
-        return value
+def finite_losses(loss: Tensor, gradients: Gradients) -> list[float]:
+    """Return every restart's loss as a number; raises ValueError naming the tensor whose gradient is not finite."""
+    values = loss.reshape(-1).tolist()
+    if all(map(math.isfinite, values)):
+        return values
     for name, tensor in gradients.tensors():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"gradients: NaN or infinity in those of {name!r}; the last checkpoint stays")

@@ -202,29 +202,36 @@ def _grouped(kept: SparseCoefficients, per_entry: int) -> list[tuple[Tensor, Ten
 # --- top-k ------------------------------------------------------------------------------------------------------
 
 
-def batch_topk(coefficients: Tensor, n: int) -> SparseCoefficients:
+def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoefficients:
     """Keep the n entries of largest |c| in the whole batch: exactly n, ties broken by lower flat index.
 
-    coefficients [S, K]; 0 <= n <= S*K. The values keep their autograd history.
+    coefficients [S, K]; 0 <= n <= S*K. The values keep their autograd history. With several groups the columns are
+    that many equal blocks, n entries are kept in each, and the threshold is one per group.
     """
     shape = (coefficients.shape[0], coefficients.shape[1])
     flat = coefficients.flatten()
     magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)  # NaN is kept and reaches the loss
+    if n_groups > 1:  # [S, groups * columns] -> [groups * S, columns]
+        magnitude = magnitude.view(shape[0], n_groups, -1).transpose(0, 1).flatten()
     if n == 0:
         index = torch.zeros(0, dtype=torch.int64, device=flat.device)
-        threshold = magnitude.new_full((), torch.inf)
-    elif n == flat.numel():
-        index = torch.arange(n, device=flat.device)
-        threshold = magnitude.min()
+        thresholds = magnitude.new_full((n_groups,), torch.inf)
+    elif n * n_groups == flat.numel():
+        index = torch.arange(flat.numel(), device=flat.device)
+        thresholds = magnitude.view(n_groups, -1).amin(1)
     else:
-        threshold = torch.topk(magnitude, n, sorted=False).values.min()
-        index = (magnitude >= threshold).nonzero()[:, 0]
-        if index.numel() > n:  # ties at the threshold: the surplus of highest flat index goes
-            tied = magnitude[index] == threshold
-            surplus = index.numel() - n
-            late = tied.flip(0).cumsum(0).flip(0) <= surplus
-            index = index[~(tied & late)]
+        by_group = magnitude.view(n_groups, -1)
+        thresholds = torch.topk(by_group, n, sorted=False).values.amin(1)
+        chosen = by_group >= thresholds[:, None]
+        if int(chosen.sum()) > n * n_groups:  # ties at the threshold: the surplus of highest flat index goes
+            tied = by_group == thresholds[:, None]
+            surplus = chosen.sum(1, keepdim=True) - n
+            chosen &= ~(tied & (tied.flip(1).cumsum(1).flip(1) <= surplus))
+        if n_groups > 1:
+            chosen = chosen.view(n_groups, shape[0], -1).transpose(0, 1)
+        index = chosen.flatten().nonzero()[:, 0]
     rows = torch.div(index, shape[1], rounding_mode="floor")
+    threshold = thresholds[0] if n_groups == 1 else thresholds
     return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
 
 

@@ -20,7 +20,7 @@ class SparseCoefficients(NamedTuple):
     row_offsets: Tensor  # [S+1] int64
     column_order: Tensor  # [N] int64, a permutation
     column_offsets: Tensor  # [K+1] int64
-    threshold: Tensor  # [] the smallest kept |value|; infinity where nothing is kept
+    threshold: Tensor  # [] the smallest kept |value|, infinity where nothing is kept; [groups] if there are several
     shape: tuple[int, int]  # (S, K)
 
     def dense(self) -> Tensor:
@@ -28,6 +28,18 @@ class SparseCoefficients(NamedTuple):
         n_rows, n_columns = self.shape
         flat = self.values.new_zeros(n_rows * n_columns)
         return flat.index_put((self.rows * n_columns + self.columns,), self.values).view(n_rows, n_columns)
+
+    def by_group(self, n_groups: int) -> "SparseCoefficients":
+        """Give every group of columns rows of its own: [S, K] becomes [S * n_groups, K], block-diagonal in each row.
+
+        The entries and their order stay; an entry of sample s and group g is then in row s * n_groups + g.
+        """
+        if n_groups == 1:
+            return self
+        n_rows, n_columns = self.shape
+        rows = self.rows * n_groups + torch.div(self.columns, n_columns // n_groups, rounding_mode="floor")
+        offsets = _offsets(rows, n_rows * n_groups)
+        return self._replace(rows=rows, row_offsets=offsets, shape=(n_rows * n_groups, n_columns))
 
 
 def sparse_coefficients(

@@ -282,16 +282,39 @@ def test_error_falls_on_a_toy() -> None:
 
 @pytest.mark.parametrize("n_restarts", [1, 3])
 def test_restarts_keep_the_best_and_report_all(n_restarts: int, tmp_path: Path) -> None:
-    """Restarts are the runs of seed, seed+1, ..; the one of least final error is returned and saved."""
+    """Restarts are trained side by side; the one of least final error is returned and saved, with its own history."""
     d = train(n_restarts=n_restarts, seed=4, out=tmp_path / "run")
-    alone = [train(seed=4 + i) for i in range(n_restarts)]
-    errors = [sum(run.history["error"][-2:]) / 2 for run in alone]
-    assert d.restart_errors == pytest.approx(errors, rel=1e-12)
-    best = errors.index(min(errors))
-    assert_same_bits(d, alone[best])
-    assert d.settings["seed"] == 4 + best
+    assert len(d.restart_errors) == n_restarts
+    assert len(set(d.restart_errors)) == n_restarts
+    assert d.n_subnetworks == ARGUMENTS["n_subnetworks"]
+    assert sum(d.history["error"][-2:]) / 2 == pytest.approx(min(d.restart_errors), rel=1e-12)
     assert_same_bits(l3d.load(tmp_path / "run"), d)
     assert l3d.load(tmp_path / "run").restart_errors == d.restart_errors
+
+
+@pytest.mark.parametrize("k", [0.3, 1.0])
+@pytest.mark.parametrize("stream", [False, True], ids=["tensor", "iterator"])
+def test_a_restart_is_the_run_it_would_be_alone(
+    k: float, stream: bool, monkeypatch: pytest.MonkeyPatch, float64: None
+) -> None:
+    """Each of three restarts, trained alone from its own start on the same batches, goes through the same errors."""
+
+    def data() -> Any:
+        return iter([points(8, seed) for seed in range(21)]) if stream else points()
+
+    together = train(data=data(), n_restarts=3, k=k)
+    for i, error in enumerate(together.restart_errors):
+        with monkeypatch.context() as patch:  # the start of restart i, everything else that of the run
+            patch.setattr("l3d.train.mix", lambda *numbers, i=i: mix(*((i, 1) if numbers == (0, 1) else numbers)))
+            alone = train(data=data(), k=k)
+        assert alone.restart_errors == pytest.approx([error], rel=1e-9)
+        if error == min(together.restart_errors):
+            assert alone.history["error"] == pytest.approx(together.history["error"], rel=1e-9)
+            assert alone.history["dead_fraction"] == together.history["dead_fraction"]
+            assert alone.history["kept_per_sample"] == together.history["kept_per_sample"]
+            assert alone.threshold == pytest.approx(together.threshold, rel=1e-9)
+            for name, tensor in alone.state_dict().items():
+                assert_relative(together.state_dict()[name], tensor, 1e-8)
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -450,7 +473,7 @@ def test_resuming_reproduces_the_uninterrupted_run(
     data = list(points().split(8)) if stream else points()
     arguments = {"n_restarts": n_restarts, "checkpoint_every": 4}
     whole = train(data=data, out=tmp_path / "whole", **arguments)
-    model = Net(at + 20 * (n_restarts - 1), interrupt)
+    model = Net(at, interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(model, data, out=tmp_path / "run", **arguments)
     resumed = None
@@ -461,7 +484,7 @@ def test_resuming_reproduces_the_uninterrupted_run(
     resumed = train(data=data, out=tmp_path / "run", resume=True, **arguments)
     assert_same_bits(resumed, whole)
     assert resumed.restart_errors == whole.restart_errors
-    for name in ("decomposition.safetensors", "checkpoints/restart0_step000000020/optimizer.safetensors"):
+    for name in ("decomposition.safetensors", "checkpoints/step000000020/optimizer.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -477,11 +500,11 @@ def test_resuming_twice_and_when_all_is_done(tmp_path: Path) -> None:
     assert model.calls <= 1  # the check of the arguments; nothing was trained
 
 
-def test_only_the_last_checkpoint_of_each_restart_is_held(tmp_path: Path) -> None:
+def test_only_the_last_checkpoint_is_held(tmp_path: Path) -> None:
     """Older checkpoints go when a newer one is whole, so a run folder does not grow with the steps."""
     train(out=tmp_path / "run", n_restarts=2, checkpoint_every=3)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["restart0_step000000020", "restart1_step000000020"]
+    assert names == ["step000000020"]
     assert not list((tmp_path / "run").rglob("*.partial"))
 
 
@@ -490,8 +513,8 @@ def test_half_a_checkpoint_is_ignored(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(Net(12, interrupt), out=tmp_path / "run", checkpoint_every=4)
     folder = tmp_path / "run" / "checkpoints"
-    shutil.copytree(folder / "restart0_step000000008", folder / "restart0_step000000012.partial")
-    (folder / "restart0_step000000012.partial" / "state.json").write_text("{")
+    shutil.copytree(folder / "step000000008", folder / "step000000012.partial")
+    (folder / "step000000012.partial" / "state.json").write_text("{")
     assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, resume=True), train())
 
 
@@ -551,7 +574,7 @@ def test_nan_in_the_output_names_the_step_and_leaves_the_checkpoint(tmp_path: Pa
     with pytest.raises(ValueError, match=r"^step 10: model: its output holds NaN or infinity") as error:
         train(Net(12, nan), out=tmp_path / "run", checkpoint_every=4)  # one call checks the arguments first
     assert "\n" not in str(error.value)
-    checkpoint = l3d.load(tmp_path / "run" / "checkpoints" / "restart0_step000000008")
+    checkpoint = l3d.load(tmp_path / "run" / "checkpoints" / "step000000008")
     assert all(p.isfinite().all() for p in checkpoint.parameters())
     assert checkpoint.history["step"] == list(range(1, 9))
     assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, resume=True), train())
@@ -564,7 +587,7 @@ def test_nan_in_a_gradient_names_the_tensor(k: float, tmp_path: Path) -> None:
     batches[3] = batches[3].clone().index_fill(0, torch.tensor([5]), 0)
     with pytest.raises(ValueError, match=r"^step 3: gradients: NaN or infinity in those of 'before\.weight'"):
         train(Root(), batches, k=k, out=tmp_path / "run", checkpoint_every=2)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["restart0_step000000002"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step000000002"]
     assert train(Root(), batches, params="after.*", k=k).history["step"][-1] == 20
 
 
