@@ -49,10 +49,11 @@ COMMANDS = {
         "l3d toy NAME [options]",
         """\
 Make a toy model whose true parts are known, decompose it, and say how well they were found: mmcs is the
-mean over the true features of the largest |cosine| with a subnetwork; 1 is perfect.
-Where an option is not given, the toy's own setting holds.""",
+mean over the true features of the largest |cosine| with a subnetwork; 1 is perfect. Where an option is not
+given, the toy's own setting holds. NAME all runs every toy over several seeds and writes a table, with the
+published figures beside the measured ones, to DIR/table.md and DIR/results.json.""",
         {
-            "toy": [options.TOY],
+            "toy": [options.TOY, options.SEEDS, options.README],
             "what is learned": options.unset(options.LEARNED),
             "training": options.unset(options.TRAINING),
             "machine": options.unset(options.MACHINE),
@@ -62,7 +63,9 @@ Where an option is not given, the toy's own setting holds.""",
 examples:
   l3d toy tms
   l3d toy tms --preset published --out runs/tms-published
-  l3d toy tms --steps 200 --seed 3 --out runs/quick --overwrite""",
+  l3d toy high_rank --rank 5 --out runs/groups
+  l3d toy tms --steps 200 --seed 3 --out runs/quick --overwrite
+  l3d toy all --seeds 10 --out runs/toys""",
     ),
     "decompose": Command(
         "decompose your model on your data",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from l3d import options, run_folder
 from l3d.cli import read_settings
 from l3d.data import count_rows
+from l3d.files import replace_text
 from l3d.sources import Data, absolute, load_data, load_model, take_rows
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 Settings = dict[str, Any]
 
 # How we train, which a toy may recommend; --preset published has its own.
-_TRAINING = ("steps", "lr", "warm_start", "n_restarts")
+_TRAINING = ("steps", "lr", "warm_start", "n_restarts", "start", "revive")
+
+TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
 
 class Job(NamedTuple):
@@ -48,9 +52,39 @@ def decompose(settings: Settings) -> None:
 
 
 def toy(settings: Settings) -> None:
-    """Decompose a toy model, into a new run folder."""
+    """Decompose a toy model, into a new run folder; or all of them, over several seeds."""
+    n_seeds, readme = settings.pop("seeds", 10), settings.pop("readme", None)
     out, overwrite = _take_out(settings, f"runs/{settings['name']}")
-    _train(_load_toy(settings), out, overwrite=overwrite)
+    if settings["name"] == "all":
+        _toy_suite(settings, out, n_seeds, readme)
+    else:
+        _train(_load_toy(settings), out, overwrite=overwrite)
+
+
+def _toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
+    """Run the recovery suite and write its table."""
+    from l3d.files import replace_between
+    from l3d.toys.suite import run_suite, to_markdown
+
+    if readme is not None:
+        replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
+    names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
+    arguments = {name: settings[name] for name in names if settings[name] is not None}
+    first = settings["seed"] or 0
+    seeds = range(first, first + n_seeds)
+    results = run_suite(seeds, tell=lambda line: print(line, file=sys.stderr), **arguments)
+    table = to_markdown(results)
+    out.mkdir(parents=True, exist_ok=True)
+    holds = {"environment": _environment(nn.Linear(1, 1)), "seeds": list(seeds), "arguments": arguments}
+    paths = [
+        replace_text(out / "table.md", table),
+        replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
+    ]
+    if readme is not None:
+        paths.append(replace_between(Path(readme), TABLE_MARKS, table))
+    print(table)
+    for path in paths:
+        print(f"written: {path}")
 
 
 def resume(settings: Settings) -> None:
@@ -206,7 +240,7 @@ def _evaluate(d: Decomposition, job: Job) -> dict[str, Any]:
     if job.held_out is not None:
         figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, backend=backend).error)
     if job.toy is not None:
-        figures["mmcs"] = float(job.toy.mmcs(d))
+        figures |= job.toy.recovery(d)
     return figures
 
 
@@ -249,6 +283,13 @@ def _finish(run: Path, metrics: Mapping[str, Any]) -> None:
         "error": ("error", percent),
         "held_out_error": ("held-out error", percent),
         "mmcs": ("match with the truth (mmcs)", "{:.4f}".format),
+        "mmcs_own": ("the same, feature's own weights", "{:.4f}".format),
+        "features_found": ("features found", "{:.0f}".format),
+        "groups_found": ("groups found", "{:.0f}".format),
+        "purity": ("purity", "{:.4f}".format),
+        "r2": ("r² with W_out W_in", "{:.4f}".format),
+        "r2_task": ("r² with the task's matrix", "{:.4f}".format),
+        "inputs_found": ("inputs found", "{:.0f}".format),
         "kept_per_sample": ("kept per sample", "{:.3g}".format),
         "dead_fraction": ("dead", percent),
         "steps_per_second": ("steps per second", "{:,.4g}".format),

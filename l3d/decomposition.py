@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import l3d_kernels as lk
 from l3d.costs import choose_paths
 from l3d.directions import Directions, Rank, resolve_ranks
 from l3d.factors import Gradients
 from l3d.model import exact_pattern
 from l3d.objective import objective
 from l3d.project import project
+from l3d_kernels.sparse import above
 
 
 class Decomposition(nn.Module):
@@ -114,6 +116,16 @@ class Decomposition(nn.Module):
         gradients = self._checked(gradients)
         everything = gradients.n_samples * self.n_subnetworks
         return project(gradients, (self.encoder,), choose_paths(gradients, self.encoder, everything), self.shapes)
+
+    def code(self, gradients: Gradients) -> lk.SparseCoefficients:
+        """Return the coefficients of magnitude at least `threshold`: every sample by itself, whatever its batch.
+
+        Training keeps the largest of a whole batch; `threshold` is what that came to, on average over the last steps.
+        Raises ValueError before training, and where the gradients are of other parameters.
+        """
+        if self.threshold != self.threshold:
+            raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
+        return above(self.encode(gradients), self.threshold)
 
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
         """Return the reconstruction error Σ‖g_s − ĝ_s‖² / Σ‖g_s‖² of a batch: a differentiable scalar.

@@ -168,7 +168,7 @@ class Directions(nn.Module):
         for piece in self.pieces:
             _rescale(piece, squared)
 
-    def gram(self, chosen: slice = slice(None)) -> Tensor:  # noqa: B008
+    def gram(self, chosen: slice = slice(None)) -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
         total: Tensor | None = None
         for _, piece in self.items():

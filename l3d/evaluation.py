@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import l3d_kernels as lk
 from l3d.costs import choose_paths
 from l3d.data import in_order, mix
 from l3d.decomposition import Decomposition
@@ -14,8 +15,12 @@ from l3d.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.model import exact_pattern, to_device
-from l3d.objective import objective
+from l3d.objective import energy, objective
+from l3d.objective import n_kept as n_kept_of
 from l3d.project import project
+from l3d_kernels.reference import pieces
+
+SELECTIONS = ("batch", "threshold")
 
 
 class Evaluation(NamedTuple):
@@ -44,6 +49,8 @@ def evaluate(
     reference: str | Tensor | None = None,
     batch_size: int | None = None,
     k: float | None = None,
+    selection: str = "batch",
+    refit: bool = False,
     n_references: int = 1,
     seed: int | None = None,
     backend: str = "auto",
@@ -56,6 +63,10 @@ def evaluate(
         data: a tensor, Dataset or iterable of batches.
         divergence, reference, batch_size, k: to score it otherwise; the first two are needed where it was trained
             with a callable or a tensor, which are not saved.
+        selection: which coefficients are kept: "batch" for the k·S·K largest of a batch, "threshold" for those of
+            magnitude at least `decomposition.threshold`, each sample by itself; k is then not used.
+        refit: replace each sample's kept coefficients by those of least squares, min ‖g_s − Σ c_sk Vout_k‖² over the
+            kept k: what the choice of subnetworks is worth apart from the encoder's values.
         n_references: how many times to go through the data, with references drawn anew: more for less noise.
         seed: of the draws; default the decomposition's.
         backend: "auto", "torch" or "triton".
@@ -68,19 +79,20 @@ def evaluate(
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
     if not (isinstance(k, (int, float)) and 0 < k <= 1):
         raise ValueError(f"k: expected a fraction in (0, 1], got {k!r}")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
     seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
     with torch.no_grad():
         for gradients in chain.from_iterable(
             _gradients(decomposition, model, data, divergence, reference, batch_size, draw) for draw in seeds
         ):
-            result = objective(gradients, decomposition.encoder, decomposition.decoder, k, backend=backend)
-            if result.squared_norm != 0:  # else nothing to reconstruct in this batch
-                residual += float(result.loss * result.squared_norm)
-                norm += float(result.squared_norm)
-            counts += result.kept.column_offsets.diff().cpu()
+            kept, left = score(gradients, decomposition, k, selection, refit, backend)
+            residual += float(left.sum())
+            norm += float(gradients.squared_norm().sum())
+            counts += kept.column_offsets.diff().cpu()
             n_samples += gradients.n_samples
-            n_kept += result.kept.rows.numel()
+            n_kept += kept.rows.numel()
     if norm == 0:
         raise ValueError("data: every gradient is zero, so there is nothing to reconstruct; check params and data")
     return Evaluation(
@@ -90,6 +102,48 @@ def evaluate(
         dead_fraction=float((counts == 0).float().mean()),
         n_samples=n_samples // len(seeds),
     )
+
+
+def score(
+    gradients: Gradients, decomposition: Decomposition, k: float, selection: str, refit: bool, backend: str
+) -> tuple[lk.SparseCoefficients, Tensor]:
+    """Return a batch's kept coefficients and what they leave of each gradient, ‖g_s − ĝ_s‖²: [S]."""
+    encoder, decoder = decomposition.encoder, decomposition.decoder
+    if selection == "batch" and not refit:
+        result = objective(gradients, encoder, decoder, k, backend=backend)
+        return result.kept, result.residual
+    paths = choose_paths(gradients, encoder, gradients.n_samples * decomposition.n_subnetworks)
+    both = project(gradients, (encoder, decoder), paths, decomposition.shapes, backend)
+    coefficients, overlaps = both.split(decomposition.n_subnetworks, dim=1)
+    if selection == "batch":
+        kept = lk.batch_topk(coefficients, n_kept_of(k, *coefficients.shape), backend=backend)
+    else:
+        kept = decomposition.code(gradients)
+    if refit:
+        kept = kept._replace(values=least_squares(kept, overlaps, decoder.gram()))
+    explained = kept._replace(values=kept.values * overlaps[kept.rows, kept.columns]).dense().sum(1)
+    return kept, gradients.squared_norm() - 2 * explained + energy(kept, decoder, backend=backend)[:, 0]
+
+
+def least_squares(kept: lk.SparseCoefficients, overlaps: Tensor, gram: Tensor) -> Tensor:
+    """Return, in the place of the kept values, each sample's least-squares coefficients: [N].
+
+    The normal equations of the kept subnetworks, M c = o with M = <Vout_k, Vout_j> and o = <Vout_k, g_s>, by the
+    pseudo-inverse, since two directions may be the same. overlaps [S, K], gram [K, K].
+    """
+    counts = kept.row_offsets.diff()
+    values = torch.zeros_like(kept.values)
+    for size in counts.unique().tolist():
+        if size == 0:
+            continue
+        rows = (counts == size).nonzero()[:, 0]
+        entries = kept.row_offsets[rows, None] + torch.arange(size, device=rows.device)  # [s, size]
+        for piece in pieces(len(rows), size * size):
+            columns = kept.columns[entries[piece]]
+            within = gram[columns[:, :, None], columns[:, None, :]].double()
+            found = torch.linalg.pinv(within, hermitian=True) @ overlaps[rows[piece, None], columns, None].double()
+            values[entries[piece]] = found[..., 0].to(values)
+    return values
 
 
 @torch.no_grad()

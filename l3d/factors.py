@@ -43,6 +43,10 @@ class Rows:
             return self.dy
         return self.x.repeat_interleave(self.dy.shape[0] // self.x.shape[0], 0)
 
+    def select(self, samples: Tensor) -> "Rows":
+        """Take some samples [n], each then with a sequence of its own."""
+        return Rows(self.x[samples // (self.dy.shape[0] // self.x.shape[0])], self.dy[samples], self.x_axis)
+
     def to(self, like: Tensor) -> "Rows":
         """Move to another tensor's device, and the floating tensors to its dtype."""
         x = self.x.to(like) if self.x.is_floating_point() else self.x.to(like.device)
@@ -62,6 +66,10 @@ class Dense:
     def squared_norm(self) -> Tensor:
         """Return ‖G_s‖²: [S]."""
         return self.grad.reshape(self.grad.shape[0], -1).square().sum(1)
+
+    def select(self, samples: Tensor) -> "Dense":
+        """Take some samples [n]."""
+        return Dense(self.grad[samples])
 
     def to(self, like: Tensor) -> "Dense":
         """Move to another tensor's device and dtype."""
@@ -131,6 +139,12 @@ class Gradients:
             for other in parts[i + 1 :]:
                 total = total + 2 * _inner(part, other)
         return total
+
+    def select(self, samples: Tensor) -> "Gradients":
+        """Take some samples [n], in that order."""
+        samples = samples.to(self.device)
+        parts = {name: [part.select(samples) for part in parts] for name, parts in self.parts.items()}
+        return Gradients(parts, self.shapes, len(samples), self.dtype, self.device)
 
     def to(self, like: Tensor) -> "Gradients":
         """Move to another tensor's device and floating dtype; itself where that changes nothing."""

@@ -26,6 +26,21 @@ def replace_text(path: Path, text: str) -> Path:
     return path
 
 
+def replace_between(path: Path, marks: tuple[str, str], text: str | None) -> Path:
+    """Replace what stands between two lines of a text file, and return its path; None only looks for the lines.
+
+    Raises FileNotFoundError or ValueError where the file or the lines are missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    whole = path.read_text(encoding="utf-8")
+    before, found, rest = whole.partition(f"{marks[0]}\n")
+    _, closed, after = rest.partition(f"{marks[1]}\n")
+    if not (found and closed):
+        raise ValueError(f"{path}: expected the lines {marks[0]} and {marks[1]}, between which the text goes")
+    return path if text is None else replace_text(path, before + found + text + closed + after)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a json object; FileNotFoundError or ValueError with one line otherwise."""
     if not path.is_file():

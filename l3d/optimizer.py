@@ -59,6 +59,13 @@ class RelativeAdam:
         torch._foreach_mul_(steps, self.scales)
         torch._foreach_add_(self.parameters, steps, alpha=-lr * correction / (1 - beta1**self.count))
 
+    @torch.no_grad()
+    def forget(self, rows: Tensor) -> None:
+        """Drop what was remembered of some slices [n] of every tensor's first axis, which have been set anew."""
+        for moments in (self.first, self.second):
+            for moment in moments:
+                moment[rows] = 0
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint must hold: tensors, and json-able values."""
         tensors = {f"first.{i}": t for i, t in enumerate(self.first)}

@@ -103,7 +103,28 @@ TRAINING = (
         "STEPS",
         "Steps at the start over which the kept share falls from 1 to k (published: stays 1). null: a tenth.",
     ),
-    Option("n_restarts", PositiveInt, 1, "N", "Trainings from different seeds; the one of least error is kept."),
+    Option(
+        "n_restarts",
+        PositiveInt,
+        1,
+        "N",
+        "Trainings from different starts, side by side on the same batches; the one of least error is kept.",
+    ),
+    Option(
+        "start",
+        Literal["random", "data"],
+        "random",
+        "random|data",
+        "Directions to start from: random ones, or low-rank parts of single samples' gradients.",
+    ),
+    Option(
+        "revive",
+        bool | None,
+        None,
+        "true|false",
+        "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples. null: true "
+        "(published: false).",
+    ),
     Option("seed", int, 0, "SEED", "Seed of everything that is random."),
     Option(
         "checkpoint_every",
@@ -192,7 +213,22 @@ EVALUATE_ROWS = Option(
 )
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
 COPY = Option("out", str | None, None, "DIR", "Work on a copy of RUN made here, and leave RUN as it is.")
-TOY = Option("name", str, None, "NAME", "The toy model: tms.", positional=True)
+TOY = Option(
+    "name",
+    str,
+    None,
+    "NAME",
+    "The toy model: tms, tms_parallel, tms_40_10, tmcs, high_rank, squared; or all, the recovery suite.",
+    positional=True,
+)
+SEEDS = Option("seeds", PositiveInt, 10, "N", "all: seeds to run, from --seed on; each is another set of toy networks.")
+README = Option(
+    "readme",
+    str | None,
+    None,
+    "FILE",
+    "all: write the table into this file too, between the lines <!-- toys --> and <!-- /toys -->.",
+)
 RUN = Option("run", str, None, "RUN", "Run folder that `l3d toy` or `l3d decompose` made.", positional=True)
 DEVICE = Option("device", str | None, None, "DEVICE", "cpu, cuda, cuda:1, ...")
 
@@ -217,7 +253,7 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, RUN)
+    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN)
     option = next((option for option in every if option.name == name), None)
     if option is None:
         return None

@@ -71,9 +71,14 @@ class Recorder:
         return True
 
     def dead(self, step: int) -> torch.Tensor:
-        """Tell which subnetworks of all restarts have not been kept for long: [restarts * K], boolean."""
+        """List the subnetworks of all restarts that have not been kept for `DEAD_AFTER` steps: [n] int64."""
         assert self.last_kept is not None
-        return self.last_kept <= step - DEAD_AFTER
+        return (self.last_kept <= step - DEAD_AFTER).nonzero()[:, 0]
+
+    def revived(self, step: int, subnetworks: torch.Tensor) -> None:
+        """Count subnetworks [n] as kept at a step."""
+        assert self.last_kept is not None
+        self.last_kept[subnetworks] = step
 
     def history_of(self, restart: int) -> dict[str, list[float]]:
         """Return one restart's own history."""
@@ -99,9 +104,7 @@ class Recorder:
         """Return the last row of the history, of the restart that is best there."""
         errors = self.history["error"][-1]
         best = errors.index(min(errors)) if isinstance(errors, list) else 0
-        return {
-            name: rows[-1][best] if isinstance(rows[-1], list) else rows[-1] for name, rows in self.history.items()
-        }
+        return {name: rows[-1][best] if isinstance(rows[-1], list) else rows[-1] for name, rows in self.history.items()}
 
 
 def _one_or_all(values: list[float]) -> float | list[float]:

@@ -156,6 +156,11 @@ _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label
         "{:.3f}".format,
         "mean best |cosine| with the true directions; 1 is perfect",
     ),
+    "features_found": ("features found", "{:.0f}".format, "have a subnetwork of their own"),
+    "r2": ("r² with the weights", "{:.3f}".format, "of the columns found with those of the map W_out W_in"),
+    "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity .9 or more"),
+    "purity": ("purity", "{:.3f}".format, "mean over groups of the best subnetwork’s share in the group’s features"),
+    "inputs_found": ("inputs found", "{:.0f}".format, "move a subnetwork most that no other input moves most"),
     "kept_per_sample": (
         "kept per sample",
         "{:.3g}".format,

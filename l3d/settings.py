@@ -12,6 +12,7 @@ from typing import Any
 from l3d.data import batches_per_epoch, check_batch_size
 
 PRESETS = ("default", "published")
+STARTS = ("random", "data")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Settings:
     relative_lr: bool
     weight_decay: float  # of AdamW; 0 is Adam
     warm_start: int  # steps before k reaches its value
+    start: str  # "random" directions, or "data": low-rank parts of single samples' gradients
+    revive: bool  # give dead subnetworks a new start, from samples that are reconstructed badly
     warm_shape: str  # "anneal": k falls from 1 geometrically; "hold": everything is kept, then k
     seed: int
     dtype: str | None
@@ -89,6 +92,11 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     decay = chosen["weight_decay"]
     if not (isinstance(decay, (int, float)) and 0 <= decay < 1):
         raise ValueError(f"weight_decay: expected a number in [0, 1), got {decay!r}")
+    if chosen["start"] not in STARTS:
+        raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {chosen['start']!r}")
+    revive = chosen.pop("revive")
+    if not (revive is None or isinstance(revive, bool)):
+        raise ValueError(f"revive: expected True, False or None, got {revive!r}")
     lr = chosen.pop("lr")
     lr = (0.01 if published else 0.05) if lr is None else lr
     if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
@@ -99,6 +107,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         lr=float(lr),
         schedule="step" if published else "cosine",
         relative_lr=not published,
+        revive=not published if revive is None else revive,
         warm_start=warm_start,
         warm_shape="hold" if published else "anneal",
         **chosen,

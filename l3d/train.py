@@ -24,8 +24,9 @@ from l3d.factors import Gradients
 from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
-from l3d.progress import Progress, Recorder, progress_bar
+from l3d.progress import DEAD_AFTER, Progress, Recorder, progress_bar
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
+from l3d.start import draw_samples, set_from_samples
 
 
 def decompose(
@@ -52,6 +53,8 @@ def decompose(
     checkpoint_every: int | None = None,
     *,
     weight_decay: float = 0.0,
+    start: str = "random",
+    revive: bool | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -83,6 +86,10 @@ def decompose(
         out: a run folder to write the result and checkpoints to; refused if not empty unless `overwrite`.
         checkpoint_every: steps between checkpoints, which `resume` continues from. Default: ten per run.
         weight_decay: makes Adam AdamW.
+        start: "random", or "data": the subnetworks start as low-rank parts of single samples' gradients.
+        revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
+            subnetworks anew that none of these steps has kept, from samples that are reconstructed badly. Default:
+            True, False for "published".
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
@@ -112,6 +119,8 @@ def decompose(
         lr=lr,
         warm_start=warm_start,
         weight_decay=weight_decay,
+        start=start,
+        revive=revive,
         seed=seed,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         backend=backend,
@@ -166,10 +175,10 @@ class Run:
         restarts = []
         for i in range(n_restarts):
             start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
-            restarts.append(
-                Decomposition(shapes, settings.n_subnetworks, settings.rank, settings.as_dict(), start)
-            )
+            restarts.append(Decomposition(shapes, settings.n_subnetworks, settings.rank, settings.as_dict(), start))
         self.decomposition = Decomposition.side_by_side(restarts).to(device, self._dtype())
+        if settings.start == "data":
+            self._start_from_data()
         self.optimizer = RelativeAdam(
             self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay
         )
@@ -217,12 +226,46 @@ class Run:
             self.step += 1
             if self.recorder.add(self.step, errors, result.kept, rate, k):
                 bar.update(self.step, self.recorder.latest())
+            self._revive(gradients, result.residual)
             if self.step % checkpoint_every == 0 or self.step == settings.steps:
                 self.seconds = time.perf_counter() - started
                 with naming_step(self.step - 1):
                     check_finite(decomposition)
                 if folder is not None:
                     self._save(folder)
+
+    def _start_from_data(self) -> None:
+        """Replace the random start by gradients of batches of the data, drawn in proportion to their squared norms."""
+        each, settings = self.settings.n_subnetworks, self.settings
+        sides = (self.decomposition.encoder, self.decomposition.decoder)
+        generator = torch.Generator().manual_seed(mix(settings.seed, 6))
+        done = step = 0
+        while done < each:  # a batch gives at most half as many directions as it has samples
+            gradients = self.gradients(step)
+            n = min(each - done, max(1, gradients.n_samples // 2))
+            for restart in range(self.n_restarts):
+                samples = draw_samples(gradients.squared_norm(), n, generator)
+                columns = torch.arange(done, done + n, device=self.device) + restart * each
+                set_from_samples(sides, columns, gradients, samples, generator)
+            done, step = done + n, step + 1
+
+    def _revive(self, gradients: Gradients, residual: Tensor) -> None:
+        """Start dead subnetworks anew, every so often; `residual` is the batch's, [S] or [S, restarts]."""
+        settings, step = self.settings, self.step
+        in_time = settings.warm_start + DEAD_AFTER <= step <= 0.8 * settings.steps
+        if not settings.revive or step % DEAD_AFTER or not in_time:
+            return
+        residual = residual.detach().view(gradients.n_samples, self.n_restarts)
+        dead = self.recorder.dead(step)
+        generator = torch.Generator().manual_seed(mix(settings.seed, 5, step))
+        for restart in range(self.n_restarts):
+            columns = dead[dead // settings.n_subnetworks == restart]
+            if len(columns):
+                samples = draw_samples(residual[:, restart], len(columns), generator)
+                sides = (self.decomposition.encoder, self.decomposition.decoder)
+                set_from_samples(sides, columns, gradients, samples, generator)
+        self.optimizer.forget(dead)
+        self.recorder.revived(step, dead)
 
     def final_errors(self) -> list[float]:
         """Return each restart's mean error over the last tenth of the history; infinity before there is any."""

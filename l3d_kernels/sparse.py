@@ -60,6 +60,21 @@ def sparse_coefficients(
     )
 
 
+def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
+    """Return the entries of magnitude at least `threshold` of a coefficient matrix [S, K], each row by itself.
+
+    NaN counts as infinitely large, as in `batch_topk`. The values stay differentiable in `coefficients`.
+
+    >>> above(torch.tensor([[3.0, -1.0], [0.5, -4.0]]), 2.0).values
+    tensor([ 3., -4.])
+    """
+    rows, columns = (~(coefficients.detach().abs() < threshold)).nonzero(as_tuple=True)
+    bound = coefficients.new_full((), threshold)
+    return sparse_coefficients(
+        coefficients[rows, columns], rows, columns, bound, (coefficients.shape[0], coefficients.shape[1])
+    )
+
+
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """Count the members of each group and return where each group starts: [n_groups + 1] int64."""
     offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)

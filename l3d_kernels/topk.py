@@ -11,7 +11,8 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1, *, backend: str 
 
     Ties go to the lower flat index. The kept values stay differentiable in `coefficients`. With n_groups > 1 the K
     columns are so many equal blocks of neighbours, each of which keeps its own n (decompositions side by side), and
-    `threshold` is [n_groups]. Raises ValueError unless 0 <= n <= S*K / n_groups. Source: Bussmann et al., BatchTopK (arXiv 2412.06410), as the paper applies it.
+    `threshold` is [n_groups]. Raises ValueError unless 0 <= n <= S*K / n_groups. Source: Bussmann et al., BatchTopK
+    (arXiv 2412.06410), as the paper applies it.
 
     >>> import torch
     >>> kept = batch_topk(torch.tensor([[3.0, -1.0], [0.5, -4.0]]), 2)

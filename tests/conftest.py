@@ -12,6 +12,8 @@ NO_GPU = "no GPU"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads
 os.environ.setdefault("MPLBACKEND", "Agg")
+# toys that a test run trains stay in the checkout, not in the user's cache
+os.environ.setdefault("L3D_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "l3d"))
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on the CPU. Triton reads this when a kernel's module is imported,
     # so it is set before any test file is.

@@ -1,0 +1,126 @@
+"""The toy models' networks, and how they are trained: several starts side by side, of which the best is kept."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """Return x."""
+    return x
+
+
+class Network(nn.Module):
+    """Linear layers by name, an activation between them and one at the end: [n, inputs] -> [n, outputs]."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], between: Activation = identity, last: Activation = identity):
+        super().__init__()
+        self.order = list(layers)
+        self.between, self.last = between, last
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers in their order."""
+        for name in self.order:
+            x = self.get_submodule(name)(x)
+            x = (self.last if name == self.order[-1] else self.between)(x)
+        return x
+
+    def forward_many(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Apply many networks of this form, whose parameters are stacked along a first axis: [starts, n, outputs]."""
+        for name in self.order:
+            x = x @ parameters[f"{name}.weight"].mT
+            if f"{name}.bias" in parameters:
+                x = x + parameters[f"{name}.bias"][:, None]
+            x = (self.last if name == self.order[-1] else self.between)(x)
+        return x
+
+
+class Superposition(Network):
+    """y = ReLU(W_out W_in x + b), or without the ReLU: [n, features] -> [n, outputs]."""
+
+    W_in: nn.Linear
+    W_out: nn.Linear
+
+    def __init__(self, n_features: int, n_hidden: int, rectify: bool = True) -> None:
+        layers = {"W_in": nn.Linear(n_features, n_hidden, bias=False), "W_out": nn.Linear(n_hidden, n_features)}
+        super().__init__(layers, last=torch.relu if rectify else identity)
+
+
+class Deep(Network):
+    """A GELU network of some hidden layers of one width: [n, features] -> [n, features]."""
+
+    def __init__(self, n_features: int, width: int, n_hidden: int) -> None:
+        widths = [n_features, *[width] * n_hidden, n_features]
+        layers = {f"layer{i}": nn.Linear(a, b) for i, (a, b) in enumerate(pairwise(widths))}
+        super().__init__(layers, between=nn.functional.gelu)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread in the block: tiny tensors gain nothing from more, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """Let what torch draws by itself in the block, as the start of a layer, come from a generator's next seed."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def train_network(
+    build: Callable[[], Network],
+    inputs: Tensor,
+    targets: Tensor,
+    generator: torch.Generator,
+    *,
+    steps: int,
+    lr: float,
+    n_starts: int,
+    batch_size: int = 256,
+    score: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None,
+) -> Network:
+    """Fit inputs [n, features] to targets [n, outputs] by mean squared error, from several starts in one run.
+
+    Adam, lr falling along a cosine. `score(stacked parameters, losses [starts])` gives what is to be least in the
+    start that is kept, by default its loss.
+    """
+    with drawn_from(generator):
+        starts = [build() for _ in range(n_starts)]
+    network = starts[0]
+    stacked = {
+        name: torch.stack([start.get_parameter(name).detach() for start in starts]).requires_grad_()
+        for name, _ in network.named_parameters()
+    }
+    optimizer = torch.optim.Adam(stacked.values(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def losses(rows: Tensor | slice) -> Tensor:
+        return (network.forward_many(stacked, inputs[rows]) - targets[rows]).square().mean((1, 2))
+
+    with one_thread():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses(torch.randint(len(inputs), (batch_size,), generator=generator)).sum().backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            final = losses(slice(None))
+            best = int((final if score is None else score(stacked, final)).argmin())
+            for name, parameter in network.named_parameters():
+                parameter.copy_(stacked[name][best])
+    return network.eval()

@@ -1,0 +1,108 @@
+"""The recovery suite: every toy over several seeds, measured beside published, as a table.
+
+`EXPERIMENTS` is what is run; `run_suite` runs it, `to_markdown` writes the table.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from l3d.toys import make, one_thread
+
+Results = dict[str, dict[str, list[float]]]  # experiment -> figure -> one value per seed
+
+LABELS = {
+    "error": "error",
+    "mmcs": "MMCS",
+    "mmcs_own": "MMCS, own weights",
+    "features_found": "features found",
+    "r2": "r² with W_out W_in",
+    "r2_task": "r² with A",
+    "groups_found": "groups found",
+    "purity": "purity",
+    "inputs_found": "inputs found",
+    "seconds": "s",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One decomposition of a toy, and what was published of it."""
+
+    title: str
+    toy: str
+    published: Mapping[str, str] = field(default_factory=dict)  # figure -> as printed by its source
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of decompose, where they are not the toy's own
+
+
+EXPERIMENTS = (
+    Experiment("tms, `mse`", "tms", {"error": ".19", "mmcs_own": ".998 (APD), 1.000 (SPD)"}),
+    Experiment("tms, `mse_published`", "tms", {"error": ".10-.11 (re-derived)"}, {"divergence": "mse_published"}),
+    Experiment("tms_parallel, `mse`", "tms_parallel"),
+    Experiment("tms_40_10, `mse`", "tms_40_10", {"mmcs_own": ".996 (APD), 1.000 (SPD)"}),
+    Experiment("tmcs, `mse_published`", "tmcs", {"error": ".064", "r2_task": ".92"}),
+    Experiment("high_rank, rank 1", "high_rank", {"groups_found": "5"}, {"rank": 1}),
+    Experiment("high_rank, rank 3", "high_rank", {"groups_found": "5"}, {"rank": 3}),
+    Experiment("high_rank, rank 5", "high_rank", {"groups_found": "5"}, {"rank": 5}),
+    Experiment("squared, 5 of rank 2, `mse`", "squared", {"error": ".32"}),
+    *(
+        Experiment(f"squared, {k} of rank 1, `mse`", "squared", {}, {"rank": 1, "n_subnetworks": k})
+        for k in (3, 5, 10, 15)
+    ),
+)
+
+
+def run_suite(
+    seeds: Iterable[int],
+    experiments: Sequence[Experiment] = EXPERIMENTS,
+    tell: Callable[[str], None] = print,
+    **arguments: Any,
+) -> Results:
+    """Run every experiment for every seed, each seed another toy, and return the figures.
+
+    Besides the toy's own measures there are `error` (30 draws of references for each of at most 1,000 points) and
+    `seconds` (of the decomposition, its restarts included). `arguments` go to `decompose`, above all else.
+    """
+    import l3d
+
+    results: Results = {experiment.title: {} for experiment in experiments}
+    for seed in seeds:
+        for experiment in experiments:
+            toy = make(experiment.toy, seed)
+            chosen = {**toy.settings, "seed": seed, "progress": False, **experiment.arguments, **arguments}
+            with one_thread():
+                d = l3d.decompose(toy.model, toy.data, **chosen)
+                error = d.evaluate(toy.model, toy.data[:1000], n_references=30).error
+                figures = {"error": error, **toy.recovery(d), "seconds": d.timing["seconds"]}
+            for name, value in figures.items():
+                results[experiment.title].setdefault(name, []).append(value)
+            shown = ", ".join(f"{LABELS[name]} {short(value)}" for name, value in figures.items())
+            tell(f"{experiment.title}, seed {seed}: {shown}")
+    return results
+
+
+def to_markdown(results: Results, experiments: Sequence[Experiment] = EXPERIMENTS) -> str:
+    """Write the table: per experiment and figure the published value, and ours as median (least to largest)."""
+    lines = ["| toy | figure | published | median | over seeds |", "|---|---|---|---|---|"]
+    for experiment in experiments:
+        for name, values in results.get(experiment.title, {}).items():
+            if name == "inputs_found" and "n_subnetworks" in experiment.arguments:
+                continue  # with fewer or more subnetworks than inputs it says nothing
+            published = experiment.published.get(name, "")
+            spread = f"{short(min(values))} to {short(max(values))}"
+            lines.append(
+                f"| {experiment.title} | {LABELS[name]} | {published} | {short(statistics.median(values))} | {spread} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def short(value: float) -> str:
+    """Write a figure in few characters.
+
+    >>> short(0.1873), short(5.0), short(0.99652), short(1.0), short(12.34)
+    ('.187', '5', '.997', '1', '12.3')
+    """
+    if value == int(value):
+        return str(int(value))
+    return f"{value:.3g}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
