@@ -111,6 +111,13 @@ TRAINING = (
         "Trainings from different starts, side by side on the same batches; the one of least error is kept.",
     ),
     Option(
+        "updates",
+        PositiveInt | None,
+        None,
+        "N",
+        "Optimiser steps per batch, on the same gradients. null: 1.",
+    ),
+    Option(
         "start",
         Literal["random", "data"],
         "random",

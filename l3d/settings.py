@@ -13,6 +13,7 @@ from l3d.data import batches_per_epoch, check_batch_size
 
 PRESETS = ("default", "published")
 STARTS = ("random", "data")
+UPDATES = 1  # of the default preset
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Settings:
     relative_lr: bool
     weight_decay: float  # of AdamW; 0 is Adam
     warm_start: int  # steps before k reaches its value
+    updates: int  # of the optimiser per batch of gradients
     start: str  # "random" directions, or "data": low-rank parts of single samples' gradients
     revive: bool  # give dead subnetworks a new start, from samples that are reconstructed badly
     warm_shape: str  # "anneal": k falls from 1 geometrically; "hold": everything is kept, then k
@@ -97,6 +99,10 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     revive = chosen.pop("revive")
     if not (revive is None or isinstance(revive, bool)):
         raise ValueError(f"revive: expected True, False or None, got {revive!r}")
+    updates = chosen.pop("updates")
+    updates = (1 if published else UPDATES) if updates is None else updates
+    if not (isinstance(updates, int) and updates >= 1):
+        raise ValueError(f"updates: expected a positive whole number, got {updates!r}")
     lr = chosen.pop("lr")
     lr = (0.01 if published else 0.05) if lr is None else lr
     if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
@@ -105,6 +111,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         preset=preset,
         steps=steps,
         lr=float(lr),
+        updates=updates,
         schedule="step" if published else "cosine",
         relative_lr=not published,
         revive=not published if revive is None else revive,

@@ -53,6 +53,7 @@ def decompose(
     checkpoint_every: int | None = None,
     *,
     weight_decay: float = 0.0,
+    updates: int | None = None,
     start: str = "random",
     revive: bool | None = None,
     overwrite: bool = False,
@@ -86,6 +87,7 @@ def decompose(
         out: a run folder to write the result and checkpoints to; refused if not empty unless `overwrite`.
         checkpoint_every: steps between checkpoints, which `resume` continues from. Default: ten per run.
         weight_decay: makes Adam AdamW.
+        updates: optimiser steps per batch, on the same gradients: worth it where extracting them is what a step costs.
         start: "random", or "data": the subnetworks start as low-rank parts of single samples' gradients.
         revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
             subnetworks anew that none of these steps has kept, from samples that are reconstructed badly. Default:
@@ -119,6 +121,7 @@ def decompose(
         lr=lr,
         warm_start=warm_start,
         weight_decay=weight_decay,
+        updates=updates,
         start=start,
         revive=revive,
         seed=seed,
@@ -212,42 +215,45 @@ class Run:
 
     def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int) -> None:
         """Train to the last step."""
-        settings, decomposition, optimizer = self.settings, self.decomposition, self.optimizer
         started = time.perf_counter() - self.seconds
-        while self.step < settings.steps:
-            k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
+        while self.step < self.settings.steps:
             with naming_step(self.step):
-                gradients = self.gradients(self.step)
-                result = self.objective(gradients, k)
-                errors = finite_losses(result.loss, gradients)
-            optimizer.step(torch.autograd.grad(result.loss.sum(), optimizer.parameters), rate)
-            decomposition.normalize_()
-
-            self.step += 1
-            if self.recorder.add(self.step, errors, result.kept, rate, k):
+                recorded = self.take_step(self.gradients(self.step))
+            if recorded:
                 bar.update(self.step, self.recorder.latest())
-            self._revive(gradients, result.residual)
-            if self.step % checkpoint_every == 0 or self.step == settings.steps:
+            if self.step % checkpoint_every == 0 or self.step == self.settings.steps:
                 self.seconds = time.perf_counter() - started
                 with naming_step(self.step - 1):
-                    check_finite(decomposition)
+                    check_finite(self.decomposition)
                 if folder is not None:
                     self._save(folder)
 
+    def take_step(self, gradients: Gradients) -> bool:
+        """Take one step on a batch's gradients; tell whether it completed a row of the history."""
+        settings, optimizer = self.settings, self.optimizer
+        k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
+        for update in range(settings.updates):  # of one batch, whose extraction is what a step mostly costs
+            result = self.objective(gradients, k)
+            losses = finite_losses(result.loss, gradients)
+            if update == 0:  # what is recorded is the error of a batch before it was learned from
+                errors, kept = losses, result.kept
+            optimizer.step(torch.autograd.grad(result.loss.sum(), optimizer.parameters), rate)
+            self.decomposition.normalize_()
+        self.step += 1
+        recorded = self.recorder.add(self.step, errors, kept, rate, k)
+        self._revive(gradients, result.residual)
+        return recorded
+
     def _start_from_data(self) -> None:
-        """Replace the random start by gradients of batches of the data, drawn in proportion to their squared norms."""
-        each, settings = self.settings.n_subnetworks, self.settings
+        """Replace the random start by gradients of the first batch, drawn in proportion to their squared norms."""
+        each = self.settings.n_subnetworks
         sides = (self.decomposition.encoder, self.decomposition.decoder)
-        generator = torch.Generator().manual_seed(mix(settings.seed, 6))
-        done = step = 0
-        while done < each:  # a batch gives at most half as many directions as it has samples
-            gradients = self.gradients(step)
-            n = min(each - done, max(1, gradients.n_samples // 2))
-            for restart in range(self.n_restarts):
-                samples = draw_samples(gradients.squared_norm(), n, generator)
-                columns = torch.arange(done, done + n, device=self.device) + restart * each
-                set_from_samples(sides, columns, gradients, samples, generator)
-            done, step = done + n, step + 1
+        generator = torch.Generator().manual_seed(mix(self.settings.seed, 6))
+        gradients = self.gradients(0)
+        for restart in range(self.n_restarts):
+            samples = draw_samples(gradients.squared_norm(), each, generator)
+            columns = torch.arange(each, device=self.device) + restart * each
+            set_from_samples(sides, columns, gradients, samples, generator)
 
     def _revive(self, gradients: Gradients, residual: Tensor) -> None:
         """Start dead subnetworks anew, every so often; `residual` is the batch's, [S] or [S, restarts]."""

@@ -137,4 +137,6 @@ def test_module_entry_point(tmp_path: Path) -> None:
     assert math.isfinite(json.loads((tmp_path / "run" / "metrics.json").read_text())["mmcs"])
     failed = subprocess.run([*command, "toy", "nothing"], **settings, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.splitlines() == ["l3d: error: toy: expected one of tms, tms_parallel, tms_40_10, tmcs, high_rank, squared, got 'nothing'"]
+    assert failed.stderr.splitlines() == [
+        "l3d: error: toy: expected one of tms, tms_parallel, tms_40_10, tmcs, high_rank, squared, got 'nothing'"
+    ]

@@ -120,7 +120,9 @@ def test_the_toy_computes_what_it_says() -> None:
 
 def test_an_unknown_toy_is_refused() -> None:
     """A name that is none lists those there are."""
-    with pytest.raises(ValueError, match=r"toy: expected one of tms, tms_parallel, tms_40_10, tmcs, high_rank, squared, got 'tmx'"):
+    with pytest.raises(
+        ValueError, match=r"toy: expected one of tms, tms_parallel, tms_40_10, tmcs, high_rank, squared, got 'tmx'"
+    ):
         make("tmx")
 
 

@@ -1,0 +1,196 @@
+"""How training fares over sizes, settings and presets: `python -m bench.training NAME`.
+
+    stability   K x rank on a real attention block, one and the same defaults, 600 steps
+    presets     default beside published on that block, 3,000 steps
+    toys        default beside published on the toys, 3,000 steps, ten seeds
+    ablations   each departure from the published settings by itself, on the block and on a toy
+
+Runs of one block share the gradients of every batch, so they differ in nothing but what is compared. Each prints a
+table and writes bench/results/training-NAME.json, with the environment; docs/training.md shows the tables. The block is
+layer 2's attention of the small language model in $L3D_DATA.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import l3d
+from l3d.data import count_rows
+from l3d.extract import Extractor
+from l3d.settings import resolve
+from l3d.sources import load_data, load_model
+from l3d.toys import make, one_thread
+from l3d.train import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = 200  # texts, the last ones
+CHOICES: dict[str, Any] = {  # of `resolve`, where nothing else is said
+    "n_subnetworks": 100,
+    "rank": 6,
+    "k": 0.1,
+    "params": "model.layers.2.self_attn.*",
+    "divergence": "kl",
+    "reference": "sample",
+    "positions": "all",
+    "preset": "default",
+    "steps": None,
+    "batch_size": 16,
+    "lr": None,
+    "warm_start": None,
+    "weight_decay": 0.0,
+    "updates": None,
+    "start": "random",
+    "revive": None,
+    "seed": 0,
+    "dtype": None,
+    "backend": "auto",
+}
+
+
+class Block:
+    """The attention block of a small language model, and texts."""
+
+    def __init__(self) -> None:
+        folder = os.environ.get("L3D_DATA")
+        if not folder:
+            raise SystemExit("L3D_DATA: set it to the folder of stories260k and stories.txt")
+        model = f"hf:{folder}/stories260k"
+        self.model = load_model(model)
+        data = load_data(f"text:{folder}/stories.txt", model_spec=model, length=16)
+        self.train, self.held_out = data[:-HELD_OUT], data[-HELD_OUT:]
+
+    def run(self, variants: Mapping[str, Mapping[str, Any]], steps: int, report: Callable[[str], None]) -> list[dict]:
+        """Train all variants on the same batches, and return a row of figures for each."""
+        runs = {}
+        for name, changes in variants.items():
+            chosen = {**CHOICES, "steps": steps, **changes}
+            settings = resolve(chosen.pop("preset"), count_rows(self.train), **chosen)
+            extractor = Extractor(self.model, "kl", "sample", settings.params)
+            runs[name] = Run(settings, extractor, self.train, torch.device("cpu"))
+        first = next(iter(runs.values()))
+        seconds = dict.fromkeys(runs, 0.0)
+        for step in range(steps):
+            gradients = first.gradients(step)
+            for name, run in runs.items():
+                started = time.perf_counter()
+                run.take_step(gradients)
+                seconds[name] += time.perf_counter() - started
+            if (step + 1) % 100 == 0:
+                shown = ", ".join(f"{name} {run.recorder.history['error'][-1]:.3f}" for name, run in runs.items())
+                report(f"step {step + 1}: {shown}")
+        rows = []
+        for name, run in runs.items():
+            d = run.best()
+            errors = d.history["error"]
+            rows.append(
+                {
+                    "variant": name,
+                    "error": run.final_errors()[0],  # of the last tenth of the training batches
+                    "error_at_half": statistics.mean(errors[len(errors) // 2 - len(errors) // 20 : len(errors) // 2]),
+                    "held_out": d.evaluate(self.model, self.held_out).error,
+                    "dead": d.history["dead_fraction"][-1],
+                    "ms_per_step": 1000 * seconds[name] / steps,  # without the extraction
+                }
+            )
+        return rows
+
+
+def stability() -> list[dict]:
+    """Train every K x rank with the defaults."""
+    variants = {
+        f"K={k} rank {rank}": {"n_subnetworks": k, "rank": rank} for k in (50, 100, 400, 1000) for rank in (1, 6, 32)
+    }
+    return Block().run(variants, 600, print)
+
+
+def presets() -> list[dict]:
+    """Train by the default preset and by the published one, at its step size and at half of it."""
+    variants = {
+        "default": {},
+        "published": {"preset": "published"},
+        "published, lr .005": {"preset": "published", "lr": 0.005},
+    }
+    return Block().run(variants, 3000, print) + Block().run({"default, 1,500 steps": {}}, 1500, print)
+
+
+def ablations() -> list[dict]:
+    """Take back each departure from the published settings, one at a time."""
+    variants: dict[str, dict[str, Any]] = {
+        "default": {},
+        "published": {"preset": "published"},
+        "no warm start": {"warm_start": 0},
+        "warm start over half of the run": {"warm_start": 500},
+        "lr .025": {"lr": 0.025},
+        "lr .1": {"lr": 0.1},
+        "start from data": {"start": "data"},
+        "1 update": {"updates": 1},
+        "4 updates": {"updates": 4},
+    }
+    return Block().run(variants, 1000, print)
+
+
+def toys() -> list[dict]:
+    """Train toys by either preset for 3,000 steps, one restart each, over ten seeds."""
+    rows = []
+    for name in ("tms", "tms_40_10", "tmcs", "high_rank", "squared"):
+        errors: dict[str, list[float]] = {"default": [], "published": []}
+        for seed in range(10):
+            toy = make(name, seed)
+            for preset, found in errors.items():
+                own = {**toy.settings, "steps": 3000, "n_restarts": 1, "preset": preset, "seed": seed}
+                with one_thread():
+                    d = l3d.decompose(toy.model, toy.data, progress=False, **own)
+                    found.append(d.evaluate(toy.model, toy.data[:1000], n_references=30).error)
+            print(f"{name}, seed {seed}: " + ", ".join(f"{p} {found[-1]:.4f}" for p, found in errors.items()))
+        rows.append({"variant": name} | {p: statistics.median(found) for p, found in errors.items()} | {"all": errors})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Write rows as a table."""
+    columns = [name for name in rows[0] if name != "all"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        shown = [f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """Say what made the figures."""
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "revision": revision.stdout.strip(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+BENCHES = {bench.__name__: bench for bench in (stability, presets, toys, ablations)}
+
+
+def main() -> None:
+    """Run one of the benches."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=BENCHES)
+    name = parser.parse_args().name
+    rows = BENCHES[name]()
+    path = ROOT / "bench" / "results" / f"training-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
