@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import l3d
+import l3d.toys
 import yaml
 
 from l3d.cli import COMMANDS, main
@@ -138,5 +141,5 @@ def test_module_entry_point(tmp_path: Path) -> None:
     failed = subprocess.run([*command, "toy", "nothing"], **settings, check=False)
     assert failed.returncode == 2
     assert failed.stderr.splitlines() == [
-        "l3d: error: toy: expected one of tms, tms_parallel, tms_40_10, tmcs, high_rank, squared, got 'nothing'"
+        f"l3d: error: toy: expected one of {', '.join(l3d.toys.NAMES)}, got 'nothing'"
     ]

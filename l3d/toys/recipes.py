@@ -119,7 +119,7 @@ def squared(seed: int) -> Toy:
         model=trained("squared", seed, build, fit),
         data=sample(1000, generator=_generator(seed, POINTS)),
         draw=sample,
-        settings=_settings(5, steps=1500) | {"rank": 2},
+        settings=_settings(5, steps=1000) | {"rank": 2},
         measure=recovery.find_inputs,
     )
 
@@ -141,6 +141,7 @@ def _settings(n_subnetworks: int, steps: int) -> dict[str, Any]:
         "batch_size": 32,
         "steps": steps,
         "n_restarts": 4,
+        "updates": 1,
     }
 
 
