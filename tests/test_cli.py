@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import l3d
 import l3d.toys
-import yaml
-
 from l3d.cli import COMMANDS, main
 
 
