@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from l3d import directions as directions_module
 from l3d.decomposition import Decomposition
 from l3d.directions import Directions, LowRank, Tucker, Whole, resolve_ranks
 
@@ -186,6 +187,35 @@ def test_gram_is_over_all_tensors_together() -> None:
     assert_relative(directions.gram(), flat @ flat.mT, 1e-12)
 
 
+@pytest.mark.parametrize("small", [0, 256])
+@pytest.mark.parametrize("n_groups", [1, 2, 4])
+def test_grams_are_those_of_each_group(n_groups: int, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut out of the Gram matrix of all directions or taken one by one, each is V Vᵀ of its group alone."""
+    monkeypatch.setattr(directions_module, "SMALL_GRAM", small)
+    directions = everything()
+    size = directions.n_subnetworks // n_groups
+    grams = directions.grams(n_groups)
+    assert grams.shape == (n_groups, size, size)
+    for i, flat in enumerate(flattened(directions).split(size)):
+        assert_relative(grams[i], flat @ flat.mT, 1e-12)
+        assert_relative(directions.gram(slice(i * size, (i + 1) * size)), flat @ flat.mT, 1e-12)
+
+
+@pytest.mark.parametrize("small", [0, 256])
+def test_grams_are_differentiable(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of any group's entries is that of the multiplied-out directions, and reaches no other group."""
+    monkeypatch.setattr(directions_module, "SMALL_GRAM", small)
+    directions = everything()
+    upstream = torch.randn(2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    second = flattened(directions)[2:]
+    parameters = list(directions.parameters())
+    found = torch.autograd.grad((directions.grams(2)[1] * upstream).sum(), parameters)
+    expected = torch.autograd.grad(((second @ second.mT) * upstream).sum(), parameters)
+    for grad, wanted in zip(found, expected, strict=True):
+        assert_relative(grad, wanted, 1e-12)
+        assert not grad[:2].any()
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_normalize_gives_unit_norm_and_keeps_the_direction(scale: float) -> None:
     """After normalize_ the norm over all tensors together is one, and only the length has changed."""
@@ -293,3 +323,47 @@ def test_a_decomposition_of_nothing_is_refused() -> None:
     """K below one is refused by name."""
     with pytest.raises(ValueError, match=r"n_subnetworks: expected at least 1, got 0"):
         Decomposition(SHAPES, 0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_parts", [1, 2, 3])
+def test_side_by_side_and_apart_again(n_parts: int, dtype: torch.dtype) -> None:
+    """Laid side by side, decompositions keep their bits, encoder and decoder; each part is had back as it was."""
+    rank = {"conv*": (3, 2, 3, 1), "*": 2}
+    parts = [
+        Decomposition(SHAPES, 3, rank, {"seed": i}, torch.Generator().manual_seed(i)).to(dtype) for i in range(n_parts)
+    ]
+    for i, part in enumerate(parts):  # encoder and decoder differ
+        with torch.no_grad():
+            for parameter in part.encoder.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(10 + i))
+    whole = Decomposition.side_by_side(parts)
+    assert whole.n_subnetworks == whole.encoder.n_subnetworks == 3 * n_parts
+    assert whole.settings == {"seed": 0}
+    assert (whole.shapes, whole.ranks) == (parts[0].shapes, parts[0].ranks)
+    for i, part in enumerate(parts):
+        again = whole.part(i, n_parts)
+        assert again.n_subnetworks == 3
+        assert again.ranks == part.ranks
+        ours, theirs = again.state_dict(), part.state_dict()
+        assert list(ours) == list(theirs)
+        for name, tensor in ours.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, theirs[name])
+        for k in range(3):
+            found, expected = whole.subnetwork(3 * i + k), part.subnetwork(k)
+            assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
+
+
+def test_parts_are_copies() -> None:
+    """Writing into the whole changes neither what it was made of nor a part that was taken from it; both train."""
+    parts = [Decomposition(SHAPES, 2, 1, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    before = [flattened(part.decoder).detach().clone() for part in parts]
+    whole = Decomposition.side_by_side(parts)
+    second = whole.part(1, 2)
+    assert all(parameter.requires_grad for d in (whole, second) for parameter in d.parameters())
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.zero_()
+    for d, expected in ((parts[0], before[0]), (parts[1], before[1]), (second, before[1])):
+        assert torch.equal(flattened(d.decoder), expected)

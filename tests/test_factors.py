@@ -278,3 +278,48 @@ def test_matrices_are_remembered() -> None:
     actual = gradients({"w": [linear(0)]})
     assert actual.matrix("w") is actual.matrix("w")
     assert actual.matrix("w").shape == (S, O, I)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [list(range(S)), [S - 1], [4, 0, 3], [2, 2, 5, 2], [1, 0, 1, 0, 3, 4, 5, 2, 2]],
+    ids=["all", "one", "some", "repeated", "more than there are"],
+)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_selecting_samples_is_indexing_what_they_multiply_out_to(name: str, samples: list[int]) -> None:
+    """Whatever the form and the sharing, in the order asked for, repeats too; the original is as it was."""
+    parts = MIXTURES[name]()
+    expected = sum((multiplied_out(part) for part in parts), torch.zeros(S, O, I, dtype=FLOAT))[samples]
+    for multiply_first in (False, True):
+        original = gradients({"w": parts, "empty": []})
+        if multiply_first:  # what is remembered belongs to other samples
+            original.materialize()
+        chosen = original.select(torch.tensor(samples))
+        assert chosen.n_samples == len(samples)
+        assert (chosen.dtype, chosen.device, chosen.shapes) == (FLOAT, original.device, original.shapes)
+        assert_relative(chosen.squared_norm(), expected.square().sum((1, 2)), TOLERANCE)
+        assert_relative(chosen.materialize()["w"], expected, TOLERANCE)
+        assert torch.equal(chosen.materialize()["empty"], torch.zeros(len(samples), O, I, dtype=FLOAT))
+        assert original.n_samples == S
+        assert torch.equal(original.materialize()["w"], gradients({"w": parts}).materialize()["w"])
+
+
+def test_selected_samples_stay_in_factors() -> None:
+    """Nothing is multiplied out: each chosen sample holds its own positions' rows, and indices stay indices."""
+    original = gradients({"a": [linear(0)], "b": [embedding(1, positions=7)], "c": [dense(2)]})
+    chosen = original.select(torch.tensor([5, 5, 0]))
+    numbers = 3 * T * (I + O) + 3 * 7 * (1 + I) + 3 * O * I
+    assert chosen.nbytes() == 8 * numbers
+    (table,) = chosen.parts["b"]
+    assert isinstance(table, Rows)
+    assert table.x.dtype == torch.int64
+    again = chosen.select(torch.tensor([2, 0]))  # of a selection, every sample has a sequence of its own
+    assert_relative(again.materialize()["a"], original.materialize()["a"][[0, 5]], TOLERANCE)
+
+
+def test_selecting_from_a_convolution_and_a_vector() -> None:
+    """Tensors of every order are indexed along their samples."""
+    for shape in ((), (6,), (6, 5, 2)):
+        grad = randn(S, *shape, seed=0)
+        chosen = gradients({"w": [Dense(grad)]}, torch.Size(shape)).select(torch.tensor([3, 1, 3]))
+        assert torch.equal(chosen.materialize()["w"], grad[[3, 1, 3]])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import l3d
 from l3d import costs
+from l3d import directions as directions_module
 from l3d.costs import Path, Sizes
 from l3d.decomposition import Decomposition
 from l3d.directions import Directions, LowRank, Whole
@@ -341,6 +342,116 @@ def test_number_kept_is_rounded_half_up(k: float, n_samples: int, n_subnetworks:
     gradients, d = nearly_exact(1, 0.1)
     result = objective(gradients, d.encoder, d.decoder, k)
     assert result.kept.rows.numel() == max(1, math.floor(k * 36 + 0.5))
+
+
+# --- several decompositions side by side ------------------------------------------------------------------------
+
+
+def side_by_side(name: str, n_groups: int) -> tuple[Decomposition, list[Decomposition]]:
+    """Decompositions of one problem, each with directions of its own, together and apart."""
+    gradients, _ = setup(name)
+    problem, parts = PROBLEMS[name], []
+    for seed in range(n_groups):
+        generator = torch.Generator().manual_seed(100 + seed)
+        part = Decomposition(gradients.shapes, problem.n_subnetworks, problem.rank).double()
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter.normal_(generator=generator)
+        part.normalize_()
+        parts.append(part)
+    return Decomposition.side_by_side(parts), parts
+
+
+def residuals(gradients: Gradients, d: Decomposition, kept: list[int]) -> Tensor:
+    """‖g_s − ĝ_s‖² with the kept coefficients, flat indices into [S, K], multiplied out: [S]."""
+    g = torch.cat([grad.flatten(1) for grad in gradients.materialize().values()], 1)
+    coefficients = g @ materialised(d.encoder).mT
+    mask = torch.zeros(coefficients.numel(), dtype=g.dtype).index_fill(0, torch.tensor(kept), 1)
+    return (g - (coefficients * mask.view_as(coefficients)) @ materialised(d.decoder)).square().sum(1)
+
+
+@pytest.mark.parametrize("coactive", [None, False, True])
+@pytest.mark.parametrize("k", [0.1, 1.0])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_groups_are_objectives_of_their_own(name: str, k: float, coactive: bool | None) -> None:
+    """On every path, three decompositions in one call have the losses, residuals and gradients each has alone."""
+    whole, parts = side_by_side(name, 3)
+    K = parts[0].n_subnetworks
+    truths, expected, alone = [], [], []
+    for part in parts:
+        gradients, _ = setup(name)
+        n = max(1, math.floor(k * gradients.n_samples * K + 0.5))
+        truths.append(brute_force(gradients, part.encoder, part.decoder, n))
+        expected.append(parameter_gradients(truths[-1].loss, part))
+        alone.append(residuals(gradients, part, truths[-1].kept))
+    choices = path_choices(setup(name)[0], whole.encoder)
+    uniform = [
+        {name: path if path in paths else paths[0] for name, paths in choices.items()}
+        for path in itertools.starmap(Path, itertools.product((False, True), repeat=2))
+    ]
+    for paths in [None, *uniform]:
+        gradients, _ = setup(name)
+        result = objective(gradients, whole.encoder, whole.decoder, k, n_groups=3, paths=paths, coactive=coactive)
+        assert_relative(result.loss, torch.stack([truth.loss for truth in truths]), PATHS)
+        assert_relative(result.residual, torch.stack(alone, 1), PATHS)
+        assert_relative(result.residual.sum(0) / result.squared_norm, result.loss, 1e-12)
+        assert result.kept.shape == (gradients.n_samples, 3 * K)
+        pairs = {(int(row), int(column)) for row, column in zip(result.kept.rows, result.kept.columns, strict=True)}
+        assert pairs == {(i // K, g * K + i % K) for g, truth in enumerate(truths) for i in truth.kept}
+        together = parameter_gradients(result.loss.sum(), whole)
+        for grad, *wanted in zip(together, *expected, strict=True):
+            assert_relative(grad, torch.cat(wanted), PATHS)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_one_group_s_loss_moves_no_other_group(name: str) -> None:
+    """The gradient of the second loss is zero in the first and third decomposition."""
+    whole, parts = side_by_side(name, 3)
+    gradients, _ = setup(name)
+    K = parts[0].n_subnetworks
+    result = objective(gradients, whole.encoder, whole.decoder, 0.2, n_groups=3)
+    grads = parameter_gradients(result.loss[1], whole)
+    assert any(grad[K : 2 * K].any() for grad in grads)
+    assert not any(grad[:K].any() or grad[2 * K :].any() for grad in grads)
+
+
+@pytest.mark.parametrize("k", [0.1, 1.0])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_residuals_are_each_sample_s_and_sum_to_the_loss(name: str, k: float) -> None:
+    """Of one decomposition the residuals are [S], ‖g_s − ĝ_s‖² by definition, and differentiable."""
+    gradients, d = setup(name)
+    result = objective(gradients, d.encoder, d.decoder, k)
+    assert result.loss.shape == ()
+    assert_relative(result.residual, residuals(gradients, d, flat(result)), PATHS)
+    assert_relative(result.residual.sum() / result.squared_norm, result.loss, 1e-12)
+    (found,) = torch.autograd.grad(result.residual[1], [next(d.decoder.parameters())])
+    again = residuals(setup(name)[0], d, flat(result))[1]
+    assert_relative(found, torch.autograd.grad(again, [next(d.decoder.parameters())])[0], PATHS)
+
+
+def test_groups_whose_gram_is_too_large_to_be_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above SMALL_GRAM directions each group's Gram matrix is taken by itself: the same losses and gradients."""
+    results = []
+    for limit in (10**6, 0):
+        monkeypatch.setattr(directions_module, "SMALL_GRAM", limit)
+        whole, _ = side_by_side("linear on positions", 3)
+        gradients, _ = setup("linear on positions")
+        result = objective(gradients, whole.encoder, whole.decoder, 0.3, n_groups=3, coactive=False)
+        results.append([result.loss, result.residual, *parameter_gradients(result.loss.sum(), whole)])
+    for cut_out, by_itself in zip(*results, strict=True):
+        assert_relative(by_itself, cut_out, PATHS)
+
+
+def test_gram_of_groups_is_taken_in_full_or_over_co_active_pairs() -> None:
+    """The choice by cost goes both ways for several groups too, and the energy is the same either way."""
+    gradients, _ = setup("linear")
+    d = Decomposition(gradients.shapes, 400, 2).double()
+    for k, expected in ((0.005, True), (1.0, False)):
+        kept = objective(gradients, d.encoder, d.decoder, k, n_groups=2).kept
+        assert costs.coactive_is_cheaper(d.decoder, kept, 2) == expected
+        by_pairs, in_full = (energy(kept, d.decoder, coactive, 2) for coactive in (True, False))
+        assert by_pairs.shape == (gradients.n_samples, 2)
+        assert_relative(by_pairs, in_full, PATHS)
 
 
 # --- properties -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import l3d_kernels as lk
+from l3d_kernels.sparse import above
 
 from helpers import assert_relative
 
@@ -24,8 +25,8 @@ def flat_of(kept: lk.SparseCoefficients) -> np.ndarray:
     return (kept.rows * kept.shape[1] + kept.columns).numpy()
 
 
-def assert_consistent(kept: lk.SparseCoefficients) -> None:
-    """Hold every field to what its documentation says."""
+def assert_indexed(kept: lk.SparseCoefficients) -> None:
+    """Hold the entries and both ways to walk them to what their documentation says."""
     (S, K), n = kept.shape, len(kept.values)
     rows, columns = kept.rows.tolist(), kept.columns.tolist()
     assert list(zip(rows, columns, strict=True)) == sorted(set(zip(rows, columns, strict=True)))
@@ -40,9 +41,13 @@ def assert_consistent(kept: lk.SparseCoefficients) -> None:
     assert kept.column_order.tolist() == [entry for entries in walked for entry in entries]
     for field in ("rows", "columns", "row_offsets", "column_order", "column_offsets"):
         assert getattr(kept, field).dtype == torch.int64
-    magnitudes = kept.values.detach().abs()
+
+
+def assert_consistent(kept: lk.SparseCoefficients) -> None:
+    """Hold every field to what its documentation says."""
+    assert_indexed(kept)
     assert kept.threshold.shape == ()
-    assert kept.threshold == (magnitudes.min() if n else torch.inf)
+    assert kept.threshold == (kept.values.detach().abs().min() if len(kept.values) else torch.inf)
 
 
 @st.composite
@@ -161,3 +166,192 @@ def test_nan_is_never_dropped_silently(n: int) -> None:
     kept = lk.batch_topk(coefficients, n)
     assert len(kept.values) == n
     assert kept.values.isnan().sum() == min(n, 2)
+
+
+# --- groups of columns ------------------------------------------------------------------------------------------
+
+
+def one_by_one(coefficients: Tensor, n: int, n_groups: int) -> list[tuple[int, int]]:
+    """Pairs (row, column) kept by one call per block of columns, each on a copy of its own, in row-major order."""
+    width = coefficients.shape[1] // n_groups
+    pairs = []
+    for g in range(n_groups):
+        kept = lk.batch_topk(coefficients[:, g * width : (g + 1) * width].clone(), n)
+        pairs += list(zip(kept.rows.tolist(), (kept.columns + g * width).tolist(), strict=True))
+    return sorted(pairs)
+
+
+@st.composite
+def grouped_problems(draw: Any) -> tuple[Tensor, int, int]:
+    """A matrix of several blocks of columns with many ties, infinities and NaN, and how many entries each keeps."""
+    S, width, n_groups = draw(st.integers(0, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    size = S * width * n_groups
+    entries = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-30, float("inf"), -float("inf"), float("nan")])
+    values = draw(st.lists(entries | st.floats(-3, 3), min_size=size, max_size=size))
+    matrix = torch.tensor(values, dtype=torch.float64).view(S, width * n_groups)
+    return matrix, draw(st.integers(0, S * width)), n_groups
+
+
+@given(grouped_problems())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_groups_keep_what_each_would_keep_alone(problem: tuple[Tensor, int, int]) -> None:
+    """One call for several blocks of columns keeps n entries in each, those that a call on the block alone keeps."""
+    coefficients, n, n_groups = problem
+    kept = lk.batch_topk(coefficients, n, n_groups)
+    pairs = one_by_one(coefficients, n, n_groups)
+    assert len(pairs) == n * n_groups
+    assert list(zip(kept.rows.tolist(), kept.columns.tolist(), strict=True)) == pairs
+    assert torch.equal(kept.values.nan_to_num(nan=7.5), coefficients[kept.rows, kept.columns].nan_to_num(nan=7.5))
+    assert kept.shape == tuple(coefficients.shape)
+    assert_indexed(kept)
+    magnitudes = np.nan_to_num(np.abs(coefficients.numpy()), nan=np.inf, posinf=np.inf)
+    blocks = np.split(magnitudes, n_groups, axis=1)
+    thresholds = [float(np.sort(block, axis=None)[-n]) if n else np.inf for block in blocks]
+    assert kept.threshold.tolist() == (thresholds[0] if n_groups == 1 else thresholds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_groups", [2, 5, 30])
+def test_large_matrices_in_groups(n_groups: int, dtype: torch.dtype) -> None:
+    """Sizes beyond small-sort shortcuts, with thousands of ties in bfloat16, keep the same entries group by group."""
+    coefficients = torch.randn(101, 60, generator=torch.Generator().manual_seed(0)).to(dtype)
+    size = coefficients.numel() // n_groups
+    for n in {1, size // 10, size - 1}:
+        kept = lk.batch_topk(coefficients, n, n_groups)
+        assert list(zip(kept.rows.tolist(), kept.columns.tolist(), strict=True)) == one_by_one(
+            coefficients, n, n_groups
+        )
+        assert kept.threshold.shape == (n_groups,)
+        assert kept.values.dtype == kept.threshold.dtype == dtype
+
+
+def test_a_small_group_is_not_starved_by_a_large_one() -> None:
+    """Each group keeps its own n however small its entries; ties are broken within the group, by lower flat index."""
+    coefficients = torch.tensor([[100.0, 90.0, 1e-3, -1e-3], [80.0, 70.0, 1e-3, 0.0]])
+    kept = lk.batch_topk(coefficients, 2, 2)
+    assert list(zip(kept.rows.tolist(), kept.columns.tolist(), strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert_relative(kept.threshold, [90.0, 1e-3], 1e-7)
+
+
+def test_nothing_and_everything_in_groups() -> None:
+    """n = 0 keeps nothing, with one infinite threshold per group; n of everything keeps all, in row-major order."""
+    coefficients = torch.tensor([[0.0, -2.0, 5.0, 1.0], [3.0, 0.0, -4.0, 2.0]])
+    nothing = lk.batch_topk(coefficients, 0, 2)
+    assert nothing.threshold.tolist() == [torch.inf] * 2
+    assert torch.equal(nothing.dense(), torch.zeros(2, 4))
+    assert_indexed(nothing)
+    everything = lk.batch_topk(coefficients, 4, 2)
+    assert everything.threshold.tolist() == [0, 1]
+    assert torch.equal(everything.dense(), coefficients)
+    assert flat_of(everything).tolist() == list(range(8))
+    assert_indexed(everything)
+
+
+def test_strided_and_expanded_matrices_in_groups() -> None:
+    """A transposed, strided or expanded matrix falls into groups by its logical columns."""
+    coefficients = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    for matrix in (coefficients.mT, coefficients[::2, :4], coefficients[:1].expand(5, 6), coefficients[:, ::3]):
+        for n in (1, 3, matrix.numel() // 2 - 1, matrix.numel() // 2):
+            kept = lk.batch_topk(matrix, n, 2)
+            pairs = list(zip(kept.rows.tolist(), kept.columns.tolist(), strict=True))
+            assert pairs == one_by_one(matrix.contiguous(), n, 2)
+            assert torch.equal(kept.values, matrix[kept.rows, kept.columns])
+            assert_indexed(kept)
+
+
+def test_values_in_groups_are_differentiable() -> None:
+    """The gradient reaches exactly the kept coefficients of every group."""
+    coefficients = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    kept = lk.batch_topk(coefficients, 5, 3)
+    upstream = torch.arange(1.0, 16, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(kept.values @ upstream, coefficients)
+    expected = torch.zeros(7, 6, dtype=torch.float64)
+    for (row, column), value in zip(one_by_one(coefficients.detach(), 5, 3), upstream.tolist(), strict=True):
+        expected[row, column] = value
+    assert torch.equal(grad, expected)
+    assert not kept.threshold.requires_grad
+
+
+@pytest.mark.parametrize("n_groups", [0, -1, 4, 12])
+def test_groups_that_do_not_divide_the_columns_are_refused(n_groups: int) -> None:
+    """The number of groups must divide the columns; the error names both."""
+    with pytest.raises(ValueError, match=rf"n_groups: expected a divisor of the 6 columns, got {n_groups}$"):
+        lk.batch_topk(torch.zeros(2, 6), 0, n_groups)
+
+
+@pytest.mark.parametrize("n", [-1, 5, 12])
+def test_n_out_of_a_group_s_range_is_refused(n: int) -> None:
+    """The limit is a group's number of entries, not the matrix's."""
+    with pytest.raises(ValueError, match=rf"n: expected 0 <= n <= .* = 4, got {n}$"):
+        lk.batch_topk(torch.zeros(2, 6), n, 3)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("n", [0, 1, 5, 8])
+def test_by_group_gives_every_group_rows_of_its_own(n: int, n_groups: int) -> None:
+    """Row s * groups + g holds sample s's entries in block g, where they were; nothing else moves."""
+    coefficients = torch.randn(8, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    kept = lk.batch_topk(coefficients, n, n_groups)
+    split = kept.by_group(n_groups)
+    assert split.shape == (8 * n_groups, 6)
+    assert_indexed(split)
+    for field in ("values", "columns", "column_order", "column_offsets", "threshold"):
+        assert getattr(split, field) is getattr(kept, field)
+    dense, whole = split.dense().view(8, n_groups, 6), kept.dense()
+    for g, block in enumerate(range(0, 6, 6 // n_groups)):
+        own = slice(block, block + 6 // n_groups)
+        assert torch.equal(dense[:, g, own], whole[:, own])
+    assert int(dense.count_nonzero()) == n * n_groups  # and nothing outside the blocks
+
+
+# --- a threshold instead of a number ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.25, 100.0, float("inf")])
+def test_above_keeps_what_reaches_the_threshold(threshold: float, dtype: torch.dtype) -> None:
+    """Kept are magnitudes at least the threshold, infinities and NaN always, in row-major order, with their signs."""
+    coefficients = torch.randn(9, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    coefficients[1, 2], coefficients[3, 4], coefficients[4, 4] = float("nan"), -float("inf"), float("inf")
+    coefficients[5, 5], coefficients[5, 6], coefficients[6, 0] = 1.25, -1.25, -0.5  # exactly at a threshold
+    kept = above(coefficients, threshold)
+    numbers = coefficients.double().numpy()
+    expected = [
+        (s, k) for s in range(9) for k in range(7) if np.isnan(numbers[s, k]) or abs(numbers[s, k]) >= threshold
+    ]
+    assert list(zip(kept.rows.tolist(), kept.columns.tolist(), strict=True)) == expected
+    assert torch.equal(kept.values.nan_to_num(nan=9.5), coefficients[kept.rows, kept.columns].nan_to_num(nan=9.5))
+    assert kept.shape == (9, 7)
+    assert kept.values.dtype == kept.threshold.dtype == dtype
+    assert float(kept.threshold) == threshold
+    assert_indexed(kept)
+
+
+def test_above_at_the_threshold_of_a_top_k_keeps_the_same() -> None:
+    """Without ties, the threshold that batch top-k reports selects exactly what it kept."""
+    coefficients = torch.randn(20, 9, generator=torch.Generator().manual_seed(3))
+    for n in (1, 17, 180):
+        kept = lk.batch_topk(coefficients, n)
+        again = above(coefficients, float(kept.threshold))
+        assert all(torch.equal(a, b) for a, b in zip(kept[:-1], again[:-1], strict=True))
+
+
+def test_above_is_every_sample_by_itself() -> None:
+    """What is kept of a row does not depend on the other rows, and none at all may be kept."""
+    coefficients = torch.randn(6, 5, generator=torch.Generator().manual_seed(4))
+    whole = above(coefficients, 1.0)
+    for s in range(6):
+        alone = above(coefficients[s : s + 1], 1.0)
+        assert torch.equal(alone.columns, whole.columns[whole.row_offsets[s] : whole.row_offsets[s + 1]])
+    assert above(coefficients, 99.0).values.shape == (0,)
+    assert_indexed(above(torch.zeros(0, 3), 1.0))
+
+
+def test_above_is_differentiable_in_what_it_keeps() -> None:
+    """The gradient of the kept values is one at the kept coefficients and zero elsewhere."""
+    coefficients = torch.randn(6, 5, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    kept = above(coefficients, 0.7)
+    (grad,) = torch.autograd.grad(kept.values.sum(), coefficients)
+    assert torch.equal(grad, (coefficients.detach().abs() >= 0.7).float())
+    assert 0 < int(grad.sum()) < 30
+    assert not kept.threshold.requires_grad

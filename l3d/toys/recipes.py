@@ -186,7 +186,7 @@ def _fit_superposition(n_features: int, n_hidden: int, generator: torch.Generato
         strength = (w_in.square().sum(2) + w_out.square().sum(2)).sqrt()
         balance = strength.amin(1) / strength.amax(1)
         # in this order: all features held, balanced enough, of least loss
-        return losses + 2.0 * ~held + (0.45 - balance).clamp_min(0)
+        return losses + 2.0 * ~held + (0.5 - balance).clamp_min(0)
 
     x = sparse_features(10_000, n_features, generator)
     return train_network(build, x, x, generator, score=score, **how)
