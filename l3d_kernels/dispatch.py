@@ -4,6 +4,8 @@ The choice is made per call, from the tensors' device: "auto" takes the Triton k
 device, else the plain-torch twin. An explicit request that cannot be met raises; nothing falls back in silence.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,26 +15,66 @@ from torch import Tensor
 from l3d_kernels import reference
 
 BACKENDS = ("auto", "torch", "triton")
+DEVICES = ("cuda", "meta")  # where "auto" takes kernels; AMD's GPUs are "cuda" to torch, "meta" knows shapes only
 
-# op name -> launcher. Each Triton kernel registers itself here when its file lands; the twin is always there.
+# op name -> function that launches its kernels. Filled when l3d_kernels.kernels is imported; the twin is always there.
 TRITON: dict[str, Callable[..., Any]] = {}
 
 
+@functools.cache
+def load_kernels() -> str:
+    """Import the Triton kernels, which register themselves, once; return why there are none, or nothing."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it"
+    importlib.import_module("l3d_kernels.kernels")
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which is settled when they are first imported."""
+    from l3d_kernels.kernels import common
+
+    return bool(common.INTERPRETED.value)
+
+
 def implementation(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
-    """Return the function that runs `op` for `tensor`'s device.
+    """Return the function that runs `op` for `tensor`'s device and dtype.
 
     Raises ValueError for an unknown backend, RuntimeError where backend="triton" cannot be honoured.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    twin: Callable[..., Any] = getattr(reference, op)
+    if backend == "torch" or (backend == "auto" and tensor.device.type not in DEVICES):
+        return twin
+    missing = load_kernels()
     kernel = TRITON.get(op)
-    if backend == "triton" and kernel is None:
-        raise RuntimeError(f"backend='triton': no Triton kernel for {op} in this version; use 'auto' or 'torch'")
-    if backend == "triton" and tensor.device.type == "cpu":
-        raise RuntimeError(f"backend='triton': {op} got a CPU tensor; move it to a GPU or use 'auto' or 'torch'")
-    if kernel is not None and backend != "torch" and tensor.device.type != "cpu":
-        return kernel
-    return getattr(reference, op)
+    if backend == "auto":
+        return twin if kernel is None or tensor.dtype == torch.float64 else kernel
+    reason = missing or _why_not(op, kernel, tensor)
+    if reason:
+        raise RuntimeError(f"backend='triton': {reason}, or use 'auto' or 'torch'")
+    assert kernel is not None
+    return kernel
+
+
+def _why_not(op: str, kernel: Callable[..., Any] | None, tensor: Tensor) -> str:
+    """Return why the Triton kernel of an op cannot run on a tensor, with what would help, or nothing."""
+    kind = tensor.device.type
+    if kernel is None:
+        return f"no Triton kernel for {op} in this version"
+    if kind == "cpu" and not interpreted():
+        return (
+            f"{op} got a CPU tensor; move it to a GPU, or set TRITON_INTERPRET=1 before the kernels are first used to "
+            "run them in Triton's interpreter"
+        )
+    if kind not in (*DEVICES, "cpu"):
+        return f"{op} got a tensor on {kind}; move it to a CUDA or HIP device"
+    if kind == "cuda" and tensor.dtype == torch.float64:
+        return f"{op} got float64, which the kernels take in the interpreter only; use float32"
+    return ""
 
 
 def check_factors(left: Tensor, right: Tensor) -> None:

@@ -1,0 +1,12 @@
+"""The operations as Triton kernels, one file an operation; imported at the first call that wants one.
+
+Every file has the same order: formula and shapes, kernels, launch, autograd function, registration. Each operation
+has its twin of the same name in `l3d_kernels.reference`, which is its specification.
+"""
+
+from l3d_kernels.kernels import project
+
+# each exports compile_cases(kind): what the ahead-of-time test compiles
+MODULES = (project,)
+
+__all__ = ["MODULES"]
