@@ -4,7 +4,6 @@ The choice is made per call, from the tensors' device: "auto" takes the Triton k
 device, else the plain-torch twin. An explicit request that cannot be met raises; nothing falls back in silence.
 """
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +20,8 @@ DEVICES = ("cuda", "meta")  # where "auto" takes kernels; AMD's GPUs are "cuda" 
 TRITON: dict[str, Callable[..., Any]] = {}
 
 
-@functools.cache
 def load_kernels() -> str:
-    """Import the Triton kernels, which register themselves, once; return why there are none, or nothing."""
+    """Import the Triton kernels, which register themselves; return why there are none, or nothing."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -37,6 +35,12 @@ def interpreted() -> bool:
     from l3d_kernels.kernels import common
 
     return bool(common.INTERPRETED.value)
+
+
+# torch.compile calls these two while it traces and takes what they return for constants, which they are. The mark is
+# what torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
+load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:

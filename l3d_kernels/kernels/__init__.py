@@ -4,9 +4,17 @@ Every file has the same order: formula and shapes, kernels, launch, autograd fun
 has its twin of the same name in `l3d_kernels.reference`, which is its specification.
 """
 
-from l3d_kernels.kernels import project
+from l3d_kernels.kernels import (
+    project,
+    project_backward,
+    segments,
+)
 
 # each exports compile_cases(kind): what the ahead-of-time test compiles
-MODULES = (project,)
+MODULES = (
+    project,
+    project_backward,
+    segments,
+)
 
 __all__ = ["MODULES"]

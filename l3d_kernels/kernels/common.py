@@ -21,6 +21,9 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Tests add a function here that is told the name of each kernel as it is launched.
 WATCHERS: list[Callable[[str], None]] = []
 
+# Launches that need memory between two steps cut it into pieces of about this many elements.
+WORKSPACE = 1 << 24
+
 # Tests set this to find elements that no kernel wrote: fresh outputs are filled with NaN.
 POISON = False
 
@@ -215,7 +218,8 @@ class CompileCase(NamedTuple):
 
     def name(self) -> str:
         flags = [f"{key}={value}" for key, value in self.constants.items()]
-        return "-".join([self.kernel.fn.__name__, self.dtype, *flags])
+        types = [f"{key}={value}" for key, value in self.types.items()]
+        return "-".join([self.kernel.fn.__name__, self.dtype, *flags, *types])
 
 
 def compile_dtypes(kind: str) -> list[tuple[str, str, str, bool]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels import common
 from l3d_kernels.kernels.common import add_row_products, ceil_div, empty, load, store, sum_groups, zeros
+from l3d_kernels.kernels.project_backward import project_backward
 from l3d_kernels.kernels.table import TABLE, Launch, Rows, lookup
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -236,6 +237,12 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = project_backward(d_out, *ctx.saved_tensors, list(ctx.needs_input_grad))
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
