@@ -5,16 +5,24 @@ has its twin of the same name in `l3d_kernels.reference`, which is its specifica
 """
 
 from l3d_kernels.kernels import (
+    batch_topk,
+    gram,
+    gram_energy,
     project,
     project_backward,
     segments,
+    sparse_decode,
 )
 
 # each exports compile_cases(kind): what the ahead-of-time test compiles
 MODULES = (
+    batch_topk,
+    gram,
+    gram_energy,
     project,
     project_backward,
     segments,
+    sparse_decode,
 )
 
 __all__ = ["MODULES"]
