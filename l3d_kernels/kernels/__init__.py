@@ -9,6 +9,7 @@ from l3d_kernels.kernels import (
     gram,
     gram_energy,
     project,
+    project_at,
     project_backward,
     segments,
     sparse_decode,
@@ -20,9 +21,10 @@ MODULES = (
     gram,
     gram_energy,
     project,
+    project_at,
     project_backward,
     segments,
     sparse_decode,
 )
 
-__all__ = ["MODULES"]
+__all__ = ["MODULES", "reconstruction"]

@@ -218,7 +218,7 @@ class CompileCase(NamedTuple):
 
     def name(self) -> str:
         flags = [f"{key}={value}" for key, value in self.constants.items()]
-        types = [f"{key}={value}" for key, value in self.types.items()]
+        types = [f"{key}={value}" for key, value in self.types.items() if value not in ("*i64", "i64")]
         return "-".join([self.kernel.fn.__name__, self.dtype, *flags, *types])
 
 
