@@ -11,8 +11,11 @@ from l3d_kernels.kernels import (
     project,
     project_at,
     project_backward,
+    project_dense,
+    reconstruction,
     segments,
     sparse_decode,
+    squared_gradient_norm,
 )
 
 # each exports compile_cases(kind): what the ahead-of-time test compiles
@@ -23,8 +26,11 @@ MODULES = (
     project,
     project_at,
     project_backward,
+    project_dense,
+    reconstruction,
     segments,
     sparse_decode,
+    squared_gradient_norm,
 )
 
-__all__ = ["MODULES", "reconstruction"]
+__all__ = ["MODULES"]
