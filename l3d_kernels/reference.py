@@ -415,3 +415,24 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: 
     return torch.nn.functional.embedding_bag(
         indices, weight, row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )
+
+
+def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Σ_v softmax(hidden_s . weight_v + bias_v) weight_v: [S, D]. hidden [S, D], weight [V, D], bias [V] or None.
+
+    `softmax(hidden @ weight.mT + bias, -1) @ weight`, the vocabulary a piece at a time: sums so far decay by
+    exp(highest before - after) as the highest logit grows. Sums are kept in float32 or wider.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    mean = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    highest, total = mean.new_full((len(hidden), 1), -torch.inf), mean.new_zeros(len(hidden), 1)
+    for piece in pieces(len(weight), len(hidden)):
+        logits = (hidden @ weight[piece].mT).to(wide)
+        if bias is not None:
+            logits = logits + bias[piece]
+        above = torch.maximum(highest, logits.amax(1, keepdim=True))
+        decay, exponentials = (highest - above).exp(), (logits - above).exp()
+        total = total * decay + exponentials.sum(1, keepdim=True)
+        mean = mean * decay + exponentials.to(weight.dtype) @ weight[piece]
+        highest = above
+    return (mean / total).to(hidden.dtype)

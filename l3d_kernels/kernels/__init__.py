@@ -14,6 +14,7 @@ from l3d_kernels.kernels import (
     project_dense,
     reconstruction,
     segments,
+    softmax_mean,
     sparse_decode,
     squared_gradient_norm,
 )
@@ -29,6 +30,7 @@ MODULES = (
     project_dense,
     reconstruction,
     segments,
+    softmax_mean,
     sparse_decode,
     squared_gradient_norm,
 )
