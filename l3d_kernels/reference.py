@@ -228,6 +228,22 @@ def batch_topk(coefficients: Tensor, n: int) -> SparseCoefficients:
     return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
 
 
+def project_topk(
+    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None = None
+) -> SparseCoefficients:
+    """Keep the n largest |base + <V_k, G_s>|: `batch_topk(base + project(x, dy, left, right), n)`.
+
+    Shapes as in `project`; base [S, K] or none. The values' gradients are taken at the kept pairs.
+    """
+    with torch.no_grad():
+        coefficients = project(x, dy, left, right)
+        kept = batch_topk(coefficients if base is None else coefficients + base, n)
+    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+        own = project_at(x, dy, left, right, kept)
+        kept = kept._replace(values=kept.values + (own - own.detach()))  # the value that was selected, own's gradient
+    return kept
+
+
 # --- energies and norms -----------------------------------------------------------------------------------------
 
 

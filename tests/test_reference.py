@@ -272,7 +272,14 @@ def test_values_and_gradients_are_those_of_the_materialised_truth(name: str, cas
 
 def test_every_public_operation_is_held_to_a_truth() -> None:
     """No public operation is left out of these tests; top-k, decode and the softmax have their own."""
-    assert set(lk.__all__) == {*PUBLIC, "SparseCoefficients", "batch_topk", "softmax_mean", "sparse_decode"}
+    assert set(lk.__all__) == {
+        *PUBLIC,
+        "SparseCoefficients",
+        "batch_topk",
+        "project_topk",
+        "softmax_mean",
+        "sparse_decode",
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 100])
@@ -620,6 +627,7 @@ def calls() -> dict[str, Callable[..., Tensor]]:
         "squared_gradient_norm": lambda **b: lk.squared_gradient_norm(f["x"], f["dy"], **b),
         "sparse_decode": lambda **b: lk.sparse_decode(integers(2, 1), zeros(2, 1), zeros(3, 4), **b),
         "batch_topk": lambda **b: lk.batch_topk(zeros(2, 3), 2, **b).values,
+        "project_topk": lambda **b: lk.project_topk(f["x"], f["dy"], f["left"], f["right"], 3, **b).values,
         "softmax_mean": lambda **b: lk.softmax_mean(zeros(2, 3), zeros(4, 3), **b),
     }
 

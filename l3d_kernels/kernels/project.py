@@ -9,7 +9,8 @@ A program makes the coefficients of a few samples and a few subnetworks. A tile'
 its samples (SLOT_T, a power of two), its columns some ranks of each of its subnetworks (SLOT_R); tiles follow one
 another until all positions and ranks were met. Both products stay in registers, are multiplied there and summed by
 sample and subnetwork. Where samples share their sequence, x.right is one library product for each sequence, and the
-tile meets it in the epilogue; for indices that product is a look-up.
+tile meets it in the epilogue; for indices that product is a look-up. The epilogue may add what other tensors
+contributed, and count the histogram of |c| that batch top-k starts from (`l3d_kernels.kernels.project_topk`).
 """
 
 from typing import Any
@@ -20,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.dispatch import TRITON
-from l3d_kernels.kernels import common
+from l3d_kernels.kernels import common, radix
 from l3d_kernels.kernels.common import add_row_products, ceil_div, empty, load, store, sum_groups, zeros
 from l3d_kernels.kernels.project_backward import project_backward
+from l3d_kernels.kernels.radix import count_magnitudes
 from l3d_kernels.kernels.table import TABLE, Launch, Rows, lookup
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -31,6 +33,8 @@ from l3d_kernels.kernels.table import TABLE, Launch, Rows, lookup
 @triton.jit
 def project_pair(
     out_ptr,  # [S, K]
+    histogram_ptr,  # [2^BITS] int64, counted up where BITS > 0
+    base_ptr,  # [S, K], added where BASED
     x_ptr,  # [S, T, I]
     dy_ptr,  # [S, T, O]
     left_ptr,  # [K, R, O]
@@ -41,6 +45,10 @@ def project_pair(
     O,
     K,
     R,
+    BASED: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOT_T: tl.constexpr,  # positions of a sample in one tile
     SLOT_R: tl.constexpr,  # ranks of a subnetwork in one tile
@@ -73,12 +81,14 @@ def project_pair(
                 returned, dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D
             )
             total += sum_groups(seen * returned, SLOT_T, SLOT_R)
-    write(out_ptr, total, S, K, BLOCK_S, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, BASED, INFINITY, SHIFT, BITS, BLOCK_S, BLOCK_K)
 
 
 @triton.jit
 def project_seen(
     out_ptr,  # [S, K]
+    histogram_ptr,  # [2^BITS] int64, counted up where BITS > 0
+    base_ptr,  # [S, K], added where BASED
     seen_ptr,  # [rows, K*R] x.right: a row per b*T + t, or per index
     index_ptr,  # [B, T] integers, rows of `seen`; read where INDEXED
     dy_ptr,  # [S, T, O]
@@ -90,6 +100,10 @@ def project_seen(
     R,
     share,  # samples of one sequence
     INDEXED: tl.constexpr,
+    BASED: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOT_T: tl.constexpr,
     SLOT_R: tl.constexpr,
@@ -123,15 +137,34 @@ def project_seen(
             places = (seen_ptr + seen_rows * (K * R))[:, None] + cols[None, :]
             seen = load(places, mask_rows[:, None] & mask_cols[None, :])  # [ROWS, COLS]
             total += sum_groups(seen * returned, SLOT_T, SLOT_R)
-    write(out_ptr, total, S, K, BLOCK_S, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, BASED, INFINITY, SHIFT, BITS, BLOCK_S, BLOCK_K)
 
 
 @triton.jit
-def write(out_ptr, total, S, K, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Store a program's coefficients [BLOCK_S, BLOCK_K]."""
+def finish(
+    out_ptr,
+    histogram_ptr,
+    base_ptr,
+    total,
+    S,
+    K,
+    BASED: tl.constexpr,
+    INFINITY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Store a program's coefficients [BLOCK_S, BLOCK_K], with `base` added and their magnitudes counted if asked."""
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    store(out_ptr + offs_s[:, None] * K + offs_k[None, :], total, (offs_s < S)[:, None] & (offs_k < K)[None, :])
+    places = offs_s[:, None] * K + offs_k[None, :]
+    mask = (offs_s < S)[:, None] & (offs_k < K)[None, :]
+    if BASED:
+        total += load(base_ptr + places, mask)
+    store(out_ptr + places, total, mask)
+    if BITS > 0:
+        count_magnitudes(histogram_ptr, total, mask, out_ptr, INFINITY, SHIFT, BITS)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -156,12 +189,16 @@ TABLE["project_pair"] = OTHERS | {
 }
 TABLE["project_seen"] = OTHERS | {("sm_80", "32"): tile(64, 32, 32, 8)}
 # "spread": few positions share a sum, so that the sums take registers beside the products
-TABLE["project_pair spread"] = OTHERS | {("sm_80", "32"): tile(64, 32, 32, 8), ("sm_90", "32"): tile(64, 64, 32, 4)}
+TABLE["project_pair spread"] = OTHERS | {
+    ("sm_80", "32"): tile(64, 32, 32, 8),
+    ("sm_90", "32"): tile(64, 64, 32, 8),
+    ("sm_100", "32"): tile(64, 32, 32, 8),
+}
 TABLE["project_seen spread"] = OTHERS | {
     (None, "16"): tile(64, 64, 32, 8),
     ("sm_80", "32"): tile(64, 32, 32, 8),
     ("sm_90", "32"): tile(64, 32, 32, 4),
-    ("sm_100", "32"): tile(64, 64, 32, 8),
+    ("sm_100", "32"): tile(64, 32, 32, 8),
 }
 
 
@@ -187,7 +224,7 @@ def slots(size: int, block: int) -> int:
 
     The largest for which at most an eighth of the lines is padding.
     """
-    slot = block
+    slot = block if size else 1
     while ceil_div(size, slot) * slot > 1.125 * size:
         slot //= 2
     return slot
@@ -207,14 +244,20 @@ def _no_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
 @common.operator("project", _no_forward)
 def project_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the forward kernel: [S, K]."""
+    return coefficients(x, dy, left, right, None, None)
+
+
+def coefficients(
+    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, base: Tensor | None, histogram: Tensor | None
+) -> Tensor:
+    """Launch the forward kernel: `base` plus the coefficients, [S, K]; `histogram` counts their magnitudes."""
     (S, T, O), (K, R, I) = dy.shape, right.shape
-    if T == 0 or R == 0:
-        return dy.new_zeros(S, K)
     out = empty((S, K), dy)
     pair = x.is_floating_point() and len(x) == S
     row, constants, grid = tiling("project_pair" if pair else "project_seen", dy, left)
-    sizes = {"S": S, "T": T, "O": O, "K": K, "R": R, **constants}
-    shared = {"out_ptr": out, "dy_ptr": dy, "left_ptr": left, **sizes}
+    shared = {"out_ptr": out, "dy_ptr": dy, "left_ptr": left, "S": S, "T": T, "O": O, "K": K, "R": R, **constants}
+    shared |= {"base_ptr": out if base is None else base, "BASED": base is not None}
+    shared |= {"histogram_ptr": out if histogram is None else histogram, **counting(dy.dtype, histogram is not None)}
     if pair:
         common.launch(project_pair, grid, row, dy.device, x_ptr=x, right_ptr=right, I=I, **shared)
     elif S:
@@ -222,6 +265,12 @@ def project_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tenso
         indexed = not x.is_floating_point()
         common.launch(project_seen, grid, row, dy.device, INDEXED=indexed, share=S // len(x), **look_up, **shared)
     return out
+
+
+def counting(dtype: torch.dtype, count: bool) -> dict[str, int]:
+    """Return the constants by which the epilogue counts magnitudes of `dtype`, or does not."""
+    shift, bits = radix.DIGITS[dtype.itemsize][0]
+    return {"INFINITY": radix.INFINITIES[dtype], "SHIFT": shift, "BITS": bits if count else 0}
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------
@@ -255,18 +304,20 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
 TRITON["project"] = project
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
-    """Return every form in which the kernels are launched on a kind of device."""
-    cases = []
+def compile_cases(kind: str, count: bool = False) -> list[common.CompileCase]:
+    """Return every form in which the kernels are launched on a kind of device; `count`: as `project_topk` does."""
+    cases, types = [], {"index_ptr": "*i64", "histogram_ptr": "*i64"}
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for dtype, bits, precision, long in common.compile_dtypes(kind):
         for slot_t, slot_r in ((16, 4), (1, 1), (16, 2), (16, 32), (32, 1), (64, 32), (8, 32), (16, 1)):
             spread = " spread" if is_spread(slot_t, slot_r) else ""
             late = long or (slot_t, slot_r) not in ((16, 4), (1, 1))
             constants = {"PRECISION": precision, "SLOT_T": slot_t, "SLOT_R": slot_r}
+            constants |= {"BASED": count, **counting(names[dtype], count)}
             row = lookup(f"project_pair{spread}", kind, bits)
-            cases.append(common.CompileCase(project_pair, dtype, constants, row, long=late))
+            cases.append(common.CompileCase(project_pair, dtype, constants, row, types, long=late))
             row = lookup(f"project_seen{spread}", kind, bits)
             for indexed in (False, True):
-                own, types = {**constants, "INDEXED": indexed}, {"index_ptr": "*i64"}
+                own = {**constants, "INDEXED": indexed}
                 cases.append(common.CompileCase(project_seen, dtype, own, row, types, long=late or indexed))
     return cases
