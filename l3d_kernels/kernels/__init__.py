@@ -12,6 +12,7 @@ from l3d_kernels.kernels import (
     project_at,
     project_backward,
     project_dense,
+    project_tiled,  # noqa: F401 (launches project_dense's kernel)
     project_topk,
     reconstruction,
     segments,

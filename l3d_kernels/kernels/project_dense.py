@@ -102,21 +102,26 @@ def _no_forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
 @common.operator("project_dense", _no_forward)
 def project_dense_forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the coefficients: [S, K]."""
+    return partial_sums(grad, left, right).sum(0).to(grad.dtype)
+
+
+def partial_sums(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Launch the coefficients summed over parts of O: [splits, S, K], in the accumulator's type."""
     (S, O, I), (K, R, _) = grad.shape, left.shape
     if O * I * R == 0:
-        return grad.new_zeros(S, K)
+        return grad.new_zeros((1, S, K), dtype=common.wide(grad.dtype))
     row, precision = common.row_for("project_dense_sum", grad)
     tiles = (ceil_div(K, row.blocks["BLOCK_K"]), ceil_div(S, row.blocks["BLOCK_S"]))
     steps = ceil_div(O, row.blocks["BLOCK_O"])
     rows_split = ceil_div(steps, min(steps, ceil_div(PROGRAMS, max(1, tiles[0] * tiles[1])))) * row.blocks["BLOCK_O"]
     splits = ceil_div(O, rows_split)
-    out = empty((splits, S, K), grad, None if splits == 1 else common.wide(grad.dtype))
+    out = empty((splits, S, K), grad, common.wide(grad.dtype))
     pointers = {"out_ptr": out, "grad_ptr": grad, "left_ptr": left, "right_ptr": right}
     sizes = {"S": S, "O": O, "I": I, "K": K, "R": R, "rows_split": rows_split}
     most_r = 32 if grad.element_size() == 2 else 16
     flags = {"PRECISION": precision, "BLOCK_R": min(most_r, common.power_of_two(R, 16))}
     common.launch(project_dense_sum, (*tiles, splits), row, grad.device, **pointers, **sizes, **flags)
-    return out[0].clone() if splits == 1 else out.sum(0).to(grad.dtype)
+    return out
 
 
 def _no_backward(
