@@ -134,6 +134,7 @@ def coactive_backward(
                 mask = mask_r[:, None] & mask_d[None, :]
                 before = tl.load(places, mask=mask, other=0)  # [R, D]
                 tl.store(places, add_dot(weighted, side, before, PRECISION), mask=mask)
+            tl.debug_barrier()  # what one thread stored another may load in the next round
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
