@@ -81,6 +81,17 @@ def _why_not(op: str, kernel: Callable[..., Any] | None, tensor: Tensor) -> str:
     return ""
 
 
+def check_alike(**tensors: Tensor) -> None:
+    """Refuse tensors that are not on the first one's device, or floating ones not in its dtype (autocast may cast)."""
+    (first, like), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device} to match {first}, got {tensor.device}")
+        differs = tensor.is_floating_point() and tensor.dtype != like.dtype
+        if differs and not torch.is_autocast_enabled(like.device.type):
+            raise ValueError(f"{name}: expected dtype {like.dtype} to match {first}, got {tensor.dtype}")
+
+
 def check_factors(left: Tensor, right: Tensor) -> None:
     """Refuse low-rank factors whose shapes do not belong together."""
     if left.ndim != 3:
@@ -105,6 +116,7 @@ def check_rows(x: Tensor, dy: Tensor) -> None:
 
 def check_rows_fit(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse rows that are not as wide as the factors they meet."""
+    check_alike(dy=dy, x=x, left=left, right=right)
     if dy.shape[2] != left.shape[2]:
         raise ValueError(f"left: expected shape [K, R, {dy.shape[2]}] to match dy, got {list(left.shape)}")
     if x.is_floating_point() and x.shape[2] != right.shape[2]:
@@ -113,6 +125,7 @@ def check_rows_fit(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None:
 
 def check_dense(grad: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse a materialised gradient that does not have the directions' shape."""
+    check_alike(grad=grad, left=left, right=right)
     if grad.ndim != 3 or grad.shape[1:] != (left.shape[2], right.shape[2]):
         raise ValueError(
             f"grad: expected shape [S, {left.shape[2]}, {right.shape[2]}] to match the factors, got {list(grad.shape)}"

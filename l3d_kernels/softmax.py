@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from l3d_kernels.dispatch import implementation
+from l3d_kernels.dispatch import check_alike, implementation
 
 
 def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -25,6 +25,7 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
         raise ValueError(f"hidden: expected shape [S, D], got {list(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[1]}] with V at least 1, got {list(weight.shape)}")
+    check_alike(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
     if torch.is_grad_enabled() and hidden.requires_grad:

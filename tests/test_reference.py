@@ -581,6 +581,14 @@ REFUSED: list[tuple[str, Inputs, str]] = [
     ("squared_residual_norm", {"grad": zeros(6, 7, 6)}, r"grad: expected shape \[S, 7, 5\] .* got \[6, 7, 6\]"),
     ("squared_gradient_norm", {"dy": zeros(5, 4, 7)}, r"dy: expected shape \[S, 4, O\] with S a multiple of 3, got"),
     ("squared_gradient_norm", {"x": zeros(3)}, r"x: expected shape"),
+    (
+        "project",
+        {"left": zeros(2, 2, 7).double()},
+        r"left: expected dtype torch.float32 to match dy, got torch.float64",
+    ),
+    ("project_at", {"right": zeros(2, 2, 5).half()}, r"right: expected dtype torch.float32 .* got torch.float16"),
+    ("project_tiled", {"x": zeros(3, 4, 5).to("meta")}, r"x: expected device cpu to match dy, got meta"),
+    ("project_dense", {"left": zeros(2, 2, 7).double()}, r"left: expected dtype torch.float32 to match grad, got"),
 ]
 
 
