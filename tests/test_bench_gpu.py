@@ -1,8 +1,10 @@
 """The GPU benchmark: what it does without a GPU, and that it counts work and judges results as it says."""
 
 import itertools
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -153,12 +155,18 @@ def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None
     assert (made_none.passed, made_none.note) == (False, "no kernel was launched")
 
 
-def test_a_timing_is_written_and_shown(tmp_path: Path) -> None:
+def test_a_timing_is_written_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One operation is timed on the CPU, to see that the figures fit together: none of them is kept."""
     best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
-    timings = program.time_op("gram", TINY, "fp32", CPU, best, deadline=0.0)
+    timings = program.time_op("gram", TINY, "fp32", CPU, best)
     assert [t.part for t in timings] == ["forward", "backward"]
-    assert timings[0].note == "no time was left for torch.compile"
+    assert all(t.eager_seconds > 0 for t in timings)
+    monkeypatch.setattr(program, "LARGE", (TINY,))
+    late = program.compiled_too(timings, CPU, deadline=0.0)
+    assert [t.note for t in late] == [
+        "no time was left for torch.compile",
+        "the twin's backward pass is not compiled",
+    ]
     assert timings[1].flops == 2 * timings[0].flops
     shown = report.table(timings, best)
     assert "ceilings: copy 10 GB/s" in shown
@@ -166,6 +174,17 @@ def test_a_timing_is_written_and_shown(tmp_path: Path) -> None:
     report.write(tmp_path / "r.json", {"timings": [t._asdict() for t in timings]})
     assert (tmp_path / "r.json").read_text().startswith("{")
     assert report.path_for("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
+
+
+def test_a_compilation_that_fails_or_takes_too_long_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no figure then, and a note says why; the alarm is off afterwards."""
+    monkeypatch.setattr(program, "COMPILE_LIMIT", 1)
+    monkeypatch.setattr(program.torch, "compile", lambda call: call)
+    seconds, note = program.compiled_seconds(lambda: time.sleep(5), CPU)
+    assert (seconds, note) == (None, "torch.compile of the twin, given 1 s: TimeoutError")
+    assert program.compiled_seconds(lambda: 1 / 0, CPU)[1].endswith("ZeroDivisionError")
+    assert program.compiled_seconds(lambda: None, CPU)[0] is not None
+    assert signal.alarm(0) == 0
 
 
 def test_wide_gradients_are_of_fewer_samples() -> None:

@@ -5,7 +5,9 @@ nothing. Where a check fails nothing is timed. Takes under eight minutes: what t
 """
 
 import argparse
+import itertools
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,14 +30,17 @@ from bench.gpu.measure import (
 )
 
 LIMIT = 450  # seconds for everything
+COMPILE_LIMIT = 25  # for one torch.compile: a twin that cuts its work into thousands of pieces takes minutes
 TIMED = ("bf16", "tf32")
 
 
-def parts_of(name: str, inputs: dict[str, Any], backend: str) -> dict[str, Callable[[], Any]]:
+def parts_of(
+    name: str, inputs: dict[str, Any], backend: str, forward_only: bool = False
+) -> dict[str, Callable[[], Any]]:
     """Return the calls to time: the forward pass and, where there are gradients, the backward pass alone."""
     op = OPS[name]
     parts: dict[str, Callable[[], Any]] = {"forward": lambda: op.run(inputs, backend)}
-    if op.leaves:
+    if op.leaves and not forward_only:
         leaves = {key: inputs[key].detach().requires_grad_() for key in op.leaves}
         value = op.run({**inputs, **leaves}, backend)
         upstream = torch.ones_like(value)
@@ -43,8 +48,8 @@ def parts_of(name: str, inputs: dict[str, Any], backend: str) -> dict[str, Calla
     return parts
 
 
-def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Ceilings, deadline: float) -> list[Timing]:
-    """Time an operation at one size, and its twin with and without torch.compile.
+def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Ceilings) -> list[Timing]:
+    """Time an operation at one size, and its torch twin where that fits into memory.
 
     The backward pass of two sides repeats the forward's products and needs as many again: twice its flops.
     """
@@ -52,54 +57,71 @@ def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Cei
     inputs = make(name, z, use(dtype), device, torch.Generator(device).manual_seed(0))
     op, done = OPS[name], []
     flops = op.flops(z, inputs)
-    own, twin = parts_of(name, inputs, "triton"), parts_of(name, inputs, "torch")
-    for part, call in own.items():
-        result = call()
-        moved = moved_bytes(name, z, inputs, result)
+    for part, call in parts_of(name, inputs, "triton").items():
+        moved = moved_bytes(name, z, inputs, call())
         work = flops if part == "forward" else 2 * flops
         least, by = bound(work, moved, op.is_matrix, dtype, best)
-        del result
         seconds = median_seconds(call, device)
-        compiled, note = None, "" if part == "forward" else "the backward pass of the twin is not compiled"
-        if part == "forward":
-            compiled, note = compiled_seconds(twin[part], device, deadline)
-        if z.S != sizes.S:
-            note = f"S={z.S}; {note}".rstrip("; ")
-        reached = percent(least, seconds, best.launch_seconds)
-        space = workspace_bytes(call, device)
-        eager = median_seconds(twin[part], device)
-        done.append(
-            Timing(name, z.name, dtype, part, seconds, work, moved, least, by, reached, space, eager, compiled, note)
-        )
-    return done
-
-
-def compiled_seconds(call: Callable[[], Any], device: torch.device, deadline: float) -> tuple[float | None, str]:
-    """Return the time of torch.compile of a call, or None and why there is none."""
-    if time.monotonic() > deadline:
-        return None, "no time was left for torch.compile"
+        reached, space = percent(least, seconds, best.launch_seconds), workspace_bytes(call, device)
+        note = "" if z.S == sizes.S else f"S={z.S}"
+        own = (seconds, work, moved, least, by, reached, space)
+        done.append(Timing(name, z.name, dtype, part, *own, eager_seconds=None, compiled_seconds=None, note=note))
     try:
-        return median_seconds(torch.compile(call), device), ""
-    except Exception as error:
-        return None, f"torch.compile of the twin failed: {type(error).__name__}"
+        twin = parts_of(name, inputs, "torch")
+        return [t._replace(eager_seconds=median_seconds(twin[t.part], device)) for t in done]
+    except torch.OutOfMemoryError:
+        return [t._replace(note=f"{t.note} the twin runs out of memory".strip()) for t in done]
 
 
 def time_all(device: torch.device, best: Ceilings, deadline: float) -> list[Timing]:
     """Time every operation at the three sizes; where one cannot run, say so and go on."""
     done: list[Timing] = []
-    for sizes in LARGE:
-        for name in OPS:
-            for dtype in TIMED:
-                if time.monotonic() > deadline + 30:
-                    print(f"no time was left for {name} at {sizes.name} in {dtype}", flush=True)
-                    continue
-                try:
-                    done += time_op(name, sizes, dtype, device, best, deadline)
-                except torch.OutOfMemoryError:
-                    print(f"out of memory: {name} at {sizes.name} in {dtype}", flush=True)
-                torch.cuda.empty_cache()
-                torch.compiler.reset()
+    for dtype, sizes, name in itertools.product(TIMED, LARGE, OPS):
+        if time.monotonic() > deadline:
+            print(f"no time was left for {name} at {sizes.name} in {dtype}", flush=True)
+            continue
+        try:
+            done += time_op(name, sizes, dtype, device, best)
+        except torch.OutOfMemoryError:
+            print(f"out of memory: {name} at {sizes.name} in {dtype}", flush=True)
+        torch.cuda.empty_cache()
     return done
+
+
+def compiled_too(timings: list[Timing], device: torch.device, deadline: float) -> list[Timing]:
+    """Add the time of torch.compile of the twin's forward pass, as long as there is time."""
+    by_name = {sizes.name: sizes for sizes in LARGE}
+    done = []
+    for t in timings:
+        if t.part == "backward":
+            done.append(t._replace(note=f"{t.note} the twin's backward pass is not compiled".strip()))
+            continue
+        seconds, note = None, "no time was left for torch.compile"
+        if time.monotonic() < deadline:
+            sizes = fitting(t.op, by_name[t.size])
+            inputs = make(t.op, sizes, use(t.dtype), device, torch.Generator(device).manual_seed(0))
+            seconds, note = compiled_seconds(parts_of(t.op, inputs, "torch", forward_only=True)["forward"], device)
+            torch.cuda.empty_cache()
+        done.append(t._replace(compiled_seconds=seconds, note=f"{t.note} {note}".strip()))
+    return done
+
+
+def compiled_seconds(call: Callable[[], Any], device: torch.device) -> tuple[float | None, str]:
+    """Return the time of torch.compile of a call, or None and why there is none."""
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(COMPILE_LIMIT)
+    try:
+        return median_seconds(torch.compile(call), device), ""
+    except Exception as error:  # of whatever kind the compiler makes of it
+        return None, f"torch.compile of the twin, given {COMPILE_LIMIT} s: {type(error).__name__}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        torch.compiler.reset()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     best = ceilings(device)
     timings = time_all(device, best, started + LIMIT - 60)
+    timings = compiled_too(timings, device, started + LIMIT - COMPILE_LIMIT)
     path = options.out or report.path_for(torch.cuda.get_device_name())
     content = {
         "environment": report.environment(device, seed),

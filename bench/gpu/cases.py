@@ -79,6 +79,11 @@ class Op(NamedTuple):
     flops: Callable[[Sizes, Inputs], int]
     is_matrix: bool = True
     extra_bytes: Callable[[Sizes, int], int] = lambda sizes, itemsize: 0
+    compared: Callable[[Tensor], Tensor] = lambda value: value  # what of the value is held to the truth
+
+
+def _project_flops(z: Sizes, i: Inputs) -> int:
+    return 2 * z.T * z.K * z.R * (z.B * z.I + z.S * z.O)
 
 
 def _project_at_flops(z: Sizes, i: Inputs) -> int:
@@ -115,7 +120,15 @@ OPS = {
         lambda i, b: lk.project(i["x"], i["dy"], i["left"], i["right"], backend=b),
         ("x", "dy", "left", "right"),
         ("left", "right"),
-        lambda z, i: 2 * z.T * z.K * z.R * (z.B * z.I + z.S * z.O),
+        _project_flops,
+    ),
+    "project_topk": Op(
+        lambda i, b: lk.project_topk(i["x"], i["dy"], i["left"], i["right"], i["n"], backend=b).values,
+        ("x", "dy", "left", "right", "n"),
+        (),
+        _project_flops,
+        # rounding may swap entries about the threshold, but hardly moves the magnitudes in order
+        compared=lambda values: values.abs().sort().values,
     ),
     "project_at": Op(
         lambda i, b: lk.project_at(i["x"], i["dy"], i["left"], i["right"], i["kept"], backend=b),
