@@ -11,6 +11,7 @@ outer products:
 Wherever `x` appears it may also be integers [B, T]: indices that stand for one-hot rows (an embedding's input).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -242,6 +243,36 @@ def project_topk(
         own = project_at(x, dy, left, right, kept)
         kept = kept._replace(values=kept.values + (own - own.detach()))  # the value that was selected, own's gradient
     return kept
+
+
+def batch_topk_over_ranks(
+    coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor], earlier: Callable[[Tensor], Tensor]
+) -> SparseCoefficients:
+    """`batch_topk` of all ranks' rows together, of which this rank returns those of its own: radix selection.
+
+    coefficients [S, K], this rank's rows. total sums an integer tensor over ranks, earlier over the ranks before.
+    """
+    if n == 0:
+        return batch_topk(coefficients, 0)
+    shape = (coefficients.shape[0], coefficients.shape[1])
+    flat = coefficients.flatten()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    key = magnitude.view(integer).long()  # orders as the magnitudes do
+    digits, remaining = 0, n
+    for shift in range(8 * flat.element_size() - 8, -1, -8):
+        candidates = key[(key >> shift >> 8) == digits]
+        counts = total(torch.bincount((candidates >> shift) & 255, minlength=256))
+        above = counts.sum() - counts.cumsum(0)
+        digit = int((above < remaining).nonzero()[0])
+        digits, remaining = 256 * digits + digit, remaining - int(above[digit])
+    tied = key == digits
+    rank = earlier(tied.sum()) + tied.cumsum(0)
+    kept = (key > digits) | (tied & (rank <= remaining))
+    index = kept.nonzero()[:, 0]
+    threshold = torch.tensor(digits, device=flat.device).to(integer).view(flat.dtype)
+    rows = torch.div(index, shape[1], rounding_mode="floor")
+    return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
 
 
 # --- energies and norms -----------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Batch top-k: keep the largest coefficients of the whole batch, however many each sample gets."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from l3d_kernels.dispatch import implementation
@@ -22,3 +25,32 @@ def batch_topk(coefficients: Tensor, n: int, *, backend: str = "auto") -> Sparse
     if not 0 <= n <= coefficients.numel():
         raise ValueError(f"n: expected 0 <= n <= S*K = {coefficients.numel()}, got {n}")
     return implementation("batch_topk", backend, coefficients)(coefficients, n)
+
+
+def batch_topk_over_ranks(
+    coefficients: Tensor,
+    n: int,
+    total: Callable[[Tensor], Tensor],
+    earlier: Callable[[Tensor], Tensor],
+    *,
+    backend: str = "auto",
+) -> SparseCoefficients:
+    """Return this rank's share of the n entries of largest magnitude among all ranks' rows.
+
+    Args:
+        coefficients: [S, K] this rank's rows; ranks hold consecutive rows, any number each, none included.
+        n: how many entries to keep over all ranks.
+        total: sums an int64 tensor over all ranks: `lambda t: (torch.distributed.all_reduce(t), t)[1]`.
+        earlier: sums it over the ranks before this one; zeros on the first.
+        backend: "auto", "torch" or "triton", the same on every rank.
+
+    Only histograms of magnitudes are exchanged. Ties go to the lower rank, then to the lower flat index; `threshold`
+    is that of all ranks together. Every rank must call it. The values stay differentiable in `coefficients`.
+    Raises ValueError unless 0 <= n <= the number of all ranks' entries.
+    """
+    if coefficients.ndim != 2:
+        raise ValueError(f"coefficients: expected shape [S, K], got {list(coefficients.shape)}")
+    size = int(total(torch.tensor(coefficients.numel(), device=coefficients.device)))
+    if not 0 <= n <= size:
+        raise ValueError(f"n: expected 0 <= n <= {size} entries of all ranks, got {n}")
+    return implementation("batch_topk_over_ranks", backend, coefficients)(coefficients, n, total, earlier)

@@ -4,8 +4,9 @@
 
 The bits of |c|, read as an integer, order as |c| does; NaN counts as infinity. Digit by digit from the top, a
 histogram of the entries that share the digits chosen so far tells the next digit of τ. Histograms are integers, so
-those of several processes may be summed (`over_ranks`), and `project` may count the first one while the coefficients
-are in registers. Then one pass counts kept entries per tile, by row and by column, and one writes them in place.
+those of several processes may be summed (`batch_topk_over_ranks`), and `project` may count the first one while the
+coefficients are in registers. Then one pass counts kept entries per tile, by row and by column, and one writes them in
+place.
 
 Torch equivalent: `l3d_kernels.reference.batch_topk`. The kernels see the coefficients as integers of their width.
 """
@@ -164,25 +165,23 @@ def select(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
     return _write(coefficients, n, bits, column_counts, starts, state, limit)
 
 
-def over_ranks(
+def batch_topk_over_ranks(
     coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor], earlier: Callable[[Tensor], Tensor]
 ) -> SparseCoefficients:
-    """Keep the n entries of largest |c| of all ranks' rows together; return those of this rank's rows.
-
-    coefficients: [S, K] this rank's rows; ranks hold consecutive rows, so ties go to lower ranks first.
-    total: sums an int64 tensor over ranks (an all-reduce). earlier: sums it over the ranks below (an exclusive scan).
-    Every rank must call it. `threshold` is that of all ranks together. No gradient flows.
-    """
+    """Run `l3d_kernels.reference.batch_topk_over_ranks` with Triton kernels."""
+    own = coefficients.detach()
     if n == 0:
-        return _sparse(_nothing(coefficients), coefficients)
-    state, histogram = radix.begin(n, coefficients.device), None
-    for digit in range(len(DIGITS[coefficients.dtype.itemsize])):
-        own, state = radix.digit_histogram(coefficients, digit, state, histogram)
-        histogram = total(own)
-    assert histogram is not None
-    bits, row_counts, column_counts, state = _count(coefficients, histogram, state)
-    starts, limit = _scan_rows(coefficients, bits, row_counts, state, earlier(row_counts[1].sum()))
-    return _sparse(_write(coefficients, int(limit[1]), bits, column_counts, starts, state, limit), coefficients)
+        kept = _sparse(_nothing(own), own)
+    else:
+        state, histogram = radix.begin(n, own.device), None
+        for digit in range(len(DIGITS[own.dtype.itemsize])):
+            counts, state = radix.digit_histogram(own, digit, state, histogram)
+            histogram = total(counts)
+        assert histogram is not None
+        bits, row_counts, column_counts, state = _count(own, histogram, state)
+        starts, limit = _scan_rows(own, bits, row_counts, state, earlier(row_counts[1].sum()))
+        kept = _sparse(_write(own, int(limit[1]), bits, column_counts, starts, state, limit), own)
+    return kept._replace(values=coefficients.flatten()[kept.rows * own.shape[1] + kept.columns])
 
 
 def _sparse(parts: Parts, coefficients: Tensor) -> SparseCoefficients:
@@ -223,6 +222,7 @@ def batch_topk(coefficients: Tensor, n: int, histogram: Tensor | None = None) ->
 
 
 TRITON["batch_topk"] = batch_topk
+TRITON["batch_topk_over_ranks"] = batch_topk_over_ranks
 
 
 def compile_cases(kind: str) -> list[common.CompileCase]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from test_topk import together
 from torch import Tensor
 
 import l3d_kernels as lk
@@ -122,54 +123,13 @@ def test_the_first_histogram_may_come_from_an_epilogue(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_ranks_together_keep_what_one_process_keeps(ties: bool) -> None:
-    """Three ranks with rows of their own, histograms summed: their kept entries, one after another, are the whole's."""
+    """Four ranks with rows of their own, one with none: each keeps what its twin keeps, with one launch of each."""
     whole = normal(30, 9, dtype=torch.float32)
     if ties:
         whole = whole.round()
     parts = [whole[:4], whole[4:4], whole[4:21], whole[21:]]
-    for n in (1, 40, 200, 270):
-        expected = lk.batch_topk(whole, n, backend="torch")
-        kept = together(parts, n)
-        assert torch.equal(torch.cat([k.values for k in kept]), expected.values)
-        starts = [0, 4, 4, 21]
-        assert torch.equal(torch.cat([k.rows + s for k, s in zip(kept, starts, strict=True)]), expected.rows)
-        assert torch.equal(torch.cat([k.columns for k in kept]), expected.columns)
-        for own, part in zip(kept, parts, strict=True):
-            assert own.threshold == expected.threshold
-            assert_same(own._replace(threshold=expected.threshold), reindexed(own, part))
-
-
-def reindexed(kept: lk.SparseCoefficients, part: Tensor) -> lk.SparseCoefficients:
-    """Index the same entries again, as the twin does."""
-    from l3d_kernels.sparse import sparse_coefficients
-
-    return sparse_coefficients(kept.values, kept.rows, kept.columns, kept.threshold, (part.shape[0], part.shape[1]))
-
-
-class _Waits(Exception):
-    """A rank needs the others' tensors to go on."""
-
-
-def together(parts: list[Tensor], n: int) -> list[lk.SparseCoefficients]:
-    """Run `over_ranks` for every rank, in one process: each from the start again until it has met all the others."""
-    meetings: list[list[Tensor]] = []
-
-    def rank(i: int) -> lk.SparseCoefficients | Tensor:
-        step = iter(range(99))
-
-        def gathered(own: Tensor) -> Tensor:
-            at = next(step)
-            if at == len(meetings):
-                raise _Waits(own)
-            return torch.stack(meetings[at])
-
-        try:
-            return batch_topk.over_ranks(parts[i], n, lambda t: gathered(t).sum(0), lambda t: gathered(t)[:i].sum(0))
-        except _Waits as waits:
-            return waits.args[0]
-
-    while True:
-        results = [rank(i) for i in range(len(parts))]
-        if isinstance(results[0], lk.SparseCoefficients):
-            return results
-        meetings.append(results)
+    for n in (0, 1, 40, 270):
+        with launches(*(KERNELS if n else ())):
+            kept = together(parts, n, "triton")
+        for own, expected in zip(kept, together(parts, n, "torch"), strict=True):
+            assert_same(own, expected)
