@@ -42,12 +42,17 @@ def load(pointers, mask):
 
 
 @triton.jit
+def bfloat16_bits(tile):
+    """Return the bits of a tile rounded to bfloat16, to nearest even, as the low half of an int32."""
+    bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@triton.jit
 def store(pointers, tile, mask):
     """Store a tile in the pointers' type, rounded to nearest even; the interpreter would truncate to bfloat16."""
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(pointers, bits.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(pointers, bfloat16_bits(tile).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask)
 
@@ -56,7 +61,7 @@ def store(pointers, tile, mask):
 def feed(tile, pointer):
     """Cast a computed tile to the type of `pointer`'s elements, for a dot with tiles loaded from there."""
     if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
-        return tile.to(tl.float32)
+        return (bfloat16_bits(tile) << 16).to(tl.float32, bitcast=True)  # rounded as on a GPU, but wide
     else:
         return tile.to(pointer.dtype.element_ty)
 
