@@ -20,10 +20,10 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean FORCE
+.PHONY: help demo test test-kernels bench lint format clean FORCE
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/demo
 	$(BIN)/l3d toy tms --out $(DEMO) --overwrite
@@ -31,7 +31,10 @@ demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/de
 	@echo "metrics: $(CURDIR)/$(DEMO)/metrics.json"
 
 test: $(STAMP)  ## run the whole test suite, docstring examples included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow_kernels" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+
+test-kernels: $(STAMP)  ## run the longer form of the kernels' tests: every launch configuration, larger sizes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow_kernels or not slow_kernels" tests/kernels $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## time a training step, ours beside the published method
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds

@@ -12,7 +12,8 @@ from l3d_kernels.energy import (
     squared_gradient_norm,
     squared_residual_norm,
 )
-from l3d_kernels.projection import project, project_at, project_dense, project_tiled
+from l3d_kernels.projection import project, project_at, project_dense, project_tiled, project_topk
+from l3d_kernels.softmax import softmax_mean
 from l3d_kernels.sparse import SparseCoefficients
 from l3d_kernels.topk import batch_topk
 
@@ -26,7 +27,9 @@ __all__ = [
     "project_at",
     "project_dense",
     "project_tiled",
+    "project_topk",
     "reconstruct",
+    "softmax_mean",
     "sparse_decode",
     "squared_gradient_norm",
     "squared_residual_norm",

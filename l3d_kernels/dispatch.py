@@ -4,6 +4,7 @@ The choice is made per call, from the tensors' device: "auto" takes the Triton k
 device, else the plain-torch twin. An explicit request that cannot be met raises; nothing falls back in silence.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,26 +14,82 @@ from torch import Tensor
 from l3d_kernels import reference
 
 BACKENDS = ("auto", "torch", "triton")
+DEVICES = ("cuda", "meta")  # where "auto" takes kernels; AMD's GPUs are "cuda" to torch, "meta" knows shapes only
 
-# op name -> launcher. Each Triton kernel registers itself here when its file lands; the twin is always there.
+# op name -> function that launches its kernels. Filled when l3d_kernels.kernels is imported; the twin is always there.
 TRITON: dict[str, Callable[..., Any]] = {}
 
 
+def load_kernels() -> str:
+    """Import the Triton kernels, which register themselves; return why there are none, or nothing."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install it"
+    importlib.import_module("l3d_kernels.kernels")
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which is settled when they are first imported."""
+    from l3d_kernels.kernels import common
+
+    return bool(common.INTERPRETED.value)
+
+
+# torch.compile calls these two while it traces and takes what they return for constants, which they are. The mark is
+# what torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
+load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def implementation(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
-    """Return the function that runs `op` for `tensor`'s device.
+    """Return the function that runs `op` for `tensor`'s device and dtype.
 
     Raises ValueError for an unknown backend, RuntimeError where backend="triton" cannot be honoured.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    twin: Callable[..., Any] = getattr(reference, op)
+    if backend == "torch" or (backend == "auto" and tensor.device.type not in DEVICES):
+        return twin
+    missing = load_kernels()
     kernel = TRITON.get(op)
-    if backend == "triton" and kernel is None:
-        raise RuntimeError(f"backend='triton': no Triton kernel for {op} in this version; use 'auto' or 'torch'")
-    if backend == "triton" and tensor.device.type == "cpu":
-        raise RuntimeError(f"backend='triton': {op} got a CPU tensor; move it to a GPU or use 'auto' or 'torch'")
-    if kernel is not None and backend != "torch" and tensor.device.type != "cpu":
-        return kernel
-    return getattr(reference, op)
+    if backend == "auto":
+        return twin if kernel is None or tensor.dtype == torch.float64 else kernel
+    reason = missing or _why_not(op, kernel, tensor)
+    if reason:
+        raise RuntimeError(f"backend='triton': {reason}, or use 'auto' or 'torch'")
+    assert kernel is not None
+    return kernel
+
+
+def _why_not(op: str, kernel: Callable[..., Any] | None, tensor: Tensor) -> str:
+    """Return why the Triton kernel of an op cannot run on a tensor, with what would help, or nothing."""
+    kind = tensor.device.type
+    if kernel is None:
+        return f"no Triton kernel for {op} in this version"
+    if kind == "cpu" and not interpreted():
+        return (
+            f"{op} got a CPU tensor; move it to a GPU, or set TRITON_INTERPRET=1 before the kernels are first used to "
+            "run them in Triton's interpreter"
+        )
+    if kind not in (*DEVICES, "cpu"):
+        return f"{op} got a tensor on {kind}; move it to a CUDA or HIP device"
+    if kind == "cuda" and tensor.dtype == torch.float64:
+        return f"{op} got float64, which the kernels take in the interpreter only; use float32"
+    return ""
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """Refuse tensors that are not on the first one's device, or floating ones not in its dtype (autocast may cast)."""
+    (first, like), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device} to match {first}, got {tensor.device}")
+        differs = tensor.is_floating_point() and tensor.dtype != like.dtype
+        if differs and not torch.is_autocast_enabled(like.device.type):
+            raise ValueError(f"{name}: expected dtype {like.dtype} to match {first}, got {tensor.dtype}")
 
 
 def check_factors(left: Tensor, right: Tensor) -> None:
@@ -59,6 +116,7 @@ def check_rows(x: Tensor, dy: Tensor) -> None:
 
 def check_rows_fit(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse rows that are not as wide as the factors they meet."""
+    check_alike(dy=dy, x=x, left=left, right=right)
     if dy.shape[2] != left.shape[2]:
         raise ValueError(f"left: expected shape [K, R, {dy.shape[2]}] to match dy, got {list(left.shape)}")
     if x.is_floating_point() and x.shape[2] != right.shape[2]:
@@ -67,6 +125,7 @@ def check_rows_fit(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None:
 
 def check_dense(grad: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse a materialised gradient that does not have the directions' shape."""
+    check_alike(grad=grad, left=left, right=right)
     if grad.ndim != 3 or grad.shape[1:] != (left.shape[2], right.shape[2]):
         raise ValueError(
             f"grad: expected shape [S, {left.shape[2]}, {right.shape[2]}] to match the factors, got {list(grad.shape)}"

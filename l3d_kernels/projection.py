@@ -35,6 +35,35 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *, backend: str 
     return implementation("project", backend, dy)(x, dy, left, right)
 
 
+def project_topk(
+    x: Tensor,
+    dy: Tensor,
+    left: Tensor,
+    right: Tensor,
+    n: int,
+    base: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> SparseCoefficients:
+    """Return batch_topk(base + project(x, dy, left, right), n), the selection begun while coefficients are made.
+
+    Arguments as in `project` and `batch_topk`; base [S, K] is what other tensors contributed. The kept values are
+    differentiable in `left` and `right`, at the cost of the kept pairs; x, dy and base get no gradient. The kernels
+    count the magnitudes' histogram in the projection's epilogue, so that selecting reads the coefficients once less.
+    """
+    check_rows(x, dy)
+    check_factors(left, right)
+    check_rows_fit(x, dy, left, right)
+    shape = (dy.shape[0], left.shape[0])
+    if base is not None and (base.shape != shape or base.dtype != dy.dtype):
+        raise ValueError(f"base: expected shape {list(shape)} and {dy.dtype}, got {list(base.shape)} and {base.dtype}")
+    if not 0 <= n <= shape[0] * shape[1]:
+        raise ValueError(f"n: expected 0 <= n <= S*K = {shape[0] * shape[1]}, got {n}")
+    if x.requires_grad or dy.requires_grad or (base is not None and base.requires_grad):
+        raise ValueError("x, dy, base: project_topk has no gradient to them; detach them")
+    return implementation("project_topk", backend, dy)(x, dy, left, right, n, base)
+
+
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *, backend: str = "auto") -> Tensor:
     """Return what `project` returns, from the gradients multiplied out a few rows of O at a time: [S, K].
 

@@ -11,6 +11,7 @@ outer products:
 Wherever `x` appears it may also be integers [B, T]: indices that stand for one-hot rows (an embedding's input).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -212,7 +213,7 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     flat = coefficients.flatten()
     magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)  # NaN is kept and reaches the loss
     if n_groups > 1:  # [S, groups * columns] -> [groups * S, columns]
-        magnitude = magnitude.view(shape[0], n_groups, -1).transpose(0, 1).flatten()
+        magnitude = magnitude.view(shape[0], n_groups, shape[1] // n_groups).transpose(0, 1).flatten()
     if n == 0:
         index = torch.zeros(0, dtype=torch.int64, device=flat.device)
         thresholds = magnitude.new_full((n_groups,), torch.inf)
@@ -220,7 +221,7 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
         index = torch.arange(flat.numel(), device=flat.device)
         thresholds = magnitude.view(n_groups, -1).amin(1)
     else:
-        by_group = magnitude.view(n_groups, -1)
+        by_group = magnitude.view(n_groups, -1)  # [groups, S * columns of a group]
         thresholds = torch.topk(by_group, n, sorted=False).values.amin(1)
         chosen = by_group >= thresholds[:, None]
         if int(chosen.sum()) > n * n_groups:  # ties at the threshold: the surplus of highest flat index goes
@@ -232,6 +233,52 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
         index = chosen.flatten().nonzero()[:, 0]
     rows = torch.div(index, shape[1], rounding_mode="floor")
     threshold = thresholds[0] if n_groups == 1 else thresholds
+    return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
+
+
+def project_topk(
+    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None = None
+) -> SparseCoefficients:
+    """Keep the n largest |base + <V_k, G_s>|: `batch_topk(base + project(x, dy, left, right), n)`.
+
+    Shapes as in `project`; base [S, K] or none. The values' gradients are taken at the kept pairs.
+    """
+    with torch.no_grad():
+        coefficients = project(x, dy, left, right)
+        kept = batch_topk(coefficients if base is None else coefficients + base, n)
+    if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+        own = project_at(x, dy, left, right, kept)
+        kept = kept._replace(values=kept.values + (own - own.detach()))  # the value that was selected, own's gradient
+    return kept
+
+
+def batch_topk_over_ranks(
+    coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor], earlier: Callable[[Tensor], Tensor]
+) -> SparseCoefficients:
+    """`batch_topk` of all ranks' rows together, of which this rank returns those of its own: radix selection.
+
+    coefficients [S, K], this rank's rows. total sums an integer tensor over ranks, earlier over the ranks before.
+    """
+    if n == 0:
+        return batch_topk(coefficients, 0)
+    shape = (coefficients.shape[0], coefficients.shape[1])
+    flat = coefficients.flatten()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    key = magnitude.view(integer).long()  # orders as the magnitudes do
+    digits, remaining = 0, n
+    for shift in range(8 * flat.element_size() - 8, -1, -8):
+        candidates = key[(key >> shift >> 8) == digits]
+        counts = total(torch.bincount((candidates >> shift) & 255, minlength=256))
+        above = counts.sum() - counts.cumsum(0)
+        digit = int((above < remaining).nonzero()[0])
+        digits, remaining = 256 * digits + digit, remaining - int(above[digit])
+    tied = key == digits
+    rank = earlier(tied.sum()) + tied.cumsum(0)
+    kept = (key > digits) | (tied & (rank <= remaining))
+    index = kept.nonzero()[:, 0]
+    threshold = torch.tensor(digits, device=flat.device).to(integer).view(flat.dtype)
+    rows = torch.div(index, shape[1], rounding_mode="floor")
     return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
 
 
@@ -422,3 +469,24 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: 
     return torch.nn.functional.embedding_bag(
         indices, weight, row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )
+
+
+def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Σ_v softmax(hidden_s . weight_v + bias_v) weight_v: [S, D]. hidden [S, D], weight [V, D], bias [V] or None.
+
+    `softmax(hidden @ weight.mT + bias, -1) @ weight`, the vocabulary a piece at a time: sums so far decay by
+    exp(highest before - after) as the highest logit grows. Sums are kept in float32 or wider.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    mean = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    highest, total = mean.new_full((len(hidden), 1), -torch.inf), mean.new_zeros(len(hidden), 1)
+    for piece in pieces(len(weight), len(hidden)):
+        logits = (hidden @ weight[piece].mT).to(wide)
+        if bias is not None:
+            logits = logits + bias[piece]
+        above = torch.maximum(highest, logits.amax(1, keepdim=True))
+        decay, exponentials = (highest - above).exp(), (logits - above).exp()
+        total = total * decay + exponentials.sum(1, keepdim=True)
+        mean = mean * decay + exponentials.to(weight.dtype) @ weight[piece]
+        highest = above
+    return (mean / total).to(hidden.dtype)

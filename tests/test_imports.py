@@ -89,6 +89,23 @@ else:
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
+def test_kernels_refuse_a_cpu_tensor_without_the_interpreter() -> None:
+    """Where Triton's interpreter is off, backend="triton" names the tensor's device and what would help."""
+    program = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch, l3d_kernels as lk
+try:
+    lk.gram(torch.ones(2, 1, 3), torch.ones(2, 1, 4), backend="triton")
+except RuntimeError as error:
+    assert "gram got a CPU tensor; move it to a GPU, or set TRITON_INTERPRET=1" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+    finished = run(program)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("path", FILES["l3d_kernels"], ids=lambda path: path.name)
 def test_the_kernels_never_import_the_package_above(path: Path) -> None:
     """No file of l3d_kernels imports l3d, relative imports included."""

@@ -271,8 +271,15 @@ def test_values_and_gradients_are_those_of_the_materialised_truth(name: str, cas
 
 
 def test_every_public_operation_is_held_to_a_truth() -> None:
-    """No public operation is left out of these tests; top-k and decode have their own."""
-    assert set(lk.__all__) == {*PUBLIC, "SparseCoefficients", "batch_topk", "sparse_decode"}
+    """No public operation is left out of these tests; top-k, decode and the softmax have their own."""
+    assert set(lk.__all__) == {
+        *PUBLIC,
+        "SparseCoefficients",
+        "batch_topk",
+        "project_topk",
+        "softmax_mean",
+        "sparse_decode",
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 100])
@@ -574,6 +581,14 @@ REFUSED: list[tuple[str, Inputs, str]] = [
     ("squared_residual_norm", {"grad": zeros(6, 7, 6)}, r"grad: expected shape \[S, 7, 5\] .* got \[6, 7, 6\]"),
     ("squared_gradient_norm", {"dy": zeros(5, 4, 7)}, r"dy: expected shape \[S, 4, O\] with S a multiple of 3, got"),
     ("squared_gradient_norm", {"x": zeros(3)}, r"x: expected shape"),
+    (
+        "project",
+        {"left": zeros(2, 2, 7).double()},
+        r"left: expected dtype torch.float32 to match dy, got torch.float64",
+    ),
+    ("project_at", {"right": zeros(2, 2, 5).half()}, r"right: expected dtype torch.float32 .* got torch.float16"),
+    ("project_tiled", {"x": zeros(3, 4, 5).to("meta")}, r"x: expected device cpu to match dy, got meta"),
+    ("project_dense", {"left": zeros(2, 2, 7).double()}, r"left: expected dtype torch.float32 to match grad, got"),
 ]
 
 
@@ -620,6 +635,8 @@ def calls() -> dict[str, Callable[..., Tensor]]:
         "squared_gradient_norm": lambda **b: lk.squared_gradient_norm(f["x"], f["dy"], **b),
         "sparse_decode": lambda **b: lk.sparse_decode(integers(2, 1), zeros(2, 1), zeros(3, 4), **b),
         "batch_topk": lambda **b: lk.batch_topk(zeros(2, 3), 2, **b).values,
+        "project_topk": lambda **b: lk.project_topk(f["x"], f["dy"], f["left"], f["right"], 3, **b).values,
+        "softmax_mean": lambda **b: lk.softmax_mean(zeros(2, 3), zeros(4, 3), **b),
     }
 
 
@@ -630,6 +647,7 @@ def test_a_backend_that_cannot_be_had_is_refused(name: str, monkeypatch: pytest.
     assert torch.equal(run(), run(backend="torch"))
     with pytest.raises(ValueError, match=r"backend: expected one of auto, torch, triton, got 'cuda'"):
         run(backend="cuda")
+    dispatch.load_kernels()
     monkeypatch.delitem(dispatch.TRITON, name, raising=False)
     with pytest.raises(RuntimeError, match=rf"backend='triton': no Triton kernel for {name} "):
         run(backend="triton")
@@ -637,10 +655,12 @@ def test_a_backend_that_cannot_be_had_is_refused(name: str, monkeypatch: pytest.
 
 def test_a_kernel_is_taken_only_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a kernel registered, a CPU tensor still takes the twin, and an explicit request for it is refused."""
+    dispatch.load_kernels()
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     monkeypatch.setitem(dispatch.TRITON, "gram", lambda *a: pytest.fail("a kernel ran on a CPU tensor"))
     assert dispatch.implementation("gram", "auto", zeros(1)) is reference.gram
     assert dispatch.implementation("gram", "torch", zeros(1)) is reference.gram
     assert dispatch.implementation("gram", "torch", zeros(1).to("meta")) is reference.gram
     assert dispatch.implementation("gram", "auto", zeros(1).to("meta")) is dispatch.TRITON["gram"]
-    with pytest.raises(RuntimeError, match="backend='triton': gram got a CPU tensor; move it to a GPU"):
+    with pytest.raises(RuntimeError, match=r"gram got a CPU tensor; move it to a GPU, .* TRITON_INTERPRET"):
         lk.gram(FITTING["left"], FITTING["right"], backend="triton")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import l3d_kernels as lk
 from l3d_kernels.sparse import above
+from l3d_kernels.topk import batch_topk_over_ranks
 
 from helpers import assert_relative
 
@@ -355,3 +356,73 @@ def test_above_is_differentiable_in_what_it_keeps() -> None:
     assert torch.equal(grad, (coefficients.detach().abs() >= 0.7).float())
     assert 0 < int(grad.sum()) < 30
     assert not kept.threshold.requires_grad
+
+
+class _Waits(Exception):
+    """A rank needs the others' tensors to go on."""
+
+
+def together(parts: list[Tensor], n: int, backend: str) -> list[lk.SparseCoefficients]:
+    """Run every rank in one process: each from the start again until it has met all the others."""
+    meetings: list[list[Any]] = []
+
+    def rank(i: int) -> Any:
+        step = iter(range(99))
+
+        def gathered(own: Tensor) -> Tensor:
+            at = next(step)
+            if at == len(meetings):
+                raise _Waits(own)
+            return torch.stack(meetings[at])
+
+        try:
+            return batch_topk_over_ranks(
+                parts[i], n, lambda t: gathered(t).sum(0), lambda t: gathered(t)[:i].sum(0), backend=backend
+            )
+        except _Waits as waits:
+            return waits.args[0]
+
+    while True:
+        results = [rank(i) for i in range(len(parts))]
+        if isinstance(results[0], lk.SparseCoefficients):
+            return results
+        meetings.append(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranks_together_keep_what_one_process_keeps(ties: bool, dtype: torch.dtype) -> None:
+    """Four ranks, one without rows: their kept entries one after another are the whole's, in bits and in order."""
+    whole = torch.randn(30, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if ties:
+        whole = whole.round()
+    whole[7, 3], whole[25, 1] = torch.nan, -torch.inf
+    parts, starts = [whole[:4], whole[4:4], whole[4:21], whole[21:]], [0, 4, 4, 21]
+    for n in (0, 1, 2, 40, 200, 270):
+        expected, kept = lk.batch_topk(whole, n), together(parts, n, "torch")
+        values = torch.cat([k.values for k in kept])
+        assert torch.equal(values.nan_to_num(nan=9e4), expected.values.nan_to_num(nan=9e4))
+        assert torch.equal(torch.cat([k.rows + s for k, s in zip(kept, starts, strict=True)]), expected.rows)
+        assert torch.equal(torch.cat([k.columns for k in kept]), expected.columns)
+        for own in kept:
+            assert own.threshold.dtype == dtype
+            assert own.threshold == expected.threshold
+            values = own.values.nan_to_num(nan=torch.inf)
+            smallest = values.abs().min() if len(values) else torch.tensor(torch.inf)
+            assert_consistent(own._replace(values=values, threshold=smallest))
+
+
+def test_ranks_refuse_more_than_all_of_them_hold() -> None:
+    """n is held to the number of all ranks' entries; what is not a matrix is refused."""
+    with pytest.raises(ValueError, match=r"n: expected 0 <= n <= 12 entries of all ranks, got 13"):
+        batch_topk_over_ranks(torch.zeros(2, 3), 13, lambda t: 2 * t, torch.zeros_like)
+    with pytest.raises(ValueError, match=r"coefficients: expected shape \[S, K\], got \[6\]"):
+        batch_topk_over_ranks(torch.zeros(6), 1, lambda t: t, torch.zeros_like)
+
+
+def test_ranks_values_are_differentiable() -> None:
+    """The gradient of the kept values reaches exactly the kept coefficients."""
+    whole = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    kept = batch_topk_over_ranks(whole, 5, lambda t: t, torch.zeros_like)
+    (grad,) = torch.autograd.grad(kept.values.sum(), whole)
+    assert torch.equal(grad, kept._replace(values=torch.ones(5)).dense())

@@ -1,0 +1,168 @@
+"""`python3 -m bench.gpu`: check every kernel, time it beside its bound and beside torch, print a table, write JSON.
+
+Needs torch, triton and numpy, and no installation: run it in the repository's root. Without a GPU it says so and writes
+nothing. Where a check fails nothing is timed. Takes under eight minutes: what there was no time for is marked as such.
+"""
+
+import argparse
+import itertools
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import checks, report
+from bench.gpu.cases import LARGE, MEDIUM, OPS, SMALL, Sizes, fitting, make, moved_bytes
+from bench.gpu.measure import (
+    Ceilings,
+    Timing,
+    bound,
+    ceilings,
+    median_seconds,
+    percent,
+    use,
+    workspace_bytes,
+)
+
+LIMIT = 450  # seconds for everything
+COMPILE_LIMIT = 25  # for one torch.compile: a twin that cuts its work into thousands of pieces takes minutes
+TIMED = ("bf16", "tf32")
+
+
+def parts_of(
+    name: str, inputs: dict[str, Any], backend: str, forward_only: bool = False
+) -> dict[str, Callable[[], Any]]:
+    """Return the calls to time: the forward pass and, where there are gradients, the backward pass alone."""
+    op = OPS[name]
+    parts: dict[str, Callable[[], Any]] = {"forward": lambda: op.run(inputs, backend)}
+    if op.leaves and not forward_only:
+        leaves = {key: inputs[key].detach().requires_grad_() for key in op.leaves}
+        value = op.run({**inputs, **leaves}, backend)
+        upstream = torch.ones_like(value)
+        parts["backward"] = lambda: torch.autograd.grad(value, list(leaves.values()), upstream, retain_graph=True)
+    return parts
+
+
+def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Ceilings) -> list[Timing]:
+    """Time an operation at one size, and its torch twin where that fits into memory.
+
+    The backward pass of two sides repeats the forward's products and needs as many again: twice its flops.
+    """
+    z = fitting(name, sizes)
+    inputs = make(name, z, use(dtype), device, torch.Generator(device).manual_seed(0))
+    op, done = OPS[name], []
+    flops = op.flops(z, inputs)
+    for part, call in parts_of(name, inputs, "triton").items():
+        moved = moved_bytes(name, z, inputs, call())
+        work = flops if part == "forward" else 2 * flops
+        least, by = bound(work, moved, op.is_matrix, dtype, best)
+        seconds = median_seconds(call, device)
+        reached, space = percent(least, seconds, best.launch_seconds), workspace_bytes(call, device)
+        note = "" if z.S == sizes.S else f"S={z.S}"
+        own = (seconds, work, moved, least, by, reached, space)
+        done.append(Timing(name, z.name, dtype, part, *own, eager_seconds=None, compiled_seconds=None, note=note))
+    try:
+        twin = parts_of(name, inputs, "torch")
+        return [t._replace(eager_seconds=median_seconds(twin[t.part], device)) for t in done]
+    except torch.OutOfMemoryError:
+        return [t._replace(note=f"{t.note} the twin runs out of memory".strip()) for t in done]
+
+
+def time_all(device: torch.device, best: Ceilings, deadline: float) -> list[Timing]:
+    """Time every operation at the three sizes; where one cannot run, say so and go on."""
+    done: list[Timing] = []
+    for dtype, sizes, name in itertools.product(TIMED, LARGE, OPS):
+        if time.monotonic() > deadline:
+            print(f"no time was left for {name} at {sizes.name} in {dtype}", flush=True)
+            continue
+        try:
+            done += time_op(name, sizes, dtype, device, best)
+        except torch.OutOfMemoryError:
+            print(f"out of memory: {name} at {sizes.name} in {dtype}", flush=True)
+        torch.cuda.empty_cache()
+    return done
+
+
+def compiled_too(timings: list[Timing], device: torch.device, deadline: float) -> list[Timing]:
+    """Add the time of torch.compile of the twin's forward pass, as long as there is time."""
+    by_name = {sizes.name: sizes for sizes in LARGE}
+    done = []
+    for t in timings:
+        if t.part == "backward":
+            done.append(t._replace(note=f"{t.note} the twin's backward pass is not compiled".strip()))
+            continue
+        seconds, note = None, "no time was left for torch.compile"
+        if time.monotonic() < deadline:
+            sizes = fitting(t.op, by_name[t.size])
+            inputs = make(t.op, sizes, use(t.dtype), device, torch.Generator(device).manual_seed(0))
+            seconds, note = compiled_seconds(parts_of(t.op, inputs, "torch", forward_only=True)["forward"], device)
+            torch.cuda.empty_cache()
+        done.append(t._replace(compiled_seconds=seconds, note=f"{t.note} {note}".strip()))
+    return done
+
+
+def compiled_seconds(call: Callable[[], Any], device: torch.device) -> tuple[float | None, str]:
+    """Return the time of torch.compile of a call, or None and why there is none."""
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(COMPILE_LIMIT)
+    try:
+        return median_seconds(torch.compile(call), device), ""
+    except Exception as error:  # of whatever kind the compiler makes of it
+        return None, f"torch.compile of the twin, given {COMPILE_LIMIT} s: {type(error).__name__}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        torch.compiler.reset()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="only check, and only at small sizes")
+    parser.add_argument("--out", type=Path, help="where to write (default: bench/results/DEVICE.json)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.gpu: no GPU here (torch.cuda.is_available() is False): nothing was measured or written")
+        return 0
+    started, device, seed = time.monotonic(), torch.device("cuda"), secrets.randbits(31)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}", flush=True)
+    made = checks.run_all(SMALL if options.small else SMALL + MEDIUM, device, seed)
+    bad = [c for c in made if not c.passed]
+    for c in bad:
+        print(f"FAILED {c.op}, {c.size}, {c.dtype}, {c.what}: error {c.error:.3e} > {c.allowed:.3e} {c.note}")
+    print(f"checks: {len(made) - len(bad)} of {len(made)} passed in {time.monotonic() - started:.0f} s", flush=True)
+    if bad or options.small:
+        return 1 if bad else 0
+    sanitized = checks.memcheck(90)
+    print(f"memcheck: {sanitized}", flush=True)
+    if sanitized.startswith("FAILED"):
+        return 1
+    best = ceilings(device)
+    timings = time_all(device, best, started + LIMIT - 60)
+    timings = compiled_too(timings, device, started + LIMIT - COMPILE_LIMIT)
+    path = options.out or report.path_for(torch.cuda.get_device_name())
+    content = {
+        "environment": report.environment(device, seed),
+        "ceilings": best._asdict(),
+        "checks": [c._asdict() for c in made],
+        "memcheck": sanitized,
+        "timings": [t._asdict() for t in timings],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    report.write(path, content)
+    print(report.table(timings, best))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

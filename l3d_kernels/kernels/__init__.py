@@ -1,0 +1,41 @@
+"""The operations as Triton kernels, one file an operation; imported at the first call that wants one.
+
+Every file has the same order: formula and shapes, kernels, launch, autograd function, registration. Each operation
+has its twin of the same name in `l3d_kernels.reference`, which is its specification.
+"""
+
+from l3d_kernels.kernels import (
+    batch_topk,
+    gram,
+    gram_energy,
+    project,
+    project_at,
+    project_backward,
+    project_dense,
+    project_tiled,  # noqa: F401 (launches project_dense's kernel)
+    project_topk,
+    reconstruction,
+    segments,
+    softmax_mean,
+    sparse_decode,
+    squared_gradient_norm,
+)
+
+# each exports compile_cases(kind): what the ahead-of-time test compiles
+MODULES = (
+    batch_topk,
+    gram,
+    gram_energy,
+    project,
+    project_at,
+    project_backward,
+    project_dense,
+    project_topk,
+    reconstruction,
+    segments,
+    softmax_mean,
+    sparse_decode,
+    squared_gradient_norm,
+)
+
+__all__ = ["MODULES"]

@@ -1,0 +1,60 @@
+"""Launch configurations: one row per kernel, kind of device and size class; nothing is tuned while a program runs.
+
+A row was compiled ahead of time for its devices (no spills, shared memory within the limit: tests/kernels/
+test_compile.py). None of them has been timed on a GPU yet.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """Block sizes (the kernel's constexprs of those names) and how many warps and pipeline stages they run with."""
+
+    blocks: dict[str, int]
+    warps: int = 4
+    stages: int = 3
+
+    def options(self, kind: str) -> dict[str, int]:
+        """Return the compiler's options on a kind of device.
+
+        Left alone, NVIDIA's assembler spills a few registers to fit one more block on a processor.
+        """
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if kind.startswith("sm_"):
+            options["maxnreg"] = min(255, 65536 // (32 * self.warps))
+        return options
+
+
+KINDS = ("sm_80", "sm_90", "sm_100", "gfx942")  # what is compiled ahead of time
+CLASSES = ("16", "32", "64")  # bits of an element
+
+# kernel -> {(kind, class): Launch}. A kind or class of None stands for all that have no row of their own. The kind
+# "interpreter" has small blocks: a test's sizes shall need several of them.
+Rows = dict[tuple[str | None, str | None], Launch]
+TABLE: dict[str, Rows] = {}
+
+
+def kind_of(device: torch.device) -> str:
+    """Return the device's kind: a row of the table, or the nearest older one."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def size_class(dtype: torch.dtype) -> str:
+    """Return how many bits an element has: "16", "32" or "64"."""
+    return str(8 * dtype.itemsize)
+
+
+def lookup(kernel: str, kind: str, bits: str) -> Launch:
+    """Return the kernel's row for a kind of device and a size class."""
+    rows = TABLE[kernel]
+    for key in ((kind, bits), (kind, None), (None, bits), (None, None)):
+        if key in rows:
+            return rows[key]
+    raise KeyError(f"no launch configuration for {kernel} on {kind} with {bits}-bit elements")

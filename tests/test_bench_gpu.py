@@ -1,0 +1,194 @@
+"""The GPU benchmark: what it does without a GPU, and that it counts work and judges results as it says."""
+
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import l3d_kernels as lk
+from bench.gpu import __main__ as program
+from bench.gpu import checks, measure, report
+from bench.gpu.cases import LARGE, OPS, SMALL, Sizes, fitting, make, moved_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+ODD = SMALL[0][0]
+TINY = Sizes("tiny", S=6, B=2, T=3, I=5, O=7, K=4, R=2, kept=0.4, A=3, k=2, L=9, D=11)
+
+
+def inputs_of(name: str, sizes: Sizes = TINY, dtype: torch.dtype = torch.float32) -> dict:
+    return make(name, sizes, dtype, CPU, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    """Exit status 0, one line, no file, with and without arguments."""
+    out = tmp_path / "results.json"
+    before = sorted((ROOT / "bench").rglob("*.json"))
+    for arguments in ([], ["--small"], ["--out", str(out)]):
+        command = [sys.executable, "-m", "bench.gpu", *arguments]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert "no GPU" in run.stdout
+        assert len(run.stdout.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    assert sorted((ROOT / "bench").rglob("*.json")) == before
+
+
+def test_it_needs_only_torch_triton_and_numpy() -> None:
+    """Nothing else is imported at the start."""
+    code = (
+        "import sys; from bench.gpu import __main__; "
+        "print({'l3d', 'transformers', 'matplotlib', 'rich', 'yaml'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, "set()\n"), run.stderr
+
+
+def test_every_operation_is_in_the_benchmark() -> None:
+    """Those left out are other routes to the same result, or choose between two that are in."""
+    assert set(lk.__all__) - set(OPS) <= {"SparseCoefficients", "gram_energy", "project_tiled"}
+
+
+def loops(*sizes: int) -> int:
+    """Count the passes of nested loops, one by one."""
+    return sum(1 for _ in itertools.product(*(range(n) for n in sizes)))
+
+
+@pytest.mark.parametrize("name", ["project", "project_at", "gram_energy_coactive", "sparse_decode", "batch_topk"])
+def test_flops_are_counted_as_loops_would(name: str) -> None:
+    """Two for each multiply-add of the definition, x.right once per sequence."""
+    z, inputs = TINY, inputs_of(name)
+    rows = inputs["kept"].rows.tolist() if "kept" in inputs else []
+    expected = {
+        "project": loops(z.B, z.T, z.K, z.R, z.I) + loops(z.S, z.T, z.K, z.R, z.O),
+        "project_at": min(len(rows), z.B * z.K) * loops(z.T, z.R, z.I) + len(rows) * loops(z.T, z.R, z.O),
+        "gram_energy_coactive": sum(loops(z.R, z.R, z.I + z.O) for a in rows for b in rows if a == b),
+        "sparse_decode": loops(z.A, z.k, z.D),
+        "batch_topk": 0,
+    }[name]
+    assert OPS[name].flops(z, inputs) == 2 * expected
+
+
+def test_flops_are_those_of_the_matrix_products_that_torch_counts() -> None:
+    """Materialised operations: torch's own counter on the products that they stand for."""
+    z = TINY
+    i = inputs_of("squared_residual_norm")
+    with FlopCounterMode(display=False) as dense:
+        v = i["left"].mT @ i["right"]
+        _ = i["grad"].flatten(1) @ v.flatten(1).mT
+    assert OPS["project_dense"].flops(z, i) == dense.get_total_flops()
+    with FlopCounterMode(display=False) as from_kept:
+        for row in range(z.S):
+            columns = i["kept"].columns[i["kept"].rows == row]
+            if len(columns):
+                _ = i["left"][columns].flatten(0, 1).mT @ i["right"][columns].flatten(0, 1)
+    assert OPS["reconstruct"].flops(z, i) == from_kept.get_total_flops()
+    norm = inputs_of("squared_gradient_norm")
+    with FlopCounterMode(display=False) as products:
+        _ = norm["x"] @ norm["x"].mT, norm["dy"] @ norm["dy"].mT
+    assert OPS["squared_gradient_norm"].flops(z, norm) == products.get_total_flops()
+    longer = z._replace(T=9)
+    norm = inputs_of("squared_gradient_norm", longer)
+    with FlopCounterMode(display=False) as outer:
+        _ = norm["dy"].mT @ norm["x"].repeat_interleave(z.S // z.B, 0)
+    assert OPS["squared_gradient_norm"].flops(longer, norm) == outer.get_total_flops()
+
+
+def test_bytes_are_all_inputs_and_outputs_once() -> None:
+    """Indices count with eight bytes; sparse_decode reads a row of the weight for every entry."""
+    z, i = TINY, inputs_of("project", dtype=torch.bfloat16)
+    elements = z.B * z.T * z.I + z.S * z.T * z.O + z.K * z.R * (z.I + z.O) + z.S * z.K
+    assert moved_bytes("project", z, i, OPS["project"].run(i, "torch")) == 2 * elements
+    i = inputs_of("sparse_decode")
+    expected = z.A * z.k * (8 + 4) + 4 * (z.A * z.k * z.D + z.A * z.D)
+    assert moved_bytes("sparse_decode", z, i, OPS["sparse_decode"].run(i, "torch")) == expected
+
+
+def test_the_bound_is_the_larger_of_both() -> None:
+    """Operations that are no matrix products are bound by the copy alone; the launch floor is taken off."""
+    best = measure.Ceilings(1e12, {"bf16": 1e14}, 5e-6)
+    assert measure.bound(10**9, 10**6, True, "bf16", best) == (1e-5, "matrix")
+    assert measure.bound(10**6, 10**7, True, "bf16", best) == (1e-5, "copy")
+    assert measure.bound(10**9, 10**6, False, "bf16", best) == (1e-6, "copy")
+    assert measure.percent(1e-5, 2.5e-5, 5e-6) == pytest.approx(50)
+
+
+def test_a_kernel_that_does_not_run_fails_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception is a failed check with its message, not the end of the run."""
+    monkeypatch.setattr(checks, "OPS", {"gram": OPS["gram"], "batch_topk": OPS["batch_topk"]})
+    broken = OPS["gram"]._replace(run=lambda i, b: 1 / 0)
+    monkeypatch.setitem(checks.OPS, "gram", broken)
+    made = checks.run_all([(TINY, ("fp32",))], CPU, seed=0)
+    assert [(c.op, c.passed) for c in made] == [("gram", False), ("batch_topk", True)]
+    assert "ZeroDivisionError" in made[0].note
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_checks_pass_in_the_interpreter(name: str) -> None:
+    """The checks that a GPU runs, on the CPU: the kernels pass them at an odd size."""
+    made = checks.check(name, ODD, "fp32", CPU, torch.Generator().manual_seed(3))
+    assert made
+    assert all(c.passed for c in made), made
+
+
+def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value off by a thousandth, or not a number, does not pass; nor does a call that launches nothing."""
+    exact = checks.results
+
+    def spoiled(name: str, inputs: dict, backend: str) -> dict[str, torch.Tensor]:
+        found = exact(name, inputs, backend)
+        return {**found, "value": found["value"] * (1.001 if backend == "triton" else 1)}
+
+    monkeypatch.setattr(checks, "results", spoiled)
+    made = checks.check("gram", ODD, "fp32", CPU, torch.Generator().manual_seed(3))
+    assert [c.what for c in made if not c.passed] == ["value"]
+    assert "worst at" in made[0].note
+    monkeypatch.setattr(checks, "results", lambda name, inputs, backend: exact(name, inputs, "torch"))
+    (made_none,) = checks.check("gram", ODD, "fp32", CPU, torch.Generator().manual_seed(3))
+    assert (made_none.passed, made_none.note) == (False, "no kernel was launched")
+
+
+def test_a_timing_is_written_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operation is timed on the CPU, to see that the figures fit together: none of them is kept."""
+    best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
+    timings = program.time_op("gram", TINY, "fp32", CPU, best)
+    assert [t.part for t in timings] == ["forward", "backward"]
+    assert all(t.eager_seconds > 0 for t in timings)
+    monkeypatch.setattr(program, "LARGE", (TINY,))
+    late = program.compiled_too(timings, CPU, deadline=0.0)
+    assert [t.note for t in late] == [
+        "no time was left for torch.compile",
+        "the twin's backward pass is not compiled",
+    ]
+    assert timings[1].flops == 2 * timings[0].flops
+    shown = report.table(timings, best)
+    assert "ceilings: copy 10 GB/s" in shown
+    assert len(shown.splitlines()) == 4
+    report.write(tmp_path / "r.json", {"timings": [t._asdict() for t in timings]})
+    assert (tmp_path / "r.json").read_text().startswith("{")
+    assert report.path_for("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
+
+
+def test_a_compilation_that_fails_or_takes_too_long_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no figure then, and a note says why; the alarm is off afterwards."""
+    monkeypatch.setattr(program, "COMPILE_LIMIT", 1)
+    monkeypatch.setattr(program.torch, "compile", lambda call: call)
+    seconds, note = program.compiled_seconds(lambda: time.sleep(5), CPU)
+    assert (seconds, note) == (None, "torch.compile of the twin, given 1 s: TimeoutError")
+    assert program.compiled_seconds(lambda: 1 / 0, CPU)[1].endswith("ZeroDivisionError")
+    assert program.compiled_seconds(lambda: None, CPU)[0] is not None
+    assert signal.alarm(0) == 0
+
+
+def test_wide_gradients_are_of_fewer_samples() -> None:
+    """Only where [S, O, I] exists, and sequences no more than samples."""
+    assert fitting("project", LARGE[2]) == LARGE[2]
+    assert fitting("reconstruct", LARGE[2]).S == 64
+    assert fitting("reconstruct", LARGE[2]._replace(I=1 << 15, O=1 << 15))[1:3] == (1, 1)
