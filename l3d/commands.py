@@ -64,7 +64,7 @@ def toy(settings: Settings) -> None:
 def _toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
     """Run the recovery suite and write its table."""
     from l3d.files import replace_between
-    from l3d.toys.suite import run_suite, to_markdown
+    from l3d.toys import suite
 
     if readme is not None:
         replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
@@ -72,8 +72,8 @@ def _toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) 
     arguments = {name: settings[name] for name in names if settings[name] is not None}
     first = settings["seed"] or 0
     seeds = range(first, first + n_seeds)
-    results = run_suite(seeds, tell=lambda line: print(line, file=sys.stderr), **arguments)
-    table = to_markdown(results)
+    results = suite.run_suite(seeds, suite.EXPERIMENTS, tell=lambda line: print(line, file=sys.stderr), **arguments)
+    table = suite.to_markdown(results, suite.EXPERIMENTS)
     out.mkdir(parents=True, exist_ok=True)
     holds = {"environment": _environment(nn.Linear(1, 1)), "seeds": list(seeds), "arguments": arguments}
     paths = [

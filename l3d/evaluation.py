@@ -133,6 +133,7 @@ def least_squares(kept: lk.SparseCoefficients, overlaps: Tensor, gram: Tensor) -
     """
     counts = kept.row_offsets.diff()
     values = torch.zeros_like(kept.values)
+    cutoff = 1000 * torch.finfo(gram.dtype).eps  # what of the Gram matrix is rounding, its own dtype tells
     for size in counts.unique().tolist():
         if size == 0:
             continue
@@ -141,7 +142,8 @@ def least_squares(kept: lk.SparseCoefficients, overlaps: Tensor, gram: Tensor) -
         for piece in pieces(len(rows), size * size):
             columns = kept.columns[entries[piece]]
             within = gram[columns[:, :, None], columns[:, None, :]].double()
-            found = torch.linalg.pinv(within, hermitian=True) @ overlaps[rows[piece, None], columns, None].double()
+            wanted = overlaps[rows[piece, None], columns, None].double()
+            found = torch.linalg.pinv(within, rtol=cutoff, hermitian=True) @ wanted
             values[entries[piece]] = found[..., 0].to(values)
     return values
 

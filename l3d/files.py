@@ -33,12 +33,13 @@ def replace_between(path: Path, marks: tuple[str, str], text: str | None) -> Pat
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    whole = path.read_text(encoding="utf-8")
-    before, found, rest = whole.partition(f"{marks[0]}\n")
-    _, closed, after = rest.partition(f"{marks[1]}\n")
-    if not (found and closed):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    stripped = [line.strip() for line in lines]
+    if marks[0] not in stripped or marks[1] not in stripped[stripped.index(marks[0]) :]:
         raise ValueError(f"{path}: expected the lines {marks[0]} and {marks[1]}, between which the text goes")
-    return path if text is None else replace_text(path, before + found + text + closed + after)
+    start = stripped.index(marks[0])
+    stop = stripped.index(marks[1], start)
+    return path if text is None else replace_text(path, "".join([*lines[: start + 1], text, *lines[stop:]]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def draw_samples(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
     Negative and non-finite weights count as zero; where all are, every sample is as likely.
     """
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64)
     weights = weights.detach().double().cpu().nan_to_num(0, 0, 0).clamp_min(0)
     if not weights.any():
         weights = torch.ones_like(weights)
@@ -42,14 +44,15 @@ def set_from_samples(
     """
     first = sides[0]
     ranks = {name: _ranks(piece) for name, piece in first.items()}
-    start = Directions(first.shapes, ranks, len(columns), generator)
-    chosen = gradients.select(samples)
-    norms = chosen.squared_norm().sqrt().clamp_min(torch.finfo(gradients.dtype).tiny)
+    wide = torch.promote_types(gradients.dtype, torch.float32)  # the decompositions take nothing narrower
+    chosen = gradients.select(samples).to(torch.empty(0, dtype=wide, device=gradients.device))
+    start = Directions(first.shapes, ranks, len(columns), generator).to(gradients.device, wide)
+    norms = chosen.squared_norm().sqrt().clamp_min(torch.finfo(wide).tiny)
     for name, piece in start.items():
         parts = _low_rank(chosen, name, piece, norms)
         for parameter, part in zip(piece.parameters(), parts, strict=True):
             parameter.mul_(NOISE)
-            parameter.add_(part.to(parameter))
+            parameter.add_(part)
     start.normalize_()
     for side in sides:
         for parameter, value in zip(side.parameters(), start.parameters(), strict=True):

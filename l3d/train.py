@@ -249,7 +249,10 @@ class Run:
         each = self.settings.n_subnetworks
         sides = (self.decomposition.encoder, self.decomposition.decoder)
         generator = torch.Generator().manual_seed(mix(self.settings.seed, 6))
-        gradients = self.gradients(0)
+        self.batches.peek()
+        with naming_step(0):
+            gradients = self.gradients(0)
+            finite_losses(gradients.squared_norm().sum(), gradients)
         for restart in range(self.n_restarts):
             samples = draw_samples(gradients.squared_norm(), each, generator)
             columns = torch.arange(each, device=self.device) + restart * each

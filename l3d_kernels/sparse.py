@@ -20,7 +20,7 @@ class SparseCoefficients(NamedTuple):
     row_offsets: Tensor  # [S+1] int64
     column_order: Tensor  # [N] int64, a permutation
     column_offsets: Tensor  # [K+1] int64
-    threshold: Tensor  # [] the smallest kept |value|, infinity where nothing is kept; [groups] if there are several
+    threshold: Tensor  # [] or [groups]: the smallest kept |value|, infinity where nothing is kept; of `above` its bound
     shape: tuple[int, int]  # (S, K)
 
     def dense(self) -> Tensor:

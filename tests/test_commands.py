@@ -11,6 +11,7 @@ import yaml
 
 import l3d
 from l3d.cli import main
+from l3d.toys import suite
 
 METRICS = {
     "error",
@@ -294,3 +295,37 @@ def test_language_model_from_the_command_line(tmp_path: Path, data_dir: Path) ->
     assert metrics["n_rows"] == 32
     assert main(["evaluate", run]) == 0
     assert read(run) == metrics
+
+
+# --- the recovery suite -----------------------------------------------------------------------------------------
+
+
+def test_toy_all_writes_the_table_here_and_into_a_readme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`l3d toy all` runs each experiment for each seed and writes the table, also between a file's two marks."""
+    monkeypatch.setattr(suite, "EXPERIMENTS", (suite.Experiment("columns", "tmcs", {"error": ".064"}),))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- toys -->\nold\n<!-- /toys -->\nafter\n", encoding="utf-8")
+    command = ["toy", "all", "--seeds", "2", "--seed", "3", "--steps", "20", "--out", str(tmp_path / "all")]
+    assert main([*command, "--readme", str(readme)]) == 0
+    table = (tmp_path / "all" / "table.md").read_text(encoding="utf-8")
+    assert readme.read_text(encoding="utf-8") == f"before\n<!-- toys -->\n{table}<!-- /toys -->\nafter\n"
+    assert table in capsys.readouterr().out
+    assert "| columns | error | .064 |" in table
+    written = json.loads((tmp_path / "all" / "results.json").read_text(encoding="utf-8"))
+    assert written["seeds"] == [3, 4]
+    assert written["arguments"] == {"steps": 20}
+    assert len(written["results"]["columns"]["error"]) == 2
+    assert len(set(written["results"]["columns"]["error"])) == 2
+    assert refusal(capsys, command) == f"--out: {tmp_path / 'all'} exists and is not an empty folder"
+
+
+def test_toy_all_looks_for_the_place_of_its_table_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A README without the two lines is refused before anything is run, and stays what it was."""
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- toys -->\nno end\n", encoding="utf-8")
+    line = refusal(capsys, ["toy", "all", "--out", str(tmp_path / "all"), "--readme", str(readme)])
+    assert line == f"{readme}: expected the lines <!-- toys --> and <!-- /toys -->, between which the text goes"
+    assert readme.read_text(encoding="utf-8") == "<!-- toys -->\nno end\n"
+    assert not (tmp_path / "all").exists()

@@ -228,6 +228,181 @@ def test_the_model_and_the_decomposition_are_left_as_they_were() -> None:
     assert all(p.grad is None for p in (*model.parameters(), *d.parameters()))
 
 
+# --- each sample by itself --------------------------------------------------------------------------------------
+
+
+def coefficients(model: nn.Module, d: Decomposition, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [S, parameters] and coefficients [S, K] by definition, references uniform."""
+    g = per_sample(model, x, "uniform")
+    return g, g @ flat(d.encoder).mT
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 3.0, 1e9])
+def test_a_threshold_keeps_by_magnitude_alone(threshold: float) -> None:
+    """Error, kept, rates and dead fraction are those of a mask |c| >= threshold over all samples; k is not used."""
+    model, d = net(), decomposition(k=1e-9)
+    d.threshold = threshold
+    g, c = coefficients(model, d, points())
+    mask = c.abs() >= threshold
+    found = d.evaluate(model, points(), selection="threshold")
+    residual = g - (c * mask) @ flat(d.decoder)
+    assert found.error == pytest.approx(float(residual.square().sum() / g.square().sum()), rel=1e-10)
+    assert found.kept_per_sample == pytest.approx(float(mask.sum() / N))
+    assert_relative(found.activation_rate, mask.double().mean(0), 1e-6)
+    assert found.dead_fraction == pytest.approx(float((~mask.any(0)).double().mean()))
+    assert found.n_samples == N
+    if threshold == 1e9:
+        assert (found.error, found.dead_fraction) == (1, 1)
+
+
+def test_a_threshold_does_not_see_the_batch() -> None:
+    """By threshold the figures are the same for any size of batch; by batch top-k they are not."""
+    model, d = net(), decomposition()
+    d.threshold = 0.8
+    by_threshold = [d.evaluate(model, points(), selection="threshold", batch_size=size) for size in (2, 7, N)]
+    for found in by_threshold[1:]:
+        assert found.error == pytest.approx(by_threshold[0].error, rel=1e-12)
+        assert torch.equal(found.activation_rate, by_threshold[0].activation_rate)
+    by_batch = {d.evaluate(model, points(), batch_size=size).error for size in (2, 7, N)}
+    assert len(by_batch) == 3
+
+
+def test_code_is_the_coefficients_that_reach_the_threshold(tmp_path: Path) -> None:
+    """`code` holds exactly the entries of `encode` of at least the threshold, for any samples, after loading too."""
+    model, d = net(), decomposition()
+    d.threshold = 0.7
+    gradients = l3d.extract_gradients(model, points(), reference="uniform")
+    encoded = d.encode(gradients)
+    code = d.code(gradients)
+    assert_relative(code.dense(), torch.where(encoded.abs() >= 0.7, encoded, 0.0), 1e-14)
+    assert code.shape == (N, K)
+    assert 0 < len(code.values) < N * K
+    assert float(code.threshold) == 0.7
+    some = torch.tensor([20, 3, 4])
+    assert_relative(d.code(gradients.select(some)).dense(), code.dense()[some], 1e-12)
+    d.save(tmp_path / "d")
+    again = l3d.load(tmp_path / "d").code(gradients)
+    assert torch.equal(again.values, code.values)
+    assert torch.equal(again.columns, code.columns)
+    grads = torch.autograd.grad(code.values.square().sum(), list(d.encoder.parameters()))
+    expected = torch.autograd.grad(
+        torch.where(encoded.abs() >= 0.7, encoded, 0.0).square().sum(), list(d.encoder.parameters())
+    )
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert_relative(grad, wanted, 1e-12)
+
+
+def test_a_trained_decomposition_has_a_threshold_that_keeps_about_k() -> None:
+    """Selected by its threshold, the training data keeps about as many coefficients per sample as k says."""
+    model = net()
+    d = l3d.decompose(model, points(64), K, rank=2, k=0.2, steps=80, batch_size=16, reference="mean", progress=False)
+    found = d.evaluate(model, points(64), selection="threshold")
+    assert 0.6 * 0.2 * K < found.kept_per_sample < 1.6 * 0.2 * K
+    assert found.error < 1
+
+
+def test_without_a_threshold_there_is_no_code() -> None:
+    """Before training the threshold is not known: one line says so, from `code` and from `evaluate`."""
+    model, d = net(), decomposition()
+    gradients = l3d.extract_gradients(model, points(), reference="uniform")
+    with pytest.raises(ValueError, match=r"^threshold: not known before training"):
+        d.code(gradients)
+    with pytest.raises(ValueError, match=r"^threshold: not known before training"):
+        d.evaluate(model, points(), selection="threshold")
+    d.threshold = 1.0
+    other = l3d.extract_gradients(model, points(), params="0.*", reference="uniform")
+    with pytest.raises(ValueError, match=r"^gradients: expected those of"):
+        d.code(other)
+
+
+# --- refit ------------------------------------------------------------------------------------------------------
+
+
+def refitted(model: nn.Module, d: Decomposition, x: Tensor, masks: list[Tensor]) -> float:
+    """Replace the coefficients of every sample by torch's least squares on its kept directions: the error."""
+    decoder = flat(d.decoder)
+    g, mask = per_sample(model, x, "uniform"), torch.cat(masks)
+    residual = 0.0
+    for s in range(len(x)):
+        kept = decoder[mask[s]]
+        if len(kept):
+            solution = torch.linalg.lstsq(kept.mT, g[s, :, None], driver="gelsd").solution
+            residual += float((g[s] - (kept.mT @ solution)[:, 0]).square().sum())
+        else:
+            residual += float(g[s].square().sum())
+    return residual / float(g.square().sum())
+
+
+def batch_masks(model: nn.Module, d: Decomposition, x: Tensor, k: float) -> list[Tensor]:
+    """What batch top-k keeps, batch by batch."""
+    masks = []
+    for batch in batches(x):
+        _, c = coefficients(model, d, batch)
+        n = max(1, math.floor(k * c.numel() + 0.5))
+        mask = torch.zeros(c.numel(), dtype=torch.bool)
+        mask[c.abs().flatten().argsort(descending=True)[:n]] = True
+        masks.append(mask.view_as(c))
+    return masks
+
+
+@pytest.mark.parametrize("k", [1e-9, 0.05, 0.2, 0.6, 1.0])
+def test_refit_is_least_squares_on_what_is_kept(k: float) -> None:
+    """The error is that of torch.linalg.lstsq sample by sample; the choice of subnetworks stays; it is never higher."""
+    model, d = net(), decomposition(k=k)
+    plain, found = (d.evaluate(model, points(), refit=refit) for refit in (False, True))
+    assert found.error == pytest.approx(refitted(model, d, points(), batch_masks(model, d, points(), k)), rel=1e-9)
+    assert found.error <= plain.error
+    assert torch.equal(found.activation_rate, plain.activation_rate)
+    assert found.kept_per_sample == plain.kept_per_sample
+    assert found.dead_fraction == plain.dead_fraction
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0, 1e9])
+def test_refit_of_what_reaches_a_threshold(threshold: float) -> None:
+    """Samples that keep all, some and none are each refitted by themselves."""
+    model, d = net(), decomposition()
+    d.threshold = threshold
+    _, c = coefficients(model, d, points())
+    found = d.evaluate(model, points(), selection="threshold", refit=True)
+    assert found.error == pytest.approx(refitted(model, d, points(), [c.abs() >= threshold]), rel=1e-9)
+    assert found.error <= d.evaluate(model, points(), selection="threshold").error
+
+
+def copied(amount: float, seed: int = 0) -> Decomposition:
+    """A decomposition whose odd directions are the even ones, but for so much of their entries, in both sides."""
+    d = decomposition(k=0.7)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in d.parameters():
+            noise = torch.randn(parameter[1::2].shape, generator=generator, dtype=torch.float64)
+            parameter[1::2] = parameter[::2] + amount * parameter[::2].abs().mean() * noise
+    d.normalize_()
+    return d
+
+
+def test_duplicate_directions_do_no_harm_to_refit() -> None:
+    """Where two kept directions are the same, any split of their coefficient is a solution: the error is the same."""
+    model, d = net(), copied(0.0)
+    found = d.evaluate(model, points(), refit=True)
+    assert found.error == pytest.approx(refitted(model, d, points(), batch_masks(model, d, points(), 0.7)), rel=1e-8)
+    assert found.error <= d.evaluate(model, points()).error
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("amount", [0.0, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2])
+def test_nearly_equal_directions_do_no_harm_to_refit_in_float32(amount: float, seed: int) -> None:
+    """In float32 directions that cannot be told apart count as one: refit explains no less than without, and no more
+    than least squares in float64 can, nor less than it does without the duplicates."""
+    d = copied(amount, seed)
+    best = d.evaluate(net(), points(), refit=True).error
+    worst = copied(0.0, seed).evaluate(net(), points(), refit=True).error  # as if the copies were not there
+    model, x = net().float(), points().float()
+    narrow = d.float()
+    found = narrow.evaluate(model, x, refit=True).error
+    assert found <= narrow.evaluate(model, x).error
+    assert best - 0.02 <= found <= worst + 0.02
+
+
 # --- impact -----------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +541,8 @@ def test_impact_can_be_had_with_a_callable_divergence(call: str) -> None:
         ({"reference": "median"}, r"reference: "),
         ({"reference": "pair"}, r"reference: 'pair' needs data that yields"),
         ({"backend": "cuda"}, r"backend: "),
+        ({"selection": "top"}, r"selection: expected one of batch, threshold, got 'top'"),
+        ({"selection": None}, r"selection: "),
     ],
 )
 def test_bad_arguments_are_refused_by_name(changes: dict[str, Any], message: str) -> None:

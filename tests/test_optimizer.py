@@ -127,3 +127,30 @@ def test_minimises_a_quadratic_of_any_scale() -> None:
         for step in range(400):
             optimizer.step([parameter.detach().clone()], 0.1 * (1 - step / 400))
         assert parameter.abs().max() < 1e-3 * size
+
+
+@pytest.mark.parametrize("n_groups", [1, 3])
+@pytest.mark.parametrize("rows", [[1], [0, 2], [], [2, 1, 0]], ids=str)
+def test_forgetting_rows_starts_their_moments_anew(rows: list[int], n_groups: int) -> None:
+    """The moments of those slices are zero, all others keep their bits, as do parameters, scales and count."""
+    shapes = [(3, 4), (3, 2, 5), (3,)]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
+    optimizer = RelativeAdam(parameters, n_groups=n_groups)
+    for _ in range(3):
+        optimizer.step([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes], 0.1)
+    values = [p.detach().clone() for p in parameters]
+    tensors, state = optimizer.state()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    optimizer.forget(torch.tensor(rows, dtype=torch.int64))
+    after, now = optimizer.state()
+    others = [row for row in range(3) if row not in rows]
+    for name, tensor in after.items():
+        if name.startswith("scale"):
+            assert torch.equal(tensor, before[name])
+            continue
+        assert not tensor[rows].any()
+        assert before[name][rows].all()  # there was something to forget
+        assert torch.equal(tensor[others], before[name][others])
+    assert now == state
+    assert all(torch.equal(p, value) for p, value in zip(parameters, values, strict=True))

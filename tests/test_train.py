@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import l3d
-from l3d import progress
+from l3d import progress, start
 from l3d.data import mix
 from l3d.decomposition import Decomposition
 from l3d.objective import objective
 from l3d.progress import COLUMNS
 from l3d.settings import kept_fraction, learning_rate, resolve
 from l3d.sources import load_data, load_model
+from l3d.train import Run
 from l3d.zoo import resnet20
 
 from helpers import Root, assert_relative
@@ -131,6 +132,9 @@ CHOSEN: dict[str, Any] = {
     "lr": None,
     "warm_start": None,
     "weight_decay": 0.0,
+    "updates": None,
+    "start": "random",
+    "revive": None,
     "seed": 0,
     "dtype": None,
     "backend": "auto",
@@ -216,6 +220,14 @@ def test_training_is_adam_on_the_objective(preset: str) -> None:
         d.normalize_()
     for trained, expected in zip(run.parameters(), d.parameters(), strict=True):
         assert_relative(trained, expected, 1e-9)
+
+
+@pytest.mark.parametrize("chosen", [None, False, True])
+def test_the_presets_revive_unless_they_are_the_paper_s(chosen: bool | None) -> None:
+    """Left open, dead subnetworks are revived by default and not as published; a choice counts in both."""
+    for preset, default in (("default", True), ("published", False)):
+        settings = resolve(preset, None, **{**CHOSEN, "revive": chosen})
+        assert settings.revive is (default if chosen is None else chosen)
 
 
 @pytest.mark.parametrize("k", [0.05, 0.3, 0.5, 1.0])
@@ -315,6 +327,296 @@ def test_a_restart_is_the_run_it_would_be_alone(
             assert alone.threshold == pytest.approx(together.threshold, rel=1e-9)
             for name, tensor in alone.state_dict().items():
                 assert_relative(together.state_dict()[name], tensor, 1e-8)
+
+
+# --- starting from data -----------------------------------------------------------------------------------------
+
+
+def test_a_start_from_data_is_reproducible_and_another() -> None:
+    """The seed decides it; it differs from the random start and from that of another seed, and restarts differ."""
+    runs = [train(start="data", steps=3, seed=seed) for seed in (0, 0, 1)]
+    assert_same_bits(runs[0], runs[1])
+    assert differ(runs[0], runs[2])
+    assert differ(runs[0], train(start="random", steps=3))
+    assert_same_bits(train(start="random", steps=3), train(steps=3))
+    assert len(set(train(start="data", steps=3, n_restarts=3).restart_errors)) == 3
+
+
+@pytest.mark.parametrize("n_subnetworks", [1, 5, 19])
+def test_a_start_from_data_is_gradients_of_samples(
+    n_subnetworks: int, monkeypatch: pytest.MonkeyPatch, float64: None
+) -> None:
+    """Without the random part and at full rank every subnetwork is some sample's gradient, in encoder and decoder."""
+    monkeypatch.setattr("l3d.start.NOISE", 0.0)
+    x = points(8).double()
+    arguments = {"reference": "mean", "steps": 1, "lr": 1e-12, "rank": {"first.weight": 4, "second.weight": 3}}
+    d = train(Net().double(), x, n_subnetworks=n_subnetworks, start="data", **arguments)
+    gradients = l3d.extract_gradients(Net().double(), x, reference="mean").materialize()
+    flat = torch.cat([grad.flatten(1) for grad in gradients.values()], 1)
+    flat = flat / flat.norm(dim=1, keepdim=True)
+    for side in (d.encoder, d.decoder):
+        directions = [torch.cat([t.flatten() for t in side.tensors(k).values()]) for k in range(n_subnetworks)]
+        cosines = torch.stack(directions).detach() @ flat.mT  # of their own sign
+        assert_relative(cosines.amax(1), torch.ones(n_subnetworks), 1e-9)
+        used = cosines.argmax(1).bincount(minlength=8)
+        assert used.max() - used.min() <= 1 or n_subnetworks < 8  # none again before all have been
+
+
+@pytest.mark.parametrize("kind", ["list", "loader", "generator", "dataset"])
+def test_every_kind_of_data_can_be_started_from(kind: str) -> None:
+    """Streams of batches are as good as rows, and no batch of them is lost: a list and a generator agree."""
+    x = points()
+    data = {
+        "list": lambda: list(x.split(8)),
+        "loader": lambda: DataLoader(x, batch_size=8),
+        "generator": lambda: (x[8 * (i % 5) : 8 * (i % 5) + 8] for i in range(20)),
+        "dataset": lambda: TensorDataset(x),
+    }
+    d = train(data=data[kind](), start="data")
+    assert d.history["step"][-1] == 20
+    assert_same_bits(d, train(data=x if kind == "dataset" else list(x.split(8)), start="data"))
+
+
+def test_a_start_from_data_is_better_than_a_random_one() -> None:
+    """The first error of training, with everything kept, is lower than from a random start."""
+    first = {start: train(start=start, steps=2, warm_start=1).history["error"][0] for start in ("random", "data")}
+    assert first["data"] < first["random"]
+
+
+@pytest.mark.parametrize("n_restarts", [1, 2])
+def test_resuming_a_run_that_started_from_data(n_restarts: int, tmp_path: Path) -> None:
+    """The start is not drawn again over what was learned: the same bits as in one go."""
+    arguments = {"start": "data", "checkpoint_every": 4, "n_restarts": n_restarts}
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(14, interrupt), out=tmp_path / "run", **arguments)
+    assert_same_bits(train(out=tmp_path / "run", resume=True, **arguments), train(**arguments))
+
+
+# --- reviving ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead_after(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A subnetwork counts as dead after five batches instead of two hundred."""
+    for module in ("l3d.progress", "l3d.train"):
+        monkeypatch.setattr(f"{module}.DEAD_AFTER", 5)
+    return 5
+
+
+def stillborn(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+    """Let some subnetworks of a run's start see nothing: their encoders are zero, and have no gradient."""
+    original = Decomposition.side_by_side.__func__
+
+    def start(cls: type[Decomposition], parts: Any) -> Decomposition:
+        whole = original(cls, parts)
+        with torch.no_grad():
+            for parameter in whole.encoder.parameters():
+                parameter[rows] = 0
+        return whole
+
+    monkeypatch.setattr(Decomposition, "side_by_side", classmethod(start))
+
+
+class Revival(NamedTuple):
+    """What changed when dead subnetworks were looked for after a step."""
+
+    step: int
+    rows: list[int]  # whose tensors changed
+    encoder_is_decoder: bool  # in those rows
+    moments: list[bool]  # per row: whether any is not zero
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[Revival]:
+    """Record what a run's revivals change; steps without any leave no record."""
+    revivals: list[Revival] = []
+    original = Run._revive
+
+    def revive(run: Run, *arguments: Any) -> None:
+        parameters = list(run.decomposition.parameters())
+        before = [p.detach().clone() for p in parameters]
+        original(run, *arguments)
+        changed = torch.stack([(p != b).flatten(1).any(1) for p, b in zip(parameters, before, strict=True)])
+        if not changed.any():
+            return
+        rows = changed.any(0).nonzero()[:, 0].tolist()
+        d = run.decomposition
+        sides = zip(d.encoder.parameters(), d.decoder.parameters(), strict=True)
+        moments = [(m != 0).flatten(1).any(1) for m in (*run.optimizer.first, *run.optimizer.second)]
+        alike = all(torch.equal(a[rows], b[rows]) for a, b in sides)
+        revivals.append(Revival(run.step, rows, alike, torch.stack(moments).any(0).tolist()))
+
+    monkeypatch.setattr(Run, "_revive", revive)
+    return revivals
+
+
+STILL: dict[str, Any] = {"warm_start": 0, "k": 0.3}  # from the first step on only what is not zero is kept
+
+
+def test_a_dead_subnetwork_is_given_a_new_life(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the dead one is set, alike in encoder and decoder; then it is kept as others are."""
+    stillborn(monkeypatch, [2])
+    revivals = watch(monkeypatch)
+    d = train(revive=True, **STILL)
+    assert [(revival.step, revival.rows, revival.encoder_is_decoder) for revival in revivals] == [(5, [2], True)]
+    assert d.history["dead_fraction"][:4] == [0.0] * 4
+    assert d.history["dead_fraction"][4:] == [0.25, *[0.0] * 15]
+    assert d.evaluate(Net(), points()).activation_rate.min() > 0
+    assert_relative(d.decoder.squared_norm(), torch.ones(4), 1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_nothing_of_its_first_life_moves_what_is_revived(
+    updates: int, dead_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subnetwork that has learned, and then dies, is revived without moments; those of the others stay."""
+    revivals = watch(monkeypatch)
+    original = Run.gradients
+
+    def gradients(run: Run, step: int) -> Any:
+        if 1 <= step < 10:  # after the first step, which keeps all, it sees nothing
+            with torch.no_grad():
+                for parameter in run.decomposition.encoder.parameters():
+                    parameter[2] = 0
+        return original(run, step)
+
+    monkeypatch.setattr(Run, "gradients", gradients)
+    train(revive=True, warm_start=1, k=0.3, params="*.weight", updates=updates)
+    assert [(revival.step, revival.rows) for revival in revivals] == [(10, [2])]
+    assert revivals[0].moments == [True, True, False, True]
+
+
+def test_a_revived_subnetwork_is_not_dead_until_it_could_be(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its revival counts as being kept: it is dead again only if none of as many batches has kept it since."""
+    stillborn(monkeypatch, [2])
+    monkeypatch.setattr("l3d.train.set_from_samples", lambda *_: None)  # it stays as it was
+    d = train(revive=True, **STILL)
+    assert d.history["dead_fraction"] == [*[0.0] * 4, *[0.25, 0.0, 0.0, 0.0, 0.0] * 3, 0.25]
+
+
+def test_without_reviving_the_dead_stay_dead(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """revive=False, which published is, leaves a subnetwork that sees nothing as it is to the end."""
+    stillborn(monkeypatch, [2])
+    revivals = watch(monkeypatch)
+    for arguments in ({"revive": False}, {"preset": "published"}):
+        d = train(**arguments, **STILL)
+        assert d.history["dead_fraction"][4:] == [0.25] * 16
+        assert not any(parameter[2].any() for parameter in d.encoder.parameters())
+        assert d.evaluate(Net(), points()).activation_rate[2] == 0
+    assert revivals == []
+
+
+def test_reviving_changes_nothing_where_none_is_dead(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without dead subnetworks is the same to the bit with and without, but for the setting."""
+    revivals = watch(monkeypatch)
+    assert_same_bits(train(revive=True, k=0.6), train(revive=False, k=0.6))
+    assert revivals == []
+
+
+def test_a_restart_s_dead_are_its_own(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reviving a subnetwork of the second restart leaves the first restart's errors as they are."""
+    stillborn(monkeypatch, [5])
+    revivals = watch(monkeypatch)
+    with_it, without = (train(revive=revive, n_restarts=2, **STILL).restart_errors for revive in (True, False))
+    assert [revival.rows for revival in revivals] == [[5]]
+    assert with_it[0] == pytest.approx(without[0], rel=1e-6)
+    assert with_it[1] != pytest.approx(without[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({"steps": 20, "warm_start": 0}, [5, 10, 15]),
+        ({"steps": 20, "warm_start": 4}, [10, 15]),  # not before so many steps at k itself
+        ({"steps": 20, "warm_start": 5}, [10, 15]),
+        ({"steps": 20, "warm_start": 6}, [15]),
+        ({"steps": 20, "warm_start": 20}, []),
+        ({"steps": 25, "warm_start": 0}, [5, 10, 15, 20]),  # .8 of 25 is 20
+        ({"steps": 24, "warm_start": 0}, [5, 10, 15]),
+        ({"steps": 4, "warm_start": 0}, []),
+    ],
+    ids=str,
+)
+def test_the_dead_are_looked_for_at_certain_steps(
+    arguments: dict[str, int], expected: list[int], updates: int, dead_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every so often, once k has been at its value for as long, and not in the last fifth of the run."""
+    stillborn(monkeypatch, [1])
+    found = []
+    original = Run._revive
+
+    def revive(run: Run, *given: Any) -> None:
+        with monkeypatch.context() as patch:  # nothing is revived, so that it stays dead
+            patch.setattr("l3d.train.set_from_samples", lambda *_: found.append(run.step))
+            original(run, *given)
+
+    monkeypatch.setattr(Run, "_revive", revive)
+    # weights alone: a bias of zeros has a gradient where it is kept, as it is while k falls
+    train(revive=True, k=0.3, params="*.weight", updates=updates, **arguments)
+    assert found == expected
+
+
+@pytest.mark.parametrize("n_restarts", [1, 2])
+def test_the_badly_reconstructed_are_what_it_is_revived_from(
+    n_restarts: int, dead_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples are drawn by what each restart itself leaves of them in the step's batch, as many as it has dead."""
+    stillborn(monkeypatch, [2] if n_restarts == 1 else [2, 5, 7])
+    seen, drawn, moved = [], [], []
+    original = Run._revive
+
+    def revive(run: Run, gradients: Any, residual: Tensor) -> None:
+        if run.step == 5:
+            seen.append((gradients, residual.detach().reshape(8, n_restarts)))
+        original(run, gradients, residual)
+
+    def draw(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        drawn.append((weights.clone(), n))
+        return weights.argmax()[None].expand(n)
+
+    def set_from_samples(sides: Any, columns: Tensor, gradients: Any, samples: Tensor, generator: Any) -> None:
+        moved.append((columns.tolist(), samples.tolist()))
+        assert gradients is seen[0][0]
+        start.set_from_samples(sides, columns, gradients, samples, generator)
+
+    monkeypatch.setattr(Run, "_revive", revive)
+    monkeypatch.setattr("l3d.train.draw_samples", draw)
+    monkeypatch.setattr("l3d.train.set_from_samples", set_from_samples)
+    train(revive=True, n_restarts=n_restarts, **{**STILL, "steps": 9})
+    ((_, residual),) = seen
+    worst = residual.argmax(0).tolist()
+    assert [n for _, n in drawn] == [1, 2][:n_restarts]
+    for (weights, _), expected in zip(drawn, residual.mT, strict=True):
+        assert torch.equal(weights, expected)
+    assert moved == [([2], worst[:1]), ([5, 7], worst[1:] * 2)][:n_restarts]
+
+
+@pytest.mark.parametrize("n_restarts", [1, 2])
+@pytest.mark.parametrize("at", [6, 8, 12, 18])
+def test_resuming_across_a_revival(
+    at: int, n_restarts: int, dead_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before or after subnetworks were revived, and resumed: the same bits as in one go."""
+    stillborn(monkeypatch, [1, 4 * n_restarts - 1])
+    revivals = watch(monkeypatch)
+    arguments = {"n_restarts": n_restarts, "checkpoint_every": 4, "revive": True, **STILL}
+    whole = train(out=tmp_path / "whole", **arguments)
+    assert revivals[0].step == 5
+    assert set(revivals[0].rows) == {1, 4 * n_restarts - 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(Net(at, interrupt), out=tmp_path / "run", **arguments)
+    resumed = train(out=tmp_path / "run", resume=True, **arguments)
+    assert_same_bits(resumed, whole)
+    for name in ("decomposition.safetensors", "checkpoints/step000000020/optimizer.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_dead_are_revived_in_every_dtype(dtype: str, dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in another type than float32 does not end at its first dead subnetwork."""
+    stillborn(monkeypatch, [2])
+    d = train(revive=True, dtype=dtype, **STILL)
+    assert d.history["dead_fraction"][-1] == 0
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -533,6 +835,8 @@ def test_half_a_checkpoint_is_ignored(tmp_path: Path) -> None:
         {"preset": "published"},
         {"dtype": "float64"},
         {"batch_size": 16},
+        {"start": "data"},
+        {"revive": False},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -591,6 +895,14 @@ def test_nan_in_a_gradient_names_the_tensor(k: float, tmp_path: Path) -> None:
     assert train(Root(), batches, params="after.*", k=k).history["step"][-1] == 20
 
 
+@pytest.mark.parametrize("start", ["random", "data"])
+def test_a_first_batch_without_a_finite_gradient_names_the_tensor(start: str, tmp_path: Path) -> None:
+    """Also where the run would start from that batch's gradients: one line that says so."""
+    with pytest.raises(ValueError, match=r"gradients: NaN or infinity in those of 'before\.weight'") as error:
+        train(Root(), torch.zeros(8, 4), start=start, out=tmp_path / "run", reference="uniform")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("lr", [1e30, 1e38])
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_a_run_that_diverges_is_never_returned(lr: float, steps: int, tmp_path: Path) -> None:
@@ -621,6 +933,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": float("nan")}, r"lr: "),
     ({"lr": float("inf")}, r"lr: "),
     ({"lr": "fast"}, r"lr: "),
+    ({"start": "zeros"}, r"start: expected one of random, data, got 'zeros'"),
+    ({"start": None}, r"start: expected one of random, data, got None"),
+    ({"revive": "yes"}, r"revive: expected True, False or None, got 'yes'"),
+    ({"revive": 1}, r"revive: expected True, False or None, got 1"),
     ({"n_restarts": 0}, r"n_restarts: expected a positive whole number, got 0"),
     ({"n_restarts": "2"}, r"n_restarts: "),
     ({"checkpoint_every": 0}, r"checkpoint_every: expected a positive whole number, got 0"),

@@ -20,7 +20,7 @@ def trained(name: str, seed: int, build: Callable[[], Network], fit: Callable[[]
     A file belongs to the recipes' code and torch's version: another of either trains anew. A folder that cannot be
     written and a file that cannot be read do no harm: then the network is trained again.
     """
-    path = _folder() / "toys" / f"{name}-{seed}-{_version()}.safetensors"
+    path = _folder() / "toys" / f"{name}-{seed}-{_version()}{_dtype()}.safetensors"
     with torch.random.fork_rng(devices=[]):  # the start is overwritten, or drawn from a generator of its own
         network = build()
         try:
@@ -52,3 +52,9 @@ def _version() -> str:
     for file in ("networks.py", "recipes.py", "sampling.py"):
         digest.update((Path(__file__).parent / file).read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _dtype() -> str:
+    """Name the dtype toys are trained in now, where it is not the usual one."""
+    dtype = torch.get_default_dtype()
+    return "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"

@@ -91,10 +91,10 @@ def r_squared(found: Tensor, target: Tensor) -> float:
 def find_groups(toy: "Toy", decomposition: "Decomposition", size: int) -> dict[str, float]:
     """Look for one subnetwork per group of `size` neighbouring features: groups_found and purity."""
     live = decomposition.evaluate(toy.model, toy.data).activation_rate >= LIVE
-    purities = []
+    purities = [torch.zeros(toy.data.shape[1] // size)]  # what no live subnetwork at all would come to
     for i in live.nonzero()[:, 0].tolist():
         energy = decomposition.subnetwork(i)["W_in.weight"].square().sum(0).view(-1, size).sum(1)
-        purities.append(energy / energy.sum().clamp_min(1e-30))
+        purities.append((energy / energy.sum().clamp_min(1e-30)).cpu())
     best = torch.stack(purities).amax(0)  # [groups]
     return {"groups_found": int((best >= 0.9).sum()), "purity": float(best.mean())}
 

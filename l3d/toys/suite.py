@@ -3,6 +3,7 @@
 `EXPERIMENTS` is what is run; `run_suite` runs it, `to_markdown` writes the table.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ def short(value: float) -> str:
     >>> short(0.1873), short(5.0), short(0.99652), short(1.0), short(12.34)
     ('.187', '5', '.997', '1', '12.3')
     """
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value):
         return str(int(value))
     return f"{value:.3g}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
