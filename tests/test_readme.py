@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from l3d.cli import main
+from l3d.toys.suite import to_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -51,3 +52,11 @@ def test_command_runs(command, tmp_path, monkeypatch, data_dir):
         assert metrics[figure] >= 0
     assert metrics["error"] < 1.5
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_the_table_of_the_toys_is_what_the_suite_wrote() -> None:
+    """The README's table of recovery is the one that `l3d toy all` makes of the committed results."""
+    written = json.loads((README.parent / "bench" / "results" / "toys.json").read_text(encoding="utf-8"))
+    table = README.read_text(encoding="utf-8").split("<!-- toys -->\n")[1].split("<!-- /toys -->")[0]
+    assert table == to_markdown(written["results"])
+    assert len(written["seeds"]) == 10
