@@ -15,7 +15,8 @@ from l3d.divergence import kl, mse, reference_outputs
 from l3d.extract import Extractor
 from l3d.objective import n_kept, objective
 from l3d.optimizer import RelativeAdam
-from l3d.toys import make
+from l3d.toys import make, one_thread
+from l3d.train import decompose
 
 
 class Case:
@@ -94,3 +95,14 @@ def test_step(benchmark, case, method):
     chosen = made.ours if method == "l3d" else made.published
     rounds = 3 if (case, method) == ("language model", "published") else 20
     benchmark.pedantic(lambda: made.step(chosen), rounds=rounds, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("n_restarts", [1, 10])
+def test_restarts(benchmark, n_restarts):
+    """Time 200 steps of the toy model of superposition, alone and as ten restarts side by side."""
+    benchmark.group = "200 steps: tms"
+    toy = make("tms")
+    own = {**toy.settings, "steps": 200, "n_restarts": n_restarts}
+    with one_thread():
+        d = benchmark.pedantic(lambda: decompose(toy.model, toy.data, progress=False, **own), rounds=3, warmup_rounds=1)
+    assert len(d.restart_errors) == n_restarts
