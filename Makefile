@@ -5,11 +5,14 @@
 #   TORCH        what to install as torch, before everything else. On a machine without a GPU an unpinned torch
 #                may pull gigabytes of CUDA packages; where the pinned one does too, point PIP_INDEX_URL or
 #                PIP_EXTRA_INDEX_URL at an index of CPU wheels. For a CUDA build: make test TORCH=torch
+#   TRITON       what to install as triton beside it: the release the kernels' registers are counted with. Empty beside
+#                another torch, which may need a release of its own
 #   WORKERS      test processes, each with one torch thread (0: all in one process)
 #   TESTS        what to test: make test TESTS=tests/test_topk.py
 #   PYTEST_ARGS  more arguments for pytest: make test PYTEST_ARGS="-k ties -x"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1)
 WORKERS ?= 2
 TESTS ?= tests bench l3d l3d_kernels
 PYTEST_ARGS ?=
@@ -52,14 +55,15 @@ clean:  ## remove .venv, runs/, caches and build products
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv/.torch holds the TORCH that .venv was built with; it is written once torch is in.
-ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
+# .venv/.torch holds the TORCH and TRITON that .venv was built with; it is written once they are in.
+PINNED := $(strip $(TORCH) $(TRITON))
+ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(PINNED))
 $(STAMP): FORCE
 endif
 
 $(STAMP): pyproject.toml
-	[ "$$(cat $(VENV)/.torch 2>/dev/null)" = "$(TORCH)" ] || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	echo "$(TORCH)" > $(VENV)/.torch
+	[ "$$(cat $(VENV)/.torch 2>/dev/null)" = "$(PINNED)" ] || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TRITON)
+	echo "$(PINNED)" > $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,report,dev]"
 	touch $@

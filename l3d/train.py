@@ -79,7 +79,8 @@ def decompose(
         lr: Adam's step size; "default" takes it relative to the typical entry of each factor (default .05),
             "published" as it is (default .01).
         warm_start: steps over which more than k is kept; default a tenth.
-        n_restarts: how many runs to make, with seeds seed, seed+1, ..; the one of lowest final error is kept.
+        n_restarts: starts to train side by side on the same batches; the one of lowest final error is kept. Each costs
+            the memory and the products of its own factors; the gradients are extracted once.
         seed: decides everything random; the same seed on the same machine gives the same bits.
         device: where to train; the model is moved there for the run. Default: where the model is.
         dtype: of the decomposition; default the model's, at least float32.
