@@ -11,6 +11,7 @@ layer 2's attention of the small language model in $L3D_DATA.
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +28,17 @@ import torch
 import l3d
 from l3d.data import count_rows
 from l3d.extract import Extractor
-from l3d.settings import resolve
+from l3d.settings import Settings, resolve
 from l3d.sources import load_data, load_model
 from l3d.toys import make, one_thread
 from l3d.train import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 200  # texts, the last ones
-CHOICES: dict[str, Any] = {  # of `resolve`, where nothing else is said
-    "n_subnetworks": 100,
-    "rank": 6,
-    "k": 0.1,
-    "params": "model.layers.2.self_attn.*",
-    "divergence": "kl",
-    "reference": "sample",
-    "positions": "all",
-    "preset": "default",
-    "steps": None,
-    "batch_size": 16,
-    "lr": None,
-    "warm_start": None,
-    "weight_decay": 0.0,
-    "updates": None,
-    "start": "random",
-    "revive": None,
-    "seed": 0,
-    "dtype": None,
-    "backend": "auto",
-}
+# The defaults of `decompose` that settings are resolved from, and what is chosen otherwise for the block.
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(l3d.decompose).parameters.items()}
+CHOICES: dict[str, Any] = {name: DEFAULTS[name] for name in {f.name for f in fields(Settings)} & set(DEFAULTS)}
+CHOICES |= {"rank": 6, "params": "model.layers.2.self_attn.*", "divergence": "kl"}
 
 
 class Block:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 
-# How we train, which a toy may recommend; --preset published has its own.
-_TRAINING = ("steps", "lr", "warm_start", "n_restarts", "start", "revive")
-
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
 
@@ -53,10 +50,14 @@ def decompose(settings: Settings) -> None:
 
 def toy(settings: Settings) -> None:
     """Decompose a toy model, into a new run folder; or all of them, over several seeds."""
-    n_seeds, readme = settings.pop("seeds", 10), settings.pop("readme", None)
+    suite_only = {name: settings.pop(name) for name in ("seeds", "readme")}
+    if settings["name"] != "all":
+        for name, value in suite_only.items():
+            if value is not None:
+                raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
     out, overwrite = _take_out(settings, f"runs/{settings['name']}")
     if settings["name"] == "all":
-        _toy_suite(settings, out, n_seeds, readme)
+        _toy_suite(settings, out, suite_only["seeds"] or 10, suite_only["readme"])
     else:
         _train(_load_toy(settings), out, overwrite=overwrite)
 
@@ -177,10 +178,8 @@ def _load_toy(settings: Settings) -> Job:
 
     seed = settings["seed"] or 0
     made = toys.make(settings["name"], seed=seed)
-    published = settings["preset"] == "published"
-    own = {name: value for name, value in made.settings.items() if not (published and name in _TRAINING)}
     given = {name: value for name, value in settings.items() if value is not None}
-    resolved = {"name": made.name, "seed": seed} | own | given
+    resolved = {"name": made.name, "seed": seed} | made.arguments(settings["preset"]) | given
     return Job("toy", resolved, _move(made.model, settings["device"]), made.data, None, made)
 
 

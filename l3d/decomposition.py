@@ -123,9 +123,13 @@ class Decomposition(nn.Module):
         Training keeps the largest of a whole batch; `threshold` is what that came to, on average over the last steps.
         Raises ValueError before training, and where the gradients are of other parameters.
         """
+        return self.above_threshold(self.encode(gradients))
+
+    def above_threshold(self, coefficients: Tensor) -> lk.SparseCoefficients:
+        """Return those of the coefficients [S, K] that `code` keeps."""
         if self.threshold != self.threshold:
             raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
-        return above(self.encode(gradients), self.threshold)
+        return above(coefficients, self.threshold)
 
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
         """Return the reconstruction error Σ‖g_s − ĝ_s‖² / Σ‖g_s‖² of a batch: a differentiable scalar.

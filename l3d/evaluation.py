@@ -15,7 +15,7 @@ from l3d.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.model import exact_pattern, to_device
-from l3d.objective import energy, objective
+from l3d.objective import energy, objective, residual_norms
 from l3d.objective import n_kept as n_kept_of
 from l3d.project import project
 from l3d_kernels.reference import pieces
@@ -118,11 +118,12 @@ def score(
     if selection == "batch":
         kept = lk.batch_topk(coefficients, n_kept_of(k, *coefficients.shape), backend=backend)
     else:
-        kept = decomposition.code(gradients)
+        kept = decomposition.above_threshold(coefficients)
     if refit:
         kept = kept._replace(values=least_squares(kept, overlaps, decoder.gram()))
-    explained = kept._replace(values=kept.values * overlaps[kept.rows, kept.columns]).dense().sum(1)
-    return kept, gradients.squared_norm() - 2 * explained + energy(kept, decoder, backend=backend)[:, 0]
+    energies = energy(kept, decoder, backend=backend)
+    overlap = overlaps[kept.rows, kept.columns]
+    return kept, residual_norms(gradients.squared_norm(), kept, overlap, energies)[:, 0]
 
 
 def least_squares(kept: lk.SparseCoefficients, overlaps: Tensor, gram: Tensor) -> Tensor:

@@ -74,13 +74,21 @@ def objective(
         overlap = overlaps[kept.rows, kept.columns]
 
     squared_norms = gradients.squared_norm()
-    explained = kept._replace(values=kept.values * overlap).dense().unflatten(1, (n_groups, -1)).sum(2)  # [S, groups]
-    residual = squared_norms[:, None] - 2 * explained + energy(kept, decoder, coactive, n_groups, backend)
+    residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, coactive, n_groups, backend))
     squared_norm = squared_norms.sum()
     loss = residual.sum(0) / squared_norm
     if n_groups == 1:
         loss, residual = loss[0], residual[:, 0]
     return Objective(loss, kept, squared_norm, residual)
+
+
+def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:
+    """Return ‖g_s − ĝ_s‖²: [S, groups].
+
+    From ‖g_s‖² [S], the kept coefficients, <Vout_k, g_s> at the kept pairs [N], and ‖ĝ_s‖² [S, groups].
+    """
+    explained = kept._replace(values=kept.values * overlap).dense().unflatten(1, (energies.shape[1], -1)).sum(2)
+    return squared_norms[:, None] - 2 * explained + energies
 
 
 def energy(

@@ -112,10 +112,10 @@ TRAINING = (
     ),
     Option(
         "updates",
-        PositiveInt | None,
-        None,
+        PositiveInt,
+        1,
         "N",
-        "Optimiser steps per batch, on the same gradients. null: 1.",
+        "Optimiser steps per batch, on the same gradients.",
     ),
     Option(
         "start",
@@ -228,7 +228,13 @@ TOY = Option(
     "The toy model: tms, tms_parallel, tms_40_10, tmcs, high_rank, squared; or all, the recovery suite.",
     positional=True,
 )
-SEEDS = Option("seeds", PositiveInt, 10, "N", "all: seeds to run, from --seed on; each is another set of toy networks.")
+SEEDS = Option(
+    "seeds",
+    PositiveInt | None,
+    None,
+    "N",
+    "all: seeds to run, from --seed on; each is another set of toy networks. null: 10.",
+)
 README = Option(
     "readme",
     str | None,

@@ -13,7 +13,6 @@ from l3d.data import batches_per_epoch, check_batch_size
 
 PRESETS = ("default", "published")
 STARTS = ("random", "data")
-UPDATES = 1  # of the default preset
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,8 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     revive = chosen.pop("revive")
     if not (revive is None or isinstance(revive, bool)):
         raise ValueError(f"revive: expected True, False or None, got {revive!r}")
-    updates = chosen.pop("updates")
-    updates = (1 if published else UPDATES) if updates is None else updates
-    if not (isinstance(updates, int) and updates >= 1):
-        raise ValueError(f"updates: expected a positive whole number, got {updates!r}")
+    if not (isinstance(chosen["updates"], int) and chosen["updates"] >= 1):
+        raise ValueError(f"updates: expected a positive whole number, got {chosen['updates']!r}")
     lr = chosen.pop("lr")
     lr = (0.01 if published else 0.05) if lr is None else lr
     if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
@@ -111,7 +108,6 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         preset=preset,
         steps=steps,
         lr=float(lr),
-        updates=updates,
         schedule="step" if published else "cosine",
         relative_lr=not published,
         revive=not published if revive is None else revive,

@@ -53,7 +53,7 @@ def decompose(
     checkpoint_every: int | None = None,
     *,
     weight_decay: float = 0.0,
-    updates: int | None = None,
+    updates: int = 1,
     start: str = "random",
     revive: bool | None = None,
     overwrite: bool = False,

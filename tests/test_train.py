@@ -132,7 +132,7 @@ CHOSEN: dict[str, Any] = {
     "lr": None,
     "warm_start": None,
     "weight_decay": 0.0,
-    "updates": None,
+    "updates": 1,
     "start": "random",
     "revive": None,
     "seed": 0,

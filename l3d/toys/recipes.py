@@ -141,7 +141,6 @@ def _settings(n_subnetworks: int, steps: int) -> dict[str, Any]:
         "batch_size": 32,
         "steps": steps,
         "n_restarts": 4,
-        "updates": 1,
     }
 
 

@@ -71,9 +71,9 @@ def run_suite(
     for seed in seeds:
         for experiment in experiments:
             toy = make(experiment.toy, seed)
-            chosen = {**toy.settings, "seed": seed, "progress": False, **experiment.arguments, **arguments}
+            chosen = {**toy.arguments(arguments.get("preset")), **experiment.arguments, **arguments}
             with one_thread():
-                d = l3d.decompose(toy.model, toy.data, **chosen)
+                d = l3d.decompose(toy.model, toy.data, seed=seed, progress=False, **chosen)
                 error = d.evaluate(toy.model, toy.data[:1000], n_references=30).error
                 figures = {"error": error, **toy.recovery(d), "seconds": d.timing["seconds"]}
             for name, value in figures.items():

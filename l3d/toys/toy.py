@@ -13,6 +13,8 @@ from l3d.toys.networks import Network
 if TYPE_CHECKING:
     from l3d.decomposition import Decomposition
 
+TRAINING = ("steps", "n_restarts")  # of a toy's settings, those that the published recipe has its own of
+
 
 class Sample(Protocol):
     """Draw n points [n, features] by a generator."""
@@ -37,6 +39,10 @@ class Toy:
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n fresh points [n, features] as the data was drawn."""
         return self.draw(n, generator=generator)
+
+    def arguments(self, preset: str | None) -> dict[str, Any]:
+        """Return the recommended arguments of `decompose`; "published" itself says how to train."""
+        return {name: v for name, v in self.settings.items() if not (preset == "published" and name in TRAINING)}
 
     def similarity(self, decomposition: "Decomposition") -> Tensor:
         """Return |cos| between every true circuit and every subnetwork: [circuits, K].
