@@ -542,11 +542,11 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_short_suite_finds_the_circuits() -> None:
-    """With 400 steps on seed 0 every feature, column and group is found, and the figures are those of the table."""
+    """With 600 steps on seed 0 every feature, column and group is found, and the figures are those of the table."""
     titles = ["tms, `mse`", "tmcs, `mse_published`", "high_rank, rank 1"]
     experiments = [experiment for experiment in EXPERIMENTS if experiment.title in titles]
     said: list[str] = []
-    results = run_suite([0], experiments, said.append, steps=400)
+    results = run_suite([0], experiments, said.append, steps=600)
     tms, tmcs, high_rank = (results[title] for title in titles)
     assert tms["features_found"] == [5]
     assert tmcs["features_found"] == [10]

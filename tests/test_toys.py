@@ -12,6 +12,7 @@ from torch import Tensor
 import l3d
 from l3d.decomposition import Decomposition
 from l3d.toys import Superposition, Toy, make, one_thread, sparse_features
+from l3d.toys.networks import split_scale
 
 from helpers import assert_relative
 
@@ -116,6 +117,27 @@ def test_the_toy_computes_what_it_says() -> None:
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     w_in, w_out, bias = model.W_in.weight, model.W_out.weight, model.W_out.bias
     assert_relative(model(x), (x @ w_in.mT @ w_out.mT + bias).clamp_min(0), 1e-12)
+
+
+@pytest.mark.parametrize("n_features, n_hidden", [(5, 2), (40, 10), (3, 3)])
+def test_the_scale_is_split_in_one_way(n_features: int, n_hidden: int) -> None:
+    """Whatever M stands between the matrices, splitting keeps the function and W_in W_inᵀ = (n/h) W_outᵀ W_out."""
+    draw = torch.Generator().manual_seed(n_features)
+    model = Superposition(n_features, n_hidden).double()
+    x = torch.randn(9, n_features, generator=draw, dtype=torch.float64)
+    before = model(x)
+    grams = []
+    for _ in range(2):
+        between = torch.randn(n_hidden, n_hidden, generator=draw, dtype=torch.float64)
+        with torch.no_grad():
+            model.W_in.weight.copy_(between @ model.W_in.weight)
+            model.W_out.weight.copy_(model.W_out.weight @ between.inverse())
+        split_scale(model)
+        assert_relative(model(x), before, 1e-9)
+        w_in, w_out = model.W_in.weight.detach(), model.W_out.weight.detach()
+        assert_relative(w_in @ w_in.mT, n_features / n_hidden * w_out.mT @ w_out, 1e-9)
+        grams.append(w_in @ w_in.mT)
+    assert_relative(grams[0], grams[1], 1e-9)
 
 
 def test_an_unknown_toy_is_refused() -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
+N = TypeVar("N", bound="Network")
 
 
 def identity(x: Tensor) -> Tensor:
@@ -53,6 +55,24 @@ class Superposition(Network):
         super().__init__(layers, last=torch.relu if rectify else identity)
 
 
+def split_scale(network: Superposition) -> Superposition:
+    """Share the scale of W_out W_in between the two matrices in a fixed way, and return the network.
+
+    The network computes the same with M W_in and W_out M⁻¹ for any invertible M, but its gradients, and how well they
+    are reconstructed, depend on M. So that training's accidents do not decide, both matrices get the same singular
+    values, in the proportion of Kaiming's fan-out initialisation, which keeps the size of what flows backwards:
+    W_in W_inᵀ = (features / hidden units) W_outᵀ W_out, diagonal.
+    """
+    w_in, w_out = network.W_in.weight, network.W_out.weight
+    n_hidden, n_features = w_in.shape
+    with torch.no_grad():
+        u, s, vh = torch.linalg.svd(w_out.double() @ w_in.double())
+        root, proportion = s[:n_hidden].sqrt(), (n_features / n_hidden) ** 0.25
+        w_in.copy_(proportion * root[:, None] * vh[:n_hidden])
+        w_out.copy_(u[:, :n_hidden] * root / proportion)
+    return network
+
+
 class Deep(Network):
     """A GELU network of some hidden layers of one width: [n, features] -> [n, features]."""
 
@@ -83,7 +103,7 @@ def drawn_from(generator: torch.Generator) -> Iterator[None]:
 
 
 def train_network(
-    build: Callable[[], Network],
+    build: Callable[[], N],
     inputs: Tensor,
     targets: Tensor,
     generator: torch.Generator,
@@ -93,7 +113,7 @@ def train_network(
     n_starts: int,
     batch_size: int = 256,
     score: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None,
-) -> Network:
+) -> N:
     """Fit inputs [n, features] to targets [n, outputs] by mean squared error, from several starts in one run.
 
     Adam, lr falling along a cosine. `score(stacked parameters, losses [starts])` gives what is to be least in the

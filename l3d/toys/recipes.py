@@ -13,7 +13,7 @@ from torch import Tensor
 from l3d.data import mix
 from l3d.toys import recovery
 from l3d.toys.cache import trained
-from l3d.toys.networks import Deep, Network, Superposition, train_network
+from l3d.toys.networks import Deep, Network, Superposition, split_scale, train_network
 from l3d.toys.sampling import grouped_features, signed_features, sparse_features
 from l3d.toys.toy import Sample, Toy
 
@@ -172,7 +172,7 @@ def _fit_superposition(n_features: int, n_hidden: int, generator: torch.Generato
     any gradient is left of it: what such a model does with the feature is no circuit of it that could be found.
     """
 
-    def build() -> Network:
+    def build() -> Superposition:
         network = Superposition(n_features, n_hidden)
         torch.nn.init.normal_(network.W_in.weight, std=(2 / n_hidden) ** 0.5)
         network.W_out.weight.data.copy_(network.W_in.weight.mT)  # from unrelated starts most features are given up
@@ -188,7 +188,7 @@ def _fit_superposition(n_features: int, n_hidden: int, generator: torch.Generato
         return losses + 2.0 * ~held + (0.5 - balance).clamp_min(0)
 
     x = sparse_features(10_000, n_features, generator)
-    return train_network(build, x, x, generator, score=score, **how)
+    return split_scale(train_network(build, x, x, generator, score=score, **how))
 
 
 def _feature_gains(model: Network) -> list[dict[str, Tensor]]:
@@ -210,7 +210,7 @@ def _linear_map(name: str, seed: int, matrix: Tensor, n_hidden: int, sample: Sam
 
     def fit() -> Network:
         x = sample(10_000, generator=generator)
-        return train_network(build, x, x @ matrix.mT, generator, steps=3000, lr=0.01, n_starts=1)
+        return split_scale(train_network(build, x, x @ matrix.mT, generator, steps=3000, lr=0.01, n_starts=1))
 
     build = partial(Superposition, len(matrix), n_hidden, rectify=False)
     return trained(name, seed, build, fit)
