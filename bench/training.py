@@ -14,18 +14,16 @@ import argparse
 import inspect
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import l3d
+from bench.environment import RESULTS, environment
 from l3d.data import count_rows
 from l3d.extract import Extractor
 from l3d.settings import Settings, resolve
@@ -33,7 +31,6 @@ from l3d.sources import load_data, load_model
 from l3d.toys import make, one_thread
 from l3d.train import Run
 
-ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 200  # texts, the last ones
 # The defaults of `decompose` that settings are resolved from, and what is chosen otherwise for the block.
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(l3d.decompose).parameters.items()}
@@ -146,17 +143,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def environment() -> dict[str, Any]:
-    """Say what made the figures."""
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "revision": revision.stdout.strip(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 BENCHES = {bench.__name__: bench for bench in (stability, presets, toys, ablations)}
 
 
@@ -166,7 +152,7 @@ def main() -> None:
     parser.add_argument("name", choices=BENCHES)
     name = parser.parse_args().name
     rows = BENCHES[name]()
-    path = ROOT / "bench" / "results" / f"training-{name}.json"
+    path = RESULTS / f"training-{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table(rows))

@@ -1,0 +1,146 @@
+"""What is timed: a model, a batch and a decomposition's start, with the loss of a step by three methods.
+
+* l3d: ours;
+* published: bench/published.py, the method as published;
+* afternoon: bench/afternoon.py, vmap(grad) and dense products.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import afternoon, published
+from l3d.data import mix
+from l3d.decomposition import Decomposition
+from l3d.divergence import kl, mse, reference_outputs
+from l3d.extract import Extractor
+from l3d.model import run_fixed
+from l3d.objective import n_kept, objective
+from l3d.optimizer import RelativeAdam
+from l3d.toys import make
+
+METHODS = ("l3d", "afternoon", "published")
+
+
+class Case:
+    """A model, a batch and a decomposition's start; `chunk` is how many gradients a baseline computes at once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        n_subnetworks: int,
+        rank: int,
+        k: float,
+        divergence: str,
+        params: str | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.model, self.inputs, self.k, self.chunk = model, inputs, k, chunk
+        self.kl = divergence == "kl"
+        self.extractor = Extractor(model, divergence, "sample", params)
+        self.shapes = {name: p.shape for name, p in self.extractor.parameters.items()}
+        start = torch.Generator().manual_seed(0)
+        self.decomposition = Decomposition(self.shapes, n_subnetworks, rank, generator=start)
+        self.optimizer = RelativeAdam(self.decomposition.parameters())
+
+    def loss(self, method: str) -> Tensor:
+        """Return the batch's loss by one of METHODS, on the same references."""
+        d = self.decomposition
+        if method == "l3d":
+            gradients = self.extractor(self.inputs, torch.Generator().manual_seed(mix(0)))
+            return objective(gradients, d.encoder, d.decoder, self.k).loss
+        gradient = self.by_afternoon() if method == "afternoon" else self.as_published()
+        return published.loss(gradient, d.encoder, d.decoder, n_kept(self.k, len(gradient), d.n_subnetworks))
+
+    def step(self, method: str) -> None:
+        """Take one training step."""
+        self.optimizer.step(torch.autograd.grad(self.loss(method), self.optimizer.parameters), 0.01)
+        self.decomposition.normalize_()
+
+    def as_published(self) -> Tensor:
+        """Return the materialised gradients by jacrev over the batch's losses."""
+
+        def losses(output: Tensor) -> Tensor:
+            flat = output.flatten(0, 1) if self.kl else output
+            return self.divergence(flat, self.references(flat.detach()))
+
+        return published.gradients(self.model, self.inputs, list(self.shapes), losses, self.chunk)
+
+    def by_afternoon(self) -> Tensor:
+        """Return the materialised gradients by vmap(grad), a sample at a time."""
+        with torch.no_grad():
+            output = run_fixed(self.model, self.inputs)
+        references = self.references(output.flatten(0, 1) if self.kl else output)
+        per_row = len(references) // len(self.inputs)
+        samples = torch.arange(len(references))
+
+        def loss(output: Tensor, position: Tensor, reference: Tensor) -> Tensor:
+            own = output[0].index_select(0, position[None]) if self.kl else output
+            return self.divergence(own, reference[None])[0]
+
+        rows = self.inputs[samples // per_row]
+        names = list(self.shapes)
+        return afternoon.gradients(self.model, rows, names, loss, samples % per_row, references, chunk=self.chunk)
+
+    def divergence(self, outputs: Tensor, references: Tensor) -> Tensor:
+        """Return every sample's divergence [S]."""
+        return (kl if self.kl else mse)(outputs, references)
+
+    def references(self, outputs: Tensor) -> Tensor:
+        """Draw the references of all samples [S, ...], those that the l3d loss draws."""
+        generator = torch.Generator().manual_seed(mix(0))
+        return reference_outputs("sample", outputs, None, self.kl, generator)
+
+
+def tms() -> Case:
+    """The toy model of superposition as published: 5 subnetworks of rank 1, 32 points a step."""
+    toy = make("tms")
+    return Case(toy.model, toy.data[:32], 5, 1, 0.1, "mse")
+
+
+def stories(n_texts: int = 16) -> Case:
+    """stories260k's shape with random weights: layer-2 attention, K=100, rank 6, texts of 16 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **_plain(),
+    )
+    model = LlamaForCausalLM(config).eval()
+    return Case(model, torch.randint(512, (n_texts, 16)), 100, 6, 0.1, "kl", "model.layers.2.self_attn.*", 64)
+
+
+def tinystories(n_texts: int = 16) -> Case:
+    """TinyStories-8M's shape with random weights: GPT-Neo, block 4's attention, K=100, rank 25, texts of 16 tokens."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=50257,
+        hidden_size=256,
+        num_layers=8,
+        attention_types=[[["global", "local"], 4]],
+        num_heads=16,
+        max_position_embeddings=2048,
+        **_plain(),
+    )
+    model = GPTNeoForCausalLM(config).eval()
+    return Case(model, torch.randint(50257, (n_texts, 16)), 100, 25, 0.1, "kl", "transformer.h.4.attn.*", 16)
+
+
+def _plain() -> dict[str, Any]:
+    return {"use_cache": False, "attn_implementation": "eager"}
+
+
+CASES: dict[str, Callable[[], Case]] = {"tms": tms, "stories": stories, "tinystories": tinystories}
