@@ -16,6 +16,7 @@ import l3d_kernels as lk
 from l3d.costs import Path, choose_paths, coactive_is_cheaper
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients
+from l3d.flat import flat_residual, is_small
 from l3d.project import project, project_at
 
 
@@ -51,10 +52,12 @@ def objective(
     """Compute the loss of a batch at the kept fraction k.
 
     With several groups, the directions are so many decompositions side by side, each with its own top-k and loss: only
-    the gradients are shared. `paths` and `coactive` override the choice by cost (`l3d.costs`); the value does not
-    depend on them.
+    the gradients are shared. `paths` and `coactive` override the choice by cost (`l3d.costs`, and `l3d.flat` for the
+    smallest problems); the value does not depend on them.
     """
     n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // n_groups)
+    if paths is None and coactive is None and is_small(gradients, encoder, backend):
+        return _relative(*flat_residual(gradients, encoder, decoder, n, n_groups))
     paths = choose_paths(gradients, encoder, n * n_groups) if paths is None else paths
     sampled = [name for name, path in paths.items() if path.sampled]
     direct = [name for name, path in paths.items() if not path.sampled]
@@ -75,9 +78,14 @@ def objective(
 
     squared_norms = gradients.squared_norm()
     residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, coactive, n_groups, backend))
+    return _relative(kept, residual, squared_norms)
+
+
+def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
+    """Divide residuals [S, groups] by norms [S], both summed over samples."""
     squared_norm = squared_norms.sum()
     loss = residual.sum(0) / squared_norm
-    if n_groups == 1:
+    if residual.shape[1] == 1:
         loss, residual = loss[0], residual[:, 0]
     return Objective(loss, kept, squared_norm, residual)
 

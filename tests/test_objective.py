@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import l3d
 from l3d import costs
 from l3d import directions as directions_module
+from l3d import flat as flat_module
 from l3d.costs import Path, Sizes
 from l3d.decomposition import Decomposition
 from l3d.directions import Directions, LowRank, Whole
@@ -23,6 +24,12 @@ from helpers import assert_relative
 
 LOSS, PATHS = 1e-9, 1e-10
 Rank = int | dict[str, int | tuple[int, ...]]
+
+
+@pytest.fixture(params=[0, flat_module.SMALL], ids=["any size", "small"], autouse=True)
+def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test on the path for all sizes, and again with the one that small problems take."""
+    monkeypatch.setattr(flat_module, "SMALL", request.param)
 
 
 # --- models of every kind of piece ------------------------------------------------------------------------------
