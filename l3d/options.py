@@ -132,6 +132,13 @@ TRAINING = (
         "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples. null: true "
         "(published: false).",
     ),
+    Option(
+        "shuffle",
+        bool,
+        False,
+        "true|false",
+        "A control: learn from gradients whose parts are dealt out anew over the samples of each batch.",
+    ),
     Option("seed", int, 0, "SEED", "Seed of everything that is random."),
     Option(
         "checkpoint_every",

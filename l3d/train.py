@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d import store
+from l3d.controls import shuffled
 from l3d.data import Batches, count_rows, mix
 from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
@@ -56,6 +57,7 @@ def decompose(
     updates: int = 1,
     start: str = "random",
     revive: bool | None = None,
+    shuffle: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -93,6 +95,8 @@ def decompose(
         revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
             subnetworks anew that none of these steps has kept, from samples that are reconstructed badly. Default:
             True, False for "published".
+        shuffle: learn from gradients whose parts are dealt out anew over a batch's samples, tensor by tensor: a control
+            that has learned no sample's gradient (`l3d.controls.shuffled`).
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
@@ -125,6 +129,7 @@ def decompose(
         updates=updates,
         start=start,
         revive=revive,
+        shuffle=shuffle,
         seed=seed,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         backend=backend,
@@ -201,6 +206,8 @@ class Run:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
         generator = torch.Generator().manual_seed(mix(self.settings.seed, 2, step))
         gradients = self.extractor(to_device(self.batches[step], self.device), generator)
+        if self.settings.shuffle:
+            gradients = shuffled(gradients, generator)
         return gradients.to(next(self.decomposition.parameters()))
 
     def check(self) -> None:
