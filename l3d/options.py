@@ -32,10 +32,11 @@ LEARNED = (
     Option("n_subnetworks", PositiveInt, 100, "K", "Number of directions in parameter space to learn."),
     Option(
         "rank",
-        PositiveInt | dict[str, PositiveInt | list[PositiveInt]],
+        PositiveInt | Literal["auto"] | dict[str, PositiveInt | list[PositiveInt]],
         8,
-        "R|{GLOB:R}|{GLOB:[R,R]}",
-        "Rank of each direction in each tensor: one number, or one per tensor, as "
+        "R|auto|{GLOB:R}|{GLOB:[R,R]}",
+        "Rank of each direction in each tensor: one number; auto, what holds nine tenths of single gradients' squared "
+        "norm in each, at most 16; or one per tensor, as "
         '\'{"*.q_proj.*": 8, "*": 4}\', the first match counts and a list gives one number per axis. '
         "Vectors are always stored whole.",
     ),
