@@ -60,7 +60,7 @@ print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "expected one of toy, decompose, evaluate, resume, report"),
+        ([], "expected one of toy, decompose, evaluate, resume, sweep, intervene, paper, report"),
         (["fly"], "invalid choice: 'fly'"),
         (["toy"], "NAME is required"),
         (["toy", "tms", "--stepz", "3"], "unrecognized arguments: --stepz 3"),

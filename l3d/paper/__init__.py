@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from l3d.files import replace_text, replacing
-from l3d.plots import to_svg
+from l3d.files import replace_text
+from l3d.plots import to_svg, write_figure
 from l3d.store import to_json
 
 NAMES = ("tms", "tmcs", "high_rank", "squared")
 MARK = "figures.json"  # what tells a folder of figures from others
-DPI = 110
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -43,10 +42,7 @@ def write_figures(name: str, out: Path, seed: int = 0, tell: Callable[[str], Non
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for picture in pictures:
-        paths.append(replace_text(out / f"{picture.name}.svg", to_svg(picture.figure) + "\n"))
-        with replacing(out / f"{picture.name}.png") as partial:
-            picture.figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-        paths.append(out / f"{picture.name}.png")
+        paths += write_figure(picture.figure, out / picture.name)
     numbers = {picture.name: {"caption": picture.caption, **picture.numbers} for picture in pictures}
     paths.append(replace_text(out / MARK, to_json({"study": name, "seed": seed, "figures": numbers})))
     environment = jinja2.Environment(

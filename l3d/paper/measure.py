@@ -11,9 +11,10 @@ from l3d.directions import Directions
 from l3d.intervention import intervene
 from l3d.matching import match
 from l3d.model import Params
-from l3d.toys import Toy
+from l3d.toys import Deep, Toy
 
-REACH = 0.2  # how far a sweep goes, as a share of the norm of all weights
+REACH = 0.2  # how far a sweep goes, as a share of the norm of all weights..
+REACH_DEEP = 0.03  # ..and of a deep network's, in which all samples move before long
 POINTS = 21  # of a sweep
 
 
@@ -59,9 +60,10 @@ def owners(toy: Toy, decomposition: Decomposition, size: int = 1) -> list[int]:
 
 
 def sweep_deltas(toy: Toy, n: int = POINTS) -> list[float]:
-    """Return n distances from -REACH to REACH times the norm of the toy's weights."""
+    """Return n distances, as far either way as is `REACH` or `REACH_DEEP`."""
+    reach = REACH_DEEP if isinstance(toy.model, Deep) else REACH
     norm = float(torch.stack([p.detach().square().sum() for p in toy.model.parameters()]).sum().sqrt())
-    return (torch.linspace(-REACH, REACH, n, dtype=torch.float64) * norm).tolist()
+    return (torch.linspace(-reach, reach, n, dtype=torch.float64) * norm).tolist()
 
 
 @torch.no_grad()

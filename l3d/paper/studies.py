@@ -168,7 +168,7 @@ def _errors(
         errors.append([])
         rows: dict[str, list[float]] = {}
         for value in values:
-            toy, d = _decomposed(name, each, **fixed | {argument: value})
+            toy, d = _decomposed(name, each, n_restarts=2, **fixed | {argument: value})
             errors[-1].append(d.evaluate(toy.model, toy.data, n_references=30).error)
             for key, figure in toy.recovery(d).items():
                 rows.setdefault(key, []).append(figure)
