@@ -232,7 +232,8 @@ def network_diagram(
         for i, network in enumerate(subnetworks):
             _draw_network(grid[i], network, chain, full)
             if len(subnetworks) > 1:
-                grid[i].annotate(str(i), (0.5, 1), xycoords="axes fraction", ha="center", va="top")
+                grid[i].set_ylim(-0.06, 1.16)
+                grid[i].annotate(str(i), (0.5, 0.99), xycoords="axes fraction", ha="center", va="top")
         return figure
 
 

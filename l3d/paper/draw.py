@@ -111,8 +111,8 @@ def sweeps(curves: Sequence[Sweep], titles: Sequence[str], hidden: Sequence[Swee
                 ):
                     axes.plot(each.deltas, values, color=colour, linewidth=1.6, linestyle=line, label=label + note)
             axes.set_title(title, size=9, color=INK)
-            axes.set_ylim(bottom=0)
             axes.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
+        grid[0, 0].set_ylim(bottom=0)
         figure.supxlabel("δ, distance moved along the subnetwork", size=9, color=INK)
         figure.supylabel("output change (rms)", size=9, color=INK)
         handles, labels = grid[0, 0].get_legend_handles_labels()
