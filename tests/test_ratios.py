@@ -1,6 +1,8 @@
 """Interventions measured: every figure against a loop by definition, and what it says of circuits that are known."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import l3d
+from l3d.cli import main
 from l3d.decomposition import Decomposition
 from l3d.ratios import InterventionRatios, alike
 
@@ -170,3 +173,23 @@ def test_rows_of_several_shapes_are_refused() -> None:
     data = [torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 5, dtype=torch.int64)]
     with pytest.raises(ValueError, match="data: expected rows of one shape"):
         l3d.intervention_ratios(d, model, data)
+
+
+def test_the_command_writes_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`l3d intervene` leaves interventions.json and a plot, of the run and of a control beside it, in a copy if asked."""
+    short = ["--steps", "60", "--n_restarts", "1", "--evaluate_rows", "64"]
+    assert main(["toy", "tms", *short, "--out", str(tmp_path / "run")]) == 0
+    assert main(["toy", "tms", *short, "--shuffle", "true", "--out", str(tmp_path / "torn")]) == 0
+    arguments = ["intervene", str(tmp_path / "run"), "--control", str(tmp_path / "torn"), "--rows", "200"]
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(tmp_path / "copy")]) == 0
+    assert "above the random direction: " in capsys.readouterr().out
+    written = json.loads((tmp_path / "copy" / "interventions.json").read_text())
+    made = l3d.toys.make("tms")
+    for found, name in ((written, "run"), (written["control"], "torn")):
+        expected = l3d.intervention_ratios(l3d.load(tmp_path / name), made.model, made.data, n_rows=200)
+        assert found["subnetworks"] == expected.subnetworks.tolist()
+        assert found["ratio"] == pytest.approx(expected.ratio.tolist())
+        assert found["share_above_random"] == expected.share_above_random
+    assert {"interventions.svg", "interventions.png"} <= {path.name for path in (tmp_path / "copy").iterdir()}
+    assert not (tmp_path / "run" / "interventions.json").exists()

@@ -83,9 +83,9 @@ def pairwise(toy: Toy, d: Decomposition, owner: list[int]) -> Picture:
     return Picture(
         "pairs",
         "Pairwise interventions",
-        "The subnetworks of features 0 and 1 moved together: a sample that holds one of them follows that "
-        "one's δ. Right: for every pair, how far the change of both is from the sum of the single changes, as "
-        f"a share of it (median {short(statistics.median(pairs))}, at most {short(max(pairs))}).",
+        "The subnetworks of 0 and 1 moved together, for samples that hold only one of them, both, or neither. "
+        "Right: for every pair, how far the change of both is from the sum of the single changes, as a share "
+        f"of it (median {short(statistics.median(pairs))}, at most {short(max(pairs))}).",
         draw.pairs(found, "0", "1"),
         found._asdict(),
     )
