@@ -176,8 +176,8 @@ def test_rows_of_several_shapes_are_refused() -> None:
 
 
 def test_the_command_writes_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`l3d intervene` leaves interventions.json and a plot, of the run and of a control beside it, in a copy if asked."""
-    short = ["--steps", "60", "--n_restarts", "1", "--evaluate_rows", "64"]
+    """`l3d intervene` leaves interventions.json and a plot, of a run and of a control beside it, in a copy if asked."""
+    short = ["--steps", "20", "--n_restarts", "1", "--evaluate_rows", "64"]
     assert main(["toy", "tms", *short, "--out", str(tmp_path / "run")]) == 0
     assert main(["toy", "tms", *short, "--shuffle", "true", "--out", str(tmp_path / "torn")]) == 0
     arguments = ["intervene", str(tmp_path / "run"), "--control", str(tmp_path / "torn"), "--rows", "200"]

@@ -40,8 +40,8 @@ def tms(seed: int) -> Iterator[Picture]:
         "directions",
         "Feature directions",
         "Grey: where each feature lies in the plane of the two hidden units. Blue: where its subnetwork lies there; "
-        f"|cos| is {short(float(cosines['subnetwork'].min()))} at least. Red: what the subnetwork's encoder reads, which "
-        f"may turn away from other features: |cos| from {short(float(cosines['encoder'].min()))} on, "
+        f"|cos| is {short(float(cosines['subnetwork'].min()))} at least. Red: what the subnetwork's encoder reads, "
+        f"which may turn away from other features: |cos| from {short(float(cosines['encoder'].min()))} on, "
         f"{short(float(cosines['encoder'].median()))} in the median.",
         draw.planes(truth, planes["subnetwork"], planes["encoder"], ["in W_in, beside W_out", "in W_out, beside W_in"]),
         {name: values.tolist() for name, values in cosines.items()},
