@@ -91,6 +91,7 @@ def pairwise(toy: Toy, decomposition: Decomposition, owner: Sequence[int], first
         "both": held[:, first] & held[:, second],
         "neither": ~held[:, first] & ~held[:, second],
     }
+    kinds = {kind: chosen for kind, chosen in kinds.items() if chosen.any()}  # few points may hold both
     before = toy.model(toy.data)
 
     def change(moves: dict[int, float]) -> Tensor:
