@@ -65,10 +65,10 @@ def test_the_command_makes_every_figure(
     """SVG, PNG, numbers and a page that asks for nothing, the same bytes twice; with few steps and points, for time."""
     monkeypatch.setattr(studies, "SEEDS", 1)
     original, make = studies.decompose, studies.make
-    monkeypatch.setattr(studies, "make", lambda name, seed: replace(toy := make(name, seed), data=toy.data[:160]))
+    monkeypatch.setattr(studies, "make", lambda name, seed: replace(toy := make(name, seed), data=toy.data[:96]))
 
     def short(*arguments: Any, **options: Any) -> Decomposition:
-        return original(*arguments, **options | {"steps": 30, "n_restarts": 1})
+        return original(*arguments, **options | {"steps": 10, "n_restarts": 1})
 
     monkeypatch.setattr(studies, "decompose", short)
     out = tmp_path / name

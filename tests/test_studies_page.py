@@ -30,7 +30,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     space: dict[str, Any] = {}
     seen: dict[str, Any] = {}
     for code in PYTHON:
-        exec(compile(re.sub(r"steps=\d{4}", "steps=500", code), str(PAGE), "exec"), space)
+        exec(compile(re.sub(r"steps=\d{4}", "steps=400", code), str(PAGE), "exec"), space)
         seen |= {name: space[name] for name in ("found", "before", "after", "far") if name in space}
     assert len(PYTHON) == 7
     assert seen["found"].share_above_random == 1.0
