@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from l3d.extract import extract_gradients as extract_gradients
     from l3d.factors import Gradients as Gradients
     from l3d.intervention import intervene as intervene
+    from l3d.ratios import InterventionRatios as InterventionRatios
+    from l3d.ratios import intervention_ratios as intervention_ratios
     from l3d.store import load as load
     from l3d.store import save as save
     from l3d.train import decompose as decompose
+    from l3d.tuning import FineTuned as FineTuned
+    from l3d.tuning import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -31,13 +35,17 @@ _HOMES = {
     "Decomposition": "decomposition",
     "Evaluation": "evaluation",
     "Extractor": "extract",
+    "FineTuned": "tuning",
     "Gradients": "factors",
+    "InterventionRatios": "ratios",
     "TopSamples": "evaluation",
     "decompose": "train",
     "evaluate": "evaluation",
     "extract_gradients": "extract",
+    "finetune": "tuning",
     "impact": "evaluation",
     "intervene": "intervention",
+    "intervention_ratios": "ratios",
     "load": "store",
     "save": "store",
     "top_samples": "evaluation",

@@ -118,6 +118,57 @@ This runs the code that RUN/config.yaml names: only resume run folders you trust
         {"run": [options.RUN], "results": [options.COPY]},
         "example:\n  l3d resume runs/attention",
     ),
+    "sweep": Command(
+        "many runs over k, K, rank and seed",
+        "l3d sweep --over.NAME '[VALUE,..]' (--toy NAME | --model SPEC --data SPEC) [options]",
+        """\
+Decompose one model many times: every combination of the values given by --over. Each is a run folder in
+DIR/runs; DIR/table.md, sweep.json and error-kept.svg say what they come to. In the same --out finished
+runs are kept, an interrupted one goes on, and values may be added. Runs that differ in the seed alone are
+compared: alike is the mean |cosine| of subnetworks matched one to one.""",
+        {
+            "sweep": [options.OVER, options.TOY_MODEL, options.RANDOM_WEIGHTS],
+            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT),
+            "what is learned": options.unset(options.LEARNED),
+            "training": options.unset(options.TRAINING),
+            "machine": options.unset(options.MACHINE),
+            "results": [options.EVALUATE_ROWS, options.folder("runs/sweep")],
+        },
+        """\
+examples:
+  l3d sweep --toy tms --over.k '[.05,.1,.2]' --over.seed '[0,1,2]' --random_weights
+  l3d sweep --model hf:stories260k --data text:stories.txt --params 'model.layers.2.self_attn.*' \\
+      --divergence kl --steps 500 --over.n_subnetworks '[50,100]' --over.rank '[4,auto]' --out runs/sizes""",
+    ),
+    "intervene": Command(
+        "measure what moving along each subnetwork changes",
+        "l3d intervene RUN [options]",
+        """\
+For each subnetwork: how far outputs move with the weights along it, on samples it is active for and on the
+rest, over a sweep of distances; and the same for a random direction of its norm and rank. Writes
+RUN/interventions.json and a plot. This runs the code that RUN/config.yaml names.""",
+        {
+            "run": [options.RUN],
+            "what is measured": [options.INTERVENE_ROWS, options.SAMPLES, options.CONTROL],
+            "results": [options.COPY],
+        },
+        """\
+examples:
+  l3d intervene runs/attention
+  l3d intervene runs/attention --control runs/attention-shuffled --samples 64""",
+    ),
+    "paper": Command(
+        "make the paper's figures again",
+        "l3d paper NAME [options]",
+        """\
+Make the figures of one of the paper's toy studies again: SVG and PNG files, figures.json with the numbers in
+them, and index.html, a page of them all.""",
+        {
+            "figures": [options.PAPER, options.PAPER_SEED],
+            "results": [options.folder("runs/paper-NAME"), options.OVERWRITE],
+        },
+        "examples:\n  l3d paper tms\n  l3d paper squared --seed 1 --out runs/squared-1",
+    ),
     "report": Command(
         "write a run's report.html again",
         "l3d report RUN [options]",

@@ -45,7 +45,7 @@ def decompose(settings: Settings) -> None:
         if not settings[name]:
             raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
         settings[name] = absolute(settings[name])
-    _train(_load(settings), out, overwrite=overwrite)
+    _train(load(settings), out, overwrite=overwrite)
 
 
 def toy(settings: Settings) -> None:
@@ -59,7 +59,7 @@ def toy(settings: Settings) -> None:
     if settings["name"] == "all":
         _toy_suite(settings, out, suite_only["seeds"] or 10, suite_only["readme"])
     else:
-        _train(_load_toy(settings), out, overwrite=overwrite)
+        _train(load_toy(settings), out, overwrite=overwrite)
 
 
 def _toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
@@ -90,8 +90,8 @@ def _toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) 
 
 def resume(settings: Settings) -> None:
     """Go on with an interrupted run from its last checkpoint."""
-    run, target = _find_run(settings)
-    job = _reload(run, {})
+    run, target = find_run(settings)
+    job = reload(run, {})
     if target != run:
         run_folder.copy_run(run, target)
     _train(job, target, resume=True)
@@ -101,17 +101,17 @@ def evaluate(settings: Settings) -> None:
     """Evaluate a run's decomposition again and renew its figures."""
     import l3d
 
-    run, target = _find_run(settings)
+    run, target = find_run(settings)
     changes = {name: settings[name] for name in ("evaluate_rows", "device") if settings[name] is not None}
     if settings["data"] is not None:
         changes |= {"data": settings["data"], "data_args": settings["data_args"] or {}, "held_out": 0}
     elif settings["data_args"] is not None:
         raise ValueError("--data_args: needs --data, to which they belong")
-    job = _reload(run, changes)
+    job = reload(run, changes)
     metrics = run_folder.read_metrics(run)
     metrics.pop("held_out_error", None)  # either computed anew or of other rows than the rest
     metrics.pop("evaluated_on", None)
-    metrics |= _evaluate(l3d.load(run), job)
+    metrics |= evaluate_run(l3d.load(run), job)
     if settings["data"] is not None:
         metrics["evaluated_on"] = settings["data"]
     if target != run:
@@ -123,11 +123,32 @@ def report(settings: Settings) -> None:
     """Write a run's report again."""
     from l3d.report import render_report, write_report
 
-    run, target = _find_run(settings)
+    run, target = find_run(settings)
     if target != run:
         render_report(run)  # fails before anything is copied
         run_folder.copy_run(run, target)
     print(f"report: {write_report(target)}")
+
+
+def sweep(settings: Settings) -> None:
+    """Decompose one model over every combination of some settings."""
+    from l3d import study_commands
+
+    study_commands.sweep(settings)
+
+
+def intervene(settings: Settings) -> None:
+    """Measure interventions along every subnetwork of a run."""
+    from l3d import study_commands
+
+    study_commands.intervene(settings)
+
+
+def paper(settings: Settings) -> None:
+    """Make the figures of one of the paper's studies again."""
+    from l3d import study_commands
+
+    study_commands.paper(settings)
 
 
 def _take_out(settings: Settings, default: str) -> tuple[Path, bool]:
@@ -138,7 +159,7 @@ def _take_out(settings: Settings, default: str) -> tuple[Path, bool]:
     return out, overwrite
 
 
-def _find_run(settings: Settings) -> tuple[Path, Path]:
+def find_run(settings: Settings) -> tuple[Path, Path]:
     """Return the run folder and the one to write into: the same, or a copy to be made in --out."""
     run = Path(settings["run"])
     run_folder.read_command(run)
@@ -148,17 +169,19 @@ def _find_run(settings: Settings) -> tuple[Path, Path]:
     return run, Path(settings["out"])
 
 
-def _reload(run: Path, changes: Settings) -> Job:
+def reload(run: Path, changes: Settings) -> Job:
+    """Load what a run folder was made from, with some settings changed."""
     command = run_folder.read_command(run)
     settings = read_settings(command, run)
     for name in ("out", "overwrite"):
         settings.pop(name)
     if command == "toy" and "data" in changes:
         raise ValueError("--data: a toy has its own data")
-    return _load_toy(settings | changes) if command == "toy" else _load(settings | changes)
+    return load_toy(settings | changes) if command == "toy" else load(settings | changes)
 
 
-def _load(settings: Settings) -> Job:
+def load(settings: Settings) -> Job:
+    """Load the model and the data that settings name."""
     model = _move(load_model(settings["model"], **settings["model_args"]), settings["device"])
     data = load_data(settings["data"], model_spec=settings["model"], **settings["data_args"])
     n_held_out = settings["held_out"]
@@ -173,7 +196,8 @@ def _load(settings: Settings) -> Job:
     return Job("decompose", settings, model, first, take_rows(data, slice(count - n_held_out, None)), None)
 
 
-def _load_toy(settings: Settings) -> Job:
+def load_toy(settings: Settings) -> Job:
+    """Make the toy that settings name, and complete them by its own."""
     from l3d import toys
 
     seed = settings["seed"] or 0
@@ -205,7 +229,7 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
         arguments |= {"out": out, "overwrite": overwrite, "resume": resume}
         d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
         timing = {name: float(d.timing[name]) for name in ("seconds", "steps_per_second")}
-        _finish(out, _evaluate(d, job) | timing | _peak_memory() | {"environment": _environment(job.model)})
+        _finish(out, evaluate_run(d, job) | timing | _peak_memory() | {"environment": _environment(job.model)})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(out)) from None
 
@@ -217,7 +241,7 @@ def _interrupted(out: Path) -> str:
     return f"interrupted; last checkpoint: {last}; go on with: l3d resume {out}"
 
 
-def _evaluate(d: Decomposition, job: Job) -> dict[str, Any]:
+def evaluate_run(d: Decomposition, job: Job) -> dict[str, Any]:
     """Return the figures of an evaluation, as metrics.json holds them."""
     data, count = job.data, count_rows(job.data)
     most = job.settings["evaluate_rows"]

@@ -216,6 +216,25 @@ def _gradients(
 ) -> Iterator[Gradients]:
     """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
     settings = decomposition.settings
+    extractor = extractor_of(decomposition, model, divergence, reference)
+    parameter = next(decomposition.parameters())
+    for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
+        generator = torch.Generator().manual_seed(mix(seed, i))
+        device = next(model.parameters()).device
+        yield extractor(to_device(batch, device), generator).to(parameter)
+
+
+def extractor_of(
+    decomposition: Decomposition,
+    model: nn.Module,
+    divergence: str | Divergence | None = None,
+    reference: str | Tensor | None = None,
+) -> Extractor:
+    """Return the extractor of a decomposition's gradients, by its settings where nothing else is given.
+
+    Raises ValueError for a setting that was not saved, and where the model's parameters are of other shapes.
+    """
+    settings = decomposition.settings
     chosen: dict[str, Any] = {}
     for name, value, default, known in (
         ("divergence", divergence, "mse", BY_NAME),
@@ -231,13 +250,9 @@ def _gradients(
         positions=settings.get("positions", "all"),
         **chosen,
     )
-    parameter = next(decomposition.parameters())
     for name, p in extractor.parameters.items():
         if p.shape != decomposition.shapes[name]:
             raise ValueError(
                 f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
             )
-    for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
-        generator = torch.Generator().manual_seed(mix(seed, i))
-        device = next(model.parameters()).device
-        yield extractor(to_device(batch, device), generator).to(parameter)
+    return extractor

@@ -37,12 +37,20 @@ def intervene(
         for name, direction in decomposition.subnetwork(index).items():
             if name in chosen:
                 moves[name] = moves.get(name, 0) + delta * direction
+    with shifted(model, moves):
+        yield model
+
+
+@contextmanager
+def shifted(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[None]:
+    """Add moves {parameter name: tensor of its shape} to the weights within the block; the same bits return on exit."""
+    named = dict(model.named_parameters(remove_duplicate=False))
     before = {name: named[name].detach().clone() for name in moves}
     try:
         with torch.no_grad():
             for name, move in moves.items():
                 named[name].add_(move.to(named[name]))
-        yield model
+        yield
     finally:
         with torch.no_grad():
             for name, values in before.items():

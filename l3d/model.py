@@ -5,7 +5,7 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
     return selected
 
 
-def model_output(model: nn.Module, inputs: Any) -> Tensor:
+def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`."""
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(output, Mapping) and "logits" in output:

@@ -32,10 +32,11 @@ LEARNED = (
     Option("n_subnetworks", PositiveInt, 100, "K", "Number of directions in parameter space to learn."),
     Option(
         "rank",
-        PositiveInt | dict[str, PositiveInt | list[PositiveInt]],
+        PositiveInt | Literal["auto"] | dict[str, PositiveInt | list[PositiveInt]],
         8,
-        "R|{GLOB:R}|{GLOB:[R,R]}",
-        "Rank of each direction in each tensor: one number, or one per tensor, as "
+        "R|auto|{GLOB:R}|{GLOB:[R,R]}",
+        "Rank of each direction in each tensor: one number; auto, what holds nine tenths of single gradients' squared "
+        "norm in each, at most 16; or one per tensor, as "
         '\'{"*.q_proj.*": 8, "*": 4}\', the first match counts and a list gives one number per axis. '
         "Vectors are always stored whole.",
     ),
@@ -131,6 +132,13 @@ TRAINING = (
         "true|false",
         "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples. null: true "
         "(published: false).",
+    ),
+    Option(
+        "shuffle",
+        bool,
+        False,
+        "true|false",
+        "A control: learn from gradients whose parts are dealt out anew over the samples of each batch.",
     ),
     Option("seed", int, 0, "SEED", "Seed of everything that is random."),
     Option(
@@ -242,6 +250,38 @@ README = Option(
     "FILE",
     "all: write the table into this file too, between the lines <!-- toys --> and <!-- /toys -->.",
 )
+TOY_MODEL = Option(
+    "toy",
+    str | None,
+    None,
+    "NAME",
+    "In the place of --model and --data: a toy, with its own settings where none are given.",
+)
+OVER = Option(
+    "over",
+    dict[str, list[Any]],
+    {},
+    "[VALUE,..]",
+    "What to sweep over, each as --over.NAME '[VALUE,VALUE]': k, n_subnetworks, rank, seed; every combination is run.",
+)
+RANDOM_WEIGHTS = Option(
+    "random_weights",
+    bool,
+    False,
+    "",
+    "Beside each run a control: the same with the decomposed weights redrawn, normal with their mean and deviation.",
+)
+PAPER = Option("name", str, None, "NAME", "Whose figures: tms, tmcs, high_rank or squared.", positional=True)
+PAPER_SEED = Option("seed", int, 0, "SEED", "Of the toy network, its data and its decomposition.")
+INTERVENE_ROWS = Option("rows", PositiveInt, 256, "N", "Rows of the data to look for active samples in, evenly spaced.")
+SAMPLES = Option("samples", PositiveInt, 32, "N", "Samples per subnetwork: so many it is active for, and of the rest.")
+CONTROL = Option(
+    "control",
+    str | None,
+    None,
+    "RUN",
+    "Another run of the same model to measure beside it, such as one made with --shuffle.",
+)
 RUN = Option("run", str, None, "RUN", "Run folder that `l3d toy` or `l3d decompose` made.", positional=True)
 DEVICE = Option("device", str | None, None, "DEVICE", "cpu, cuda, cuda:1, ...")
 
@@ -250,6 +290,11 @@ def out(default: str) -> Option:
     """Return the option that says where a run folder is made."""
     text = "Run folder to make: config.yaml, decomposition, checkpoints, metrics.json, report.html."
     return Option("out", str | None, None, "DIR", f"{text} Default: {default}.")
+
+
+def folder(default: str) -> Option:
+    """Return the option that names a folder of results."""
+    return Option("out", str | None, None, "DIR", f"Folder of the results. Default: {default}.")
 
 
 def unset(options: Iterable[Option]) -> list[Option]:
@@ -266,7 +311,8 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN)
+    added = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL)
+    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN, *added)
     option = next((option for option in every if option.name == name), None)
     if option is None:
         return None

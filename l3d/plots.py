@@ -12,9 +12,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from l3d.files import replace_text, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,7 @@ POSITIVE = "#2f7fc1"  # also the accent
 NEGATIVE = "#d0603c"  # blue and vermilion stay apart for every common colour blindness
 CSS_VARIABLES = {INK: "--ink-soft", RULE: "--rule-strong", POSITIVE: "--positive", NEGATIVE: "--negative"}
 
+PNG_DPI = 110
 MAX_UNITS = 32  # wider layers give a diagram nobody can read
 MAX_POINTS = 200  # a curve of more points is drawn as its mean and range per bin
 MAX_BARS = 60  # more activation rates than this are drawn as an area
@@ -110,6 +114,28 @@ def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
             at: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             error.annotate(note, (history["step"][n_warm], 1), (5, -3), **at, va="top", size=8)
         figure.align_ylabels(panels)
+        return figure
+
+
+def intervention_ratios(ratios: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw intervention ratios (output changes on active samples over those on the rest), in falling order."""
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        axes = figure.subplots()
+        looks = ((POSITIVE, "-"), (NEGATIVE, "-"), (INK, (0, (4, 2))))
+        for (name, values), (colour, line) in zip(ratios.items(), looks, strict=False):
+            falling = sorted((value for value in values if 0 < value < float("inf")), reverse=True)
+            axes.plot(
+                np.linspace(0, 100, len(falling)), falling, color=colour, linestyle=line, linewidth=1.8, label=name
+            )
+        axes.axhline(1, color=RULE, linewidth=0.9)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set(xlabel="share of the directions, %", ylabel="change on active samples / on the rest")
+        axes.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
+        axes.legend(frameon=False)
         return figure
 
 
@@ -206,7 +232,8 @@ def network_diagram(
         for i, network in enumerate(subnetworks):
             _draw_network(grid[i], network, chain, full)
             if len(subnetworks) > 1:
-                grid[i].annotate(str(i), (0.5, 1), xycoords="axes fraction", ha="center", va="top")
+                grid[i].set_ylim(-0.06, 1.16)
+                grid[i].annotate(str(i), (0.5, 0.99), xycoords="axes fraction", ha="center", va="top")
         return figure
 
 
@@ -234,6 +261,15 @@ def to_svg(figure: Figure, prefix: str = "", css: bool = False) -> str:
         for colour, variable in CSS_VARIABLES.items():
             text = text.replace(colour, f"var({variable})")
     return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def write_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure beside itself as PATH.svg and PATH.png, the same bytes for the same figure; return both paths."""
+    svg, png = (path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png"))
+    replace_text(svg, to_svg(figure) + "\n")
+    with replacing(png) as partial:
+        figure.savefig(partial, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return [svg, png]
 
 
 def _draw_network(axes: Axes, network: Mapping[str, torch.Tensor], chain: Sequence[ChainLayer], full: float) -> None:

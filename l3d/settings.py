@@ -20,7 +20,7 @@ class Settings:
     """Everything that decides a training run, resolved: no None is left but in optional counts."""
 
     n_subnetworks: int  # K
-    rank: Any  # int, or {glob: int or list}
+    rank: Any  # int, or {glob: int or list}; "auto" until the first batch has been seen
     k: float  # fraction of coefficients kept
     divergence: str
     reference: str
@@ -37,6 +37,7 @@ class Settings:
     updates: int  # of the optimiser per batch of gradients
     start: str  # "random" directions, or "data": low-rank parts of single samples' gradients
     revive: bool  # give dead subnetworks a new start, from samples that are reconstructed badly
+    shuffle: bool  # control: learn from gradients whose samples have been torn apart
     warm_shape: str  # "anneal": k falls from 1 geometrically; "hold": everything is kept, then k
     seed: int
     dtype: str | None
@@ -98,6 +99,8 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     revive = chosen.pop("revive")
     if not (revive is None or isinstance(revive, bool)):
         raise ValueError(f"revive: expected True, False or None, got {revive!r}")
+    if not isinstance(chosen["shuffle"], bool):
+        raise ValueError(f"shuffle: expected True or False, got {chosen['shuffle']!r}")
     if not (isinstance(chosen["updates"], int) and chosen["updates"] >= 1):
         raise ValueError(f"updates: expected a positive whole number, got {chosen['updates']!r}")
     lr = chosen.pop("lr")

@@ -73,7 +73,7 @@ def _low_rank(gradients: Gradients, name: str, piece: torch.nn.Module, norms: Te
     if isinstance(piece, Whole):
         return [gradients.matrix(name)[:, :, 0] / norms[:, None]]
     if isinstance(piece, LowRank):
-        u, s, v = _singular(gradients, name)
+        u, s, v = singular(gradients, name)
         rank = piece.left.shape[1]
         root = (s / norms[:, None]).sqrt()[:, :rank, None]
         return [_padded(u.mT[:, :rank] * root, rank), _padded(v.mT[:, :rank] * root, rank)]
@@ -89,7 +89,7 @@ def _low_rank(gradients: Gradients, name: str, piece: torch.nn.Module, norms: Te
     return [core, *modes]
 
 
-def _singular(gradients: Gradients, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def singular(gradients: Gradients, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose a matrix's gradients: U [n, O, m], singular values [n, m], V [n, I, m]."""
     shape = matrix_shape(gradients.shapes[name])
     parts = gradients.parts[name]

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d import store
+from l3d.controls import shuffled
 from l3d.data import Batches, count_rows, mix
 from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
@@ -25,6 +27,7 @@ from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
 from l3d.progress import DEAD_AFTER, Progress, Recorder, progress_bar
+from l3d.ranks import ranks_from_gradients
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
 from l3d.start import draw_samples, set_from_samples
 
@@ -56,6 +59,7 @@ def decompose(
     updates: int = 1,
     start: str = "random",
     revive: bool | None = None,
+    shuffle: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
@@ -69,7 +73,8 @@ def decompose(
             result, list). Rows of a Dataset may be (input, label): the label is ignored. For reference="pair" they are
             (input, contrasting input).
         n_subnetworks: K.
-        rank: of every matrix, or {glob: rank or one rank per mode}.
+        rank: of every matrix, or {glob: rank or one rank per mode}; or "auto": for each tensor the least that holds
+            nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`).
         k: fraction of the S·K coefficients of a batch that is kept, in (0, 1].
         params: glob, list of globs, or None for all parameters.
         divergence, reference, positions: what is differentiated; see `extract_gradients`.
@@ -93,6 +98,8 @@ def decompose(
         revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
             subnetworks anew that none of these steps has kept, from samples that are reconstructed badly. Default:
             True, False for "published".
+        shuffle: learn from gradients whose parts are dealt out anew over a batch's samples, tensor by tensor: a control
+            that has learned no sample's gradient (`l3d.controls.shuffled`).
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
@@ -125,6 +132,7 @@ def decompose(
         updates=updates,
         start=start,
         revive=revive,
+        shuffle=shuffle,
         seed=seed,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         backend=backend,
@@ -176,6 +184,11 @@ class Run:
         self.seconds = 0.0  # spent training, over interruptions
         self.recorder = Recorder(settings.steps, n_restarts)
         shapes = {name: p.shape for name, p in extractor.parameters.items()}
+        if settings.rank == "auto":
+            self.batches.peek()
+            with naming_step(0):
+                settings = replace(settings, rank=ranks_from_gradients(self._extracted(0)) or 1)
+            self.settings = settings
         restarts = []
         for i in range(n_restarts):
             start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
@@ -199,9 +212,14 @@ class Run:
 
     def gradients(self, step: int) -> Gradients:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
+        return self._extracted(step).to(next(self.decomposition.parameters()))
+
+    def _extracted(self, step: int) -> Gradients:
         generator = torch.Generator().manual_seed(mix(self.settings.seed, 2, step))
         gradients = self.extractor(to_device(self.batches[step], self.device), generator)
-        return gradients.to(next(self.decomposition.parameters()))
+        if self.settings.shuffle:
+            return shuffled(gradients, generator)
+        return gradients
 
     def check(self) -> None:
         """Go through a first step without taking it, to meet bad input before anything is written."""

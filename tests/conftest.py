@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import l3d
+
 NO_DATA = "data absent"
 NO_GPU = "no GPU"
 
@@ -76,3 +78,10 @@ def float64() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def toy() -> tuple["l3d.toys.Toy", "l3d.Decomposition"]:
+    """The toy model of superposition with its decomposition, trained once for all tests that only look at them."""
+    made = l3d.toys.make("tms")
+    return made, l3d.decompose(made.model, made.data, **made.settings | {"n_restarts": 2}, progress=False)

@@ -60,7 +60,7 @@ print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "expected one of toy, decompose, evaluate, resume, report"),
+        ([], "expected one of toy, decompose, evaluate, resume, sweep, intervene, paper, report"),
         (["fly"], "invalid choice: 'fly'"),
         (["toy"], "NAME is required"),
         (["toy", "tms", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
@@ -68,7 +68,7 @@ print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
         (["toy", "tms", "--steps", "many"], "--steps: expected a whole number above 0, got many"),
         (["toy", "tms", "--k", "0"], "--k: expected a number above 0, got 0"),
         (["toy", "tms", "--divergence", "l2"], "--divergence: expected mse|kl|mse_published, got l2"),
-        (["toy", "tms", "--rank", "{a: 0}"], "--rank: expected R|{GLOB:R}|{GLOB:[R,R]}, got {'a': 0}"),
+        (["toy", "tms", "--rank", "{a: 0}"], "--rank: expected R|auto|{GLOB:R}|{GLOB:[R,R]}, got {'a': 0}"),
         (["toy", "tms", "--config", "nothing.yaml"], "--config: File does not exist"),
         (["toy", "--config", "unknown.yaml"], "does not accept option 'stepz'"),
         (["toy", "--config", "broken.yaml"], "Problems parsing config"),

@@ -132,6 +132,7 @@ CHOSEN: dict[str, Any] = {
     "lr": None,
     "warm_start": None,
     "weight_decay": 0.0,
+    "shuffle": False,
     "updates": 1,
     "start": "random",
     "revive": None,

@@ -1,0 +1,120 @@
+"""What `l3d sweep`, `l3d intervene` and `l3d paper` do: studies over many runs, of one run, and of the paper's toys."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from l3d import commands, options, run_folder
+from l3d.files import replace_text
+from l3d.sources import absolute
+
+Settings = dict[str, Any]
+
+INTERVENTIONS = "interventions.json"
+
+
+def sweep(settings: Settings) -> None:
+    """Decompose one model over every combination of some settings."""
+    import l3d
+    from l3d.controls import redrawn
+    from l3d.sweep import Point, check_base, points, run_sweep, write_results
+
+    out = Path(settings.pop("out") or "runs/sweep")
+    over, random_weights = settings.pop("over"), settings.pop("random_weights")
+    if not over:
+        raise ValueError("--over: expected at least one list, as --over.k '[.05,.1]'")
+    runs = points(over, random_weights)
+    given = {name: value for name, value in settings.items() if value is not None}
+    if settings["toy"]:
+        named = [name for name in ("model", "data") if settings[name]]
+        if named or settings["held_out"]:
+            raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
+        job = commands.load_toy({**settings, "name": settings["toy"]})
+    else:
+        for name in ("model", "data"):
+            if not settings[name]:
+                raise ValueError(f"--{name} SPEC is required, or --toy NAME; see l3d sweep --help")
+            given[name] = absolute(settings[name])
+        defaults = {option.name: option.default for option in options.DECOMPOSE}
+        job = commands.load({**settings, **defaults, **given})
+    base = {name: value for name, value in given.items() if name not in over}
+    check_base(out, base)
+    names = [option.name for option in options.DECOMPOSE]
+
+    def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
+        chosen = {name: job.settings[name] for name in names if name in job.settings} | point.values
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
+        control = redrawn(job.model, chosen.get("params"), chosen.get("seed", 0))
+        with control if point.random_weights else nullcontext():
+            d = l3d.decompose(job.model, job.data, **chosen, out=folder, resume=resume)
+            toy = None if point.random_weights else job.toy  # redrawn weights have no true circuits
+            return commands.evaluate_run(d, job._replace(toy=toy)) | {"seconds": float(d.timing["seconds"])}
+
+    try:
+        found = run_sweep(out, base, runs, train)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on in {out}") from None
+    paths = write_results(out, base, found)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    for path in paths:
+        print(f"written: {path}")
+
+
+def intervene(settings: Settings) -> None:
+    """Measure interventions along every subnetwork of a run."""
+    import l3d
+    from l3d.plots import intervention_ratios as draw
+    from l3d.plots import write_figure
+    from l3d.ratios import InterventionRatios
+    from l3d.store import to_json
+
+    run, target = commands.find_run(settings)
+    job = commands.reload(run, {})
+    runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
+    found: dict[str, InterventionRatios] = {}
+    for name, folder in runs.items():
+        d = l3d.load(folder).to(next(job.model.parameters()).device)
+        found[name] = l3d.intervention_ratios(
+            d, job.model, job.data, n_rows=settings["rows"], n_samples=settings["samples"]
+        )
+    if target != run:
+        run_folder.copy_run(run, target)
+    holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}
+    for name, ratios in found.items():
+        figures = ratios.as_dict()
+        holds |= {name: {"run": str(runs[name]), **figures}} if name else figures
+    paths = [replace_text(target / INTERVENTIONS, to_json(holds))]
+    lines = {"subnetworks": found[""].ratio, "random directions": found[""].random_ratio}
+    if "control" in found:
+        lines["control run"] = found["control"].ratio
+    for name, values in lines.items():
+        print(f"{name}: {len(values)}, median ratio {float(values.median()):.3g}")
+    print(f"above the random direction: {100 * found[''].share_above_random:.1f} %")
+    try:
+        paths += write_figure(draw({name: values.tolist() for name, values in lines.items()}), target / "interventions")
+    except ImportError as error:
+        print(f"no plot: {error}")
+    for path in paths:
+        print(f"written: {path}")
+
+
+def paper(settings: Settings) -> None:
+    """Make the figures of one of the paper's studies again."""
+    from l3d.paper import MARK, NAMES, write_figures
+
+    name = settings["name"]
+    if name not in NAMES:
+        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    out = Path(settings["out"] or f"runs/paper-{name}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not settings["overwrite"]:
+            raise ValueError(f"--out: {out} exists and is not an empty folder")
+        if not (out / MARK).is_file():
+            raise ValueError(f"--out: {out} holds no figures of l3d, so --overwrite will not touch it")
+    for path in write_figures(name, out, settings["seed"]):
+        print(f"written: {path}")
