@@ -22,7 +22,7 @@ from torch import Tensor
 from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels import common
 from l3d_kernels.kernels.common import add_dot, add_row_products, ceil_div, empty, load, store, zeros
-from l3d_kernels.kernels.project import slots
+from l3d_kernels.kernels.project_fused import slots
 from l3d_kernels.kernels.segments import sum_by_key
 from l3d_kernels.kernels.table import TABLE, Launch, lookup
 from l3d_kernels.sparse import SparseCoefficients

@@ -152,7 +152,7 @@ def test_opcheck() -> None:
     inputs = make(CASES["shared"])
     arguments = (inputs["x"], inputs["dy"], inputs["left"], inputs["right"])
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.l3d.project, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.l3d.project, (*arguments, None), test_utils=tests)
     upstream = normal(6, 4)
     torch.library.opcheck(torch.ops.l3d.project_backward, (upstream, *arguments, [True] * 4), test_utils=tests)
 
