@@ -8,8 +8,10 @@ from l3d_kernels.kernels import (
     batch_topk,
     gram,
     gram_energy,
+    gram_energy_backward,
     project,  # noqa: F401 (chooses between project_chunked and project_fused)
     project_at,
+    project_at_backward,
     project_backward,
     project_chunked,
     project_dense,
@@ -20,6 +22,7 @@ from l3d_kernels.kernels import (
     segments,
     softmax_mean,
     sparse_decode,
+    sparse_decode_weight,
     squared_gradient_norm,
 )
 
@@ -28,7 +31,9 @@ MODULES = (
     batch_topk,
     gram,
     gram_energy,
+    gram_energy_backward,
     project_at,
+    project_at_backward,
     project_backward,
     project_chunked,
     project_dense,
@@ -38,6 +43,7 @@ MODULES = (
     segments,
     softmax_mean,
     sparse_decode,
+    sparse_decode_weight,
     squared_gradient_norm,
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels import batch_topk, common, project, project_chunked, project_fused, radix
-from l3d_kernels.kernels.project_at import project_at_backward
+from l3d_kernels.kernels.project_at_backward import project_at_backward
 from l3d_kernels.sparse import SparseCoefficients
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
