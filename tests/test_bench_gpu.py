@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import l3d_kernels as lk
 from bench.gpu import __main__ as program
 from bench.gpu import checks, measure, report
+from bench.gpu.block import PHASES, Step, StepSizes
 from bench.gpu.cases import LARGE, OPS, SMALL, Sizes, fitting, make, moved_bytes
-from bench.gpu.step import PHASES, Step, StepSizes, count_launches, work
+from bench.gpu.step import count_launches, time_steps, work
 from l3d.objective import objective
 from l3d_kernels import dispatch
 
@@ -50,12 +51,18 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_it_needs_only_torch_triton_and_numpy() -> None:
-    """Nothing else is imported at the start."""
-    code = (
-        "import sys; from bench.gpu import __main__; "
-        "print({'l3d', 'transformers', 'matplotlib', 'rich', 'yaml'} & set(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """Nothing else is imported at the start; of l3d, a step takes what does without its other dependencies."""
+    others = ["transformers", "matplotlib", "rich", "yaml", "safetensors", "jsonargparse", "jinja2"]
+    code = f"""
+import sys
+from bench.gpu import __main__
+print({{"l3d", *{others}}} & set(sys.modules))
+sys.modules.update(dict.fromkeys({others}))
+import torch
+from bench.gpu.block import Step
+Step(__main__.DRY_BLOCK, torch.float32, torch.device("cpu"), "torch").take()
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout) == (0, "set()\n"), run.stderr
 
 
@@ -295,3 +302,15 @@ def test_rows_of_paths_name_the_fastest() -> None:
         ("project", "sm_90", "tf32", "wide"): "chunked",
         ("project", "sm_90", "16", "widest"): "twin",
     }
+
+
+def test_a_step_that_fails_is_named_and_the_others_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A size whose heads do not divide its width: one line, and the next size is timed."""
+    best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
+    blocks = [BLOCK._replace(name="broken", heads=3), BLOCK]
+    (done,) = time_steps(blocks, ["fp32"], CPU, best, float("inf"), backend="torch", steps=1, warm_up=0)
+    assert "FAILED the step of broken in fp32" in capsys.readouterr().out
+    assert (done.size, done.peak_bytes, [p.name for p in done.phases]) == ("block", None, list(PHASES))
+    assert done.roofline_seconds == pytest.approx(sum(p.roofline_seconds for p in done.phases))
+    assert all(p.roofline_seconds >= p.launches * best.launch_seconds > 0 for p in done.phases)
+    assert time_steps(blocks, ["fp32"], CPU, best, 0.0) == []

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu import checks, report
+from bench.gpu.block import BLOCKS, StepSizes
 from bench.gpu.cases import DRY, LARGE, MEDIUM, OPS, SMALL, Sizes, fitting, make, moved_bytes
 from bench.gpu.measure import (
     Ceilings,
@@ -30,7 +31,7 @@ from bench.gpu.measure import (
     use,
     workspace_bytes,
 )
-from bench.gpu.step import BLOCKS, StepSizes, time_steps
+from bench.gpu.step import time_steps
 
 LIMIT = 450  # seconds for everything
 STEP_LIMIT = 110  # of them kept for the steps
@@ -80,7 +81,7 @@ def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Cei
 def time_all(
     plan: Sequence[Sizes], dtypes: Sequence[str], device: torch.device, best: Ceilings, deadline: float
 ) -> list[Timing]:
-    """Time every operation at every size; where one cannot run, say so and go on."""
+    """Time every operation at every size; where one fails, say so and go on."""
     done: list[Timing] = []
     for dtype, sizes, name in itertools.product(dtypes, plan, OPS):
         if time.monotonic() > deadline:
@@ -88,8 +89,8 @@ def time_all(
             continue
         try:
             done += time_op(name, sizes, dtype, device, best)
-        except torch.OutOfMemoryError:
-            print(f"out of memory: {name} at {sizes.name} in {dtype}", flush=True)
+        except Exception as error:  # what does not run is named; the others are still timed
+            print(f"FAILED {name} at {sizes.name} in {dtype}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return done

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from bench.gpu.block import PHASES
 from bench.gpu.cases import Sizes
 from bench.gpu.measure import Ceilings, Timing
-from bench.gpu.step import PHASES, StepTiming
+from bench.gpu.step import StepTiming
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_HEADER = ("step", "dtype", "ms", "x roofline", *PHASES, "extract/bare", "peak GB")

@@ -1,7 +1,6 @@
 """A whole training step: every phase beside its roofline, extraction beside the bare passes it needs, peak memory.
 
-The model is an attention block between an embedding and a head; its four matrices are decomposed, every position of
-every text is a sample. A phase's roofline is the larger of its operations over the matrix rate and its bytes over the
+A phase's roofline is the larger of its operations over the matrix rate and its bytes over the
 copy rate, by the cheapest route that l3d knows, plus its launches times an empty launch. Launches are those that torch
 dispatches and those of our kernels; library products inside our operators are not seen, so that the bound is a low one.
 """
@@ -9,74 +8,17 @@ dispatches and those of our kernels; library products inside our operators are n
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.gpu.block import PHASES, Step, StepSizes
 from bench.gpu.measure import Ceilings, bound, median_seconds, synchronize, use
 
-PHASES = ("extract", "select", "loss", "backward", "update")
 STEPS, WARM_UP = 7, 2  # timed steps, and those before them
-
-
-class StepSizes(NamedTuple):
-    """A block and its decomposition, on B texts of T positions: S = B * T samples."""
-
-    name: str
-    width: int
-    heads: int
-    vocabulary: int
-    K: int
-    R: int
-    kept: float
-    B: int = 16
-    T: int = 16
-
-    @property
-    def S(self) -> int:
-        return self.B * self.T
-
-    @property
-    def n_kept(self) -> int:
-        return max(1, int(self.kept * self.S * self.K + 0.5))
-
-
-BLOCKS = (
-    StepSizes("TinyStories-8M", 256, 16, 50257, K=100, R=25, kept=0.1),
-    StepSizes("width 2048", 2048, 16, 32000, K=1000, R=8, kept=0.02),
-    StepSizes("width 4096", 4096, 32, 32000, K=4000, R=4, kept=0.005),
-)
-
-
-class Block(nn.Module):
-    """Embedding, norm, causal attention with a residual, norm, head. `returned` are the outputs of q, k and v."""
-
-    def __init__(self, z: StepSizes) -> None:
-        super().__init__()
-        self.heads = z.heads
-        self.embedding, self.head = nn.Embedding(z.vocabulary, z.width), nn.Linear(z.width, z.vocabulary, bias=False)
-        self.before, self.after = nn.LayerNorm(z.width), nn.LayerNorm(z.width)
-        self.q, self.k, self.v, self.out = (nn.Linear(z.width, z.width, bias=False) for _ in range(4))
-        self.returned: tuple[Tensor, ...] = ()
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the head's input: [B, T, width]."""
-        h = self.embedding(tokens)
-        seen = self.before(h)
-        self.returned = (self.q(seen), self.k(seen), self.v(seen))
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.returned)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.after(h + self.out(mixed.transpose(1, 2).flatten(2)))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.hidden(tokens))
-
-    def matrices(self) -> dict[str, Tensor]:
-        return {f"{name}.weight": getattr(self, name).weight for name in ("q", "k", "v", "out")}
 
 
 class Phase(NamedTuple):
@@ -101,67 +43,6 @@ class StepTiming(NamedTuple):
     bare_seconds: float  # one forward pass, a backward pass per position without weight gradients, no hooks
     peak_bytes: int | None  # None off the GPU
     paths: dict[str, list[bool]]  # of every tensor: materialised, sampled
-
-
-class Step:
-    """A step that can be taken phase by phase, with what it works on."""
-
-    def __init__(self, z: StepSizes, dtype: torch.dtype, device: torch.device, backend: str) -> None:
-        from l3d.directions import Directions
-        from l3d.extract import Extractor
-        from l3d.optimizer import RelativeAdam
-
-        self.z, self.backend = z, backend
-        torch.manual_seed(0)
-        with torch.device(device):
-            self.model = Block(z).eval().to(dtype)
-            self.tokens = torch.randint(z.vocabulary, (z.B, z.T))
-            shapes = {name: p.shape for name, p in self.model.matrices().items()}
-            ranks = dict.fromkeys(shapes, (z.R,))
-            self.encoder, self.decoder = (Directions(shapes, ranks, z.K).to(dtype) for _ in range(2))
-        self.extractor = Extractor(self.model, "kl", "sample", list(shapes))
-        self.optimizer = RelativeAdam([*self.encoder.parameters(), *self.decoder.parameters()])
-        self.generator = torch.Generator().manual_seed(0)
-
-    def take(self, mark: Callable[[str], Any] = lambda name: None) -> Tensor:
-        """Take a step and return its loss; `mark` is told each phase as it ends. As `l3d.train.Run.take_step` does."""
-        from l3d.costs import choose_paths
-        from l3d.objective import energy, keep, residual_norms
-
-        mark("start")
-        self.gradients = self.extractor(self.tokens, self.generator)
-        mark("extract")
-        self.paths = choose_paths(self.gradients, self.encoder, self.z.n_kept)
-        self.kept, overlap = keep(
-            self.gradients, self.encoder, self.decoder, self.z.n_kept, self.paths, backend=self.backend
-        )
-        mark("select")
-        norms = self.gradients.squared_norm()
-        energies = energy(self.kept, self.decoder, backend=self.backend)
-        loss = residual_norms(norms, self.kept, overlap, energies).sum() / norms.sum()
-        mark("loss")
-        grads = torch.autograd.grad(loss, self.optimizer.parameters)
-        mark("backward")
-        self.optimizer.step(grads, 0.01)
-        self.decoder.normalize_()
-        mark("update")
-        return loss.detach()
-
-    def bare(self) -> None:
-        """Run the passes that extraction cannot do without: one forward, one backward for each position."""
-        model, samples = self.model, self.z.S
-        for p in model.parameters():
-            p.requires_grad_(False)
-        for p in model.matrices().values():
-            p.requires_grad_(True)
-        hidden = model.hidden(self.tokens)
-        with torch.no_grad():
-            p = model.head(hidden).softmax(-1).view(samples, -1)
-            d_hidden = ((p - p.roll(1, 0)) @ model.head.weight).view_as(hidden)
-        for position in range(self.z.T):
-            alone = torch.zeros_like(d_hidden)
-            alone[:, position] = d_hidden[:, position]
-            torch.autograd.grad(hidden, model.returned, alone, retain_graph=True)
 
 
 def work(step: Step) -> dict[str, tuple[int, int]]:
@@ -289,7 +170,7 @@ def time_steps(
     deadline: float,
     **options: Any,
 ) -> list[StepTiming]:
-    """Time a step at every size in every dtype; where one cannot run, say so and go on."""
+    """Time a step at every size in every dtype; where one fails, say so and go on."""
     done = []
     for z in blocks:
         for dtype in dtypes:
@@ -298,8 +179,9 @@ def time_steps(
                 continue
             try:
                 done.append(time_step(z, dtype, device, best, **options))
-            except torch.OutOfMemoryError:
-                print(f"out of memory: the step of {z.name} in {dtype}", flush=True)
+            except Exception as error:  # a step that does not run is named; the others are still measured
+                reason = f"{type(error).__name__}: {str(error)[:300]}"
+                print(f"FAILED the step of {z.name} in {dtype}: {reason}", flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return done
