@@ -17,7 +17,7 @@ from l3d.costs import Path, choose_paths, coactive_is_cheaper
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients
 from l3d.flat import flat_residual, is_small
-from l3d.project import project, project_at
+from l3d.project import project, project_at, project_topk
 
 
 class Objective(NamedTuple):
@@ -59,22 +59,7 @@ def objective(
     if paths is None and coactive is None and is_small(gradients, encoder, backend):
         return _relative(*flat_residual(gradients, encoder, decoder, n, n_groups))
     paths = choose_paths(gradients, encoder, n * n_groups) if paths is None else paths
-    sampled = [name for name, path in paths.items() if path.sampled]
-    direct = [name for name, path in paths.items() if not path.sampled]
-
-    # encoder and decoder at once: a gradient that is multiplied out on the fly is so only once
-    both = project(gradients, (encoder, decoder), paths, direct, backend)
-    coefficients, overlaps = both.split(encoder.n_subnetworks, dim=1)
-    if sampled:
-        with torch.no_grad():
-            rest = project(gradients, (encoder,), paths, sampled, backend)
-        kept = lk.batch_topk(coefficients.detach() + rest, n, n_groups, backend=backend)
-        values = coefficients[kept.rows, kept.columns] + project_at(gradients, encoder, kept, sampled, backend)
-        kept = kept._replace(values=values)
-        overlap = overlaps[kept.rows, kept.columns] + project_at(gradients, decoder, kept, sampled, backend)
-    else:
-        kept = lk.batch_topk(coefficients, n, n_groups, backend=backend)
-        overlap = overlaps[kept.rows, kept.columns]
+    kept, overlap = keep(gradients, encoder, decoder, n, paths, n_groups, backend)
 
     squared_norms = gradients.squared_norm()
     residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, coactive, n_groups, backend))
@@ -88,6 +73,31 @@ def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tens
     if residual.shape[1] == 1:
         loss, residual = loss[0], residual[:, 0]
     return Objective(loss, kept, squared_norm, residual)
+
+
+def keep(
+    gradients: Gradients,
+    encoder: Directions,
+    decoder: Directions,
+    n: int,
+    paths: dict[str, Path],
+    n_groups: int = 1,
+    backend: str = "auto",
+) -> tuple[lk.SparseCoefficients, Tensor]:
+    """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
+    sampled = [name for name, path in paths.items() if path.sampled]
+    direct = [name for name, path in paths.items() if not path.sampled]
+    # encoder and decoder at once: a gradient that is multiplied out on the fly is so only once
+    both = project(gradients, (encoder, decoder), paths, direct, backend)
+    coefficients, overlaps = both.split(encoder.n_subnetworks, dim=1)
+    if not sampled:
+        kept = lk.batch_topk(coefficients, n, n_groups, backend=backend)
+        return kept, overlaps[kept.rows, kept.columns]
+    with torch.no_grad():
+        kept = project_topk(gradients, encoder, coefficients.detach(), n, paths, sampled, n_groups, backend)
+    values = coefficients[kept.rows, kept.columns] + project_at(gradients, encoder, kept, sampled, backend)
+    kept = kept._replace(values=values)
+    return kept, overlaps[kept.rows, kept.columns] + project_at(gradients, decoder, kept, sampled, backend)
 
 
 def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:

@@ -56,6 +56,33 @@ def _contributions(
                 yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=backend)
 
 
+def project_topk(
+    gradients: Gradients,
+    directions: Directions,
+    base: Tensor,
+    n: int,
+    paths: dict[str, Path],
+    names: Sequence[str],
+    n_groups: int = 1,
+    backend: str = "auto",
+) -> lk.SparseCoefficients:
+    """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K].
+
+    The last tensor's share is added and counted as it is made, so that the selection reads the coefficients once less.
+    """
+    *others, last = names
+    parts = gradients.parts[last]
+    if n_groups > 1 or paths[last].materialised or len(parts) != 1:
+        share = project(gradients, (directions,), paths, names, backend)
+        return lk.batch_topk(base + share, n, n_groups, backend=backend)
+    if others:
+        base = base + project(gradients, (directions,), paths, others, backend)
+    (part,) = parts
+    assert isinstance(part, Rows)
+    left, right = _oriented(part, *dict(directions.items())[last].factors())
+    return lk.project_topk(part.x, part.dy, left, right, n, base, backend=backend)
+
+
 def project_at(
     gradients: Gradients,
     directions: Directions,

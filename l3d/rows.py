@@ -16,8 +16,8 @@ BATCHED_FIRST = {
     "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
 }  # fmt: skip
 BATCHED_ALL = {
-    "Baddbmm", "Bmm", "ScaledDotProductEfficientAttention", "ScaledDotProductFlashAttention",
-    "ScaledDotProductFlashAttentionForCpu",
+    "Baddbmm", "Bmm", "ScaledDotProductCudnnAttention", "ScaledDotProductEfficientAttention",
+    "ScaledDotProductFlashAttention", "ScaledDotProductFlashAttentionForCpu",
 }  # fmt: skip
 # Operations along dimensions that the node remembers: rows stay where that is not the first.
 ALONG_DIMS = {

@@ -1,7 +1,8 @@
 """Which implementation runs a call, and the checks every public op makes before it does.
 
 The choice is made per call, from the tensors' device: "auto" takes the Triton kernel where there is one for the
-device, else the plain-torch twin. An explicit request that cannot be met raises; nothing falls back in silence.
+device (and `l3d_kernels.kernels.paths` does not name the twin as the faster), else the plain-torch twin. An explicit
+request that cannot be met raises; nothing falls back in silence.
 """
 
 import importlib
@@ -37,10 +38,18 @@ def interpreted() -> bool:
     return bool(common.INTERPRETED.value)
 
 
-# torch.compile calls these two while it traces and takes what they return for constants, which they are. The mark is
+def twin_is_faster(op: str, device: torch.device, dtype: torch.dtype, width: str) -> bool:
+    """Whether the table of paths names the twin for an operation on a device, for a dtype and a width class."""
+    from l3d_kernels.kernels import paths
+
+    return paths.path_of(op, device, dtype, width) == paths.TWIN
+
+
+# torch.compile calls these while it traces and takes what they return for constants, which they are. The mark is
 # what torch.compiler.assume_constant_result sets; calling that would import the whole compiler.
 load_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+twin_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def implementation(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
@@ -56,7 +65,12 @@ def implementation(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
     missing = load_kernels()
     kernel = TRITON.get(op)
     if backend == "auto":
-        return twin if kernel is None or tensor.dtype == torch.float64 else kernel
+        if kernel is None or tensor.dtype == torch.float64:
+            return twin
+        from l3d_kernels.kernels.paths import width_class
+
+        width = width_class(tensor.shape[-1])
+        return twin if twin_is_faster(op, tensor.device, tensor.dtype, width) else kernel
     reason = missing or _why_not(op, kernel, tensor)
     if reason:
         raise RuntimeError(f"backend='triton': {reason}, or use 'auto' or 'torch'")

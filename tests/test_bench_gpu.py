@@ -1,6 +1,7 @@
 """The GPU benchmark: what it does without a GPU, and that it counts work and judges results as it says."""
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -14,11 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import l3d_kernels as lk
 from bench.gpu import __main__ as program
 from bench.gpu import checks, measure, report
+from bench.gpu.block import PHASES, Step, StepSizes
 from bench.gpu.cases import LARGE, OPS, SMALL, Sizes, fitting, make, moved_bytes
+from bench.gpu.step import count_launches, time_steps, work
+from l3d.objective import objective
+from l3d_kernels import dispatch
+
+assert dispatch.load_kernels() == ""
+from l3d_kernels.kernels import project  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 ODD = SMALL[0][0]
+BLOCK = StepSizes("block", width=16, heads=2, vocabulary=11, K=6, R=2, kept=0.2, B=3, T=4)
 TINY = Sizes("tiny", S=6, B=2, T=3, I=5, O=7, K=4, R=2, kept=0.4, A=3, k=2, L=9, D=11)
 
 
@@ -42,18 +51,25 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_it_needs_only_torch_triton_and_numpy() -> None:
-    """Nothing else is imported at the start."""
-    code = (
-        "import sys; from bench.gpu import __main__; "
-        "print({'l3d', 'transformers', 'matplotlib', 'rich', 'yaml'} & set(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """Nothing else is imported at the start; of l3d, a step takes what does without its other dependencies."""
+    others = ["transformers", "matplotlib", "rich", "yaml", "safetensors", "jsonargparse", "jinja2"]
+    code = f"""
+import sys
+from bench.gpu import __main__
+print({{"l3d", *{others}}} & set(sys.modules))
+sys.modules.update(dict.fromkeys({others}))
+import torch
+from bench.gpu.block import Step
+Step(__main__.DRY_BLOCK, torch.float32, torch.device("cpu"), "torch").take()
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout) == (0, "set()\n"), run.stderr
 
 
 def test_every_operation_is_in_the_benchmark() -> None:
     """Those left out are other routes to the same result, or choose between two that are in."""
-    assert set(lk.__all__) - set(OPS) <= {"SparseCoefficients", "gram_energy", "project_tiled"}
+    assert set(lk.__all__) - set(OPS) <= {"SparseCoefficients", "gram_energy", "project", "project_tiled"}
+    assert {name for name in OPS if name.startswith("project_")} >= {f"project_{path}" for path in project.PATHS}
 
 
 def loops(*sizes: int) -> int:
@@ -61,13 +77,13 @@ def loops(*sizes: int) -> int:
     return sum(1 for _ in itertools.product(*(range(n) for n in sizes)))
 
 
-@pytest.mark.parametrize("name", ["project", "project_at", "gram_energy_coactive", "sparse_decode", "batch_topk"])
+@pytest.mark.parametrize("name", ["project_fused", "project_at", "gram_energy_coactive", "sparse_decode", "batch_topk"])
 def test_flops_are_counted_as_loops_would(name: str) -> None:
     """Two for each multiply-add of the definition, x.right once per sequence."""
     z, inputs = TINY, inputs_of(name)
     rows = inputs["kept"].rows.tolist() if "kept" in inputs else []
     expected = {
-        "project": loops(z.B, z.T, z.K, z.R, z.I) + loops(z.S, z.T, z.K, z.R, z.O),
+        "project_fused": loops(z.B, z.T, z.K, z.R, z.I) + loops(z.S, z.T, z.K, z.R, z.O),
         "project_at": min(len(rows), z.B * z.K) * loops(z.T, z.R, z.I) + len(rows) * loops(z.T, z.R, z.O),
         "gram_energy_coactive": sum(loops(z.R, z.R, z.I + z.O) for a in rows for b in rows if a == b),
         "sparse_decode": loops(z.A, z.k, z.D),
@@ -103,9 +119,9 @@ def test_flops_are_those_of_the_matrix_products_that_torch_counts() -> None:
 
 def test_bytes_are_all_inputs_and_outputs_once() -> None:
     """Indices count with eight bytes; sparse_decode reads a row of the weight for every entry."""
-    z, i = TINY, inputs_of("project", dtype=torch.bfloat16)
+    z, i = TINY, inputs_of("project_fused", dtype=torch.bfloat16)
     elements = z.B * z.T * z.I + z.S * z.T * z.O + z.K * z.R * (z.I + z.O) + z.S * z.K
-    assert moved_bytes("project", z, i, OPS["project"].run(i, "torch")) == 2 * elements
+    assert moved_bytes("project_fused", z, i, OPS["project_fused"].run(i, "torch")) == 2 * elements
     i = inputs_of("sparse_decode")
     expected = z.A * z.k * (8 + 4) + 4 * (z.A * z.k * z.D + z.A * z.D)
     assert moved_bytes("sparse_decode", z, i, OPS["sparse_decode"].run(i, "torch")) == expected
@@ -155,14 +171,13 @@ def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None
     assert (made_none.passed, made_none.note) == (False, "no kernel was launched")
 
 
-def test_a_timing_is_written_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timing_is_written_and_shown(tmp_path: Path) -> None:
     """One operation is timed on the CPU, to see that the figures fit together: none of them is kept."""
     best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
     timings = program.time_op("gram", TINY, "fp32", CPU, best)
     assert [t.part for t in timings] == ["forward", "backward"]
     assert all(t.eager_seconds > 0 for t in timings)
-    monkeypatch.setattr(program, "LARGE", (TINY,))
-    late = program.compiled_too(timings, CPU, deadline=0.0)
+    late = program.compiled_too(timings, (TINY,), CPU, deadline=0.0)
     assert [t.note for t in late] == [
         "no time was left for torch.compile",
         "the twin's backward pass is not compiled",
@@ -189,6 +204,113 @@ def test_a_compilation_that_fails_or_takes_too_long_is_marked(monkeypatch: pytes
 
 def test_wide_gradients_are_of_fewer_samples() -> None:
     """Only where [S, O, I] exists, and sequences no more than samples."""
-    assert fitting("project", LARGE[2]) == LARGE[2]
+    assert fitting("project_fused", LARGE[2]) == LARGE[2]
     assert fitting("reconstruct", LARGE[2]).S == 64
     assert fitting("reconstruct", LARGE[2]._replace(I=1 << 15, O=1 << 15))[1:3] == (1, 1)
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_goes_through_everything_and_writes_nothing(tmp_path: Path) -> None:
+    """Checks, timings, steps, rows of paths and tables, on a CPU in the interpreter; it must be asked for."""
+    before = sorted((ROOT / "bench").rglob("*.json"))
+    command = [sys.executable, "-m", "bench.gpu", "--dry", "--out", str(tmp_path / "results.json")]
+    plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    refused = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "set TRITON_INTERPRET=1" in refused.stderr
+    own = plain | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    assert "FAILED" not in run.stdout
+    assert {line.split()[0] for line in lines if "  backward  " in line} >= {"project_at", "gram"}
+    assert lines[-3].split()[:2] == ["step", "dtype"]
+    assert lines[-2].split()[:2] == ["dry", "fp32"]
+    assert "no figure above means anything" in lines[-1]
+    assert not list(tmp_path.iterdir())
+    assert sorted((ROOT / "bench").rglob("*.json")) == before
+
+
+def test_the_steps_loss_is_the_objectives() -> None:
+    """The phases together are l3d's own step: the same loss, and the parameters move."""
+    step = Step(BLOCK, torch.float32, CPU, "torch")
+    moved = [p.detach().clone() for p in step.optimizer.parameters]
+    sides = [[p.clone() for p in side.parameters()] for side in (step.encoder, step.decoder)]
+    loss = step.take()
+    assert all(not torch.equal(a, b) for a, b in zip(moved, step.optimizer.parameters, strict=True))
+    with torch.no_grad():
+        for side, before in zip((step.encoder, step.decoder), sides, strict=True):
+            for p, value in zip(side.parameters(), before, strict=True):
+                p.copy_(value)
+    expected = objective(step.gradients, step.encoder, step.decoder, BLOCK.kept, backend="torch").loss
+    torch.testing.assert_close(loss, expected.detach())
+    norms = step.decoder.squared_norm()
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1)
+
+
+def test_the_bare_passes_are_those_that_extraction_needs() -> None:
+    """Torch counts as many operations in the bare passes as in the extraction: no weight gradient, nothing twice."""
+    step = Step(BLOCK, torch.float32, CPU, "torch")
+    with FlopCounterMode(display=False) as extraction:
+        step.extractor(step.tokens, step.generator)
+    with FlopCounterMode(display=False) as bare:
+        step.bare()
+    assert bare.get_total_flops() == extraction.get_total_flops() > 0
+
+
+def test_a_phases_work_is_that_of_the_cheapest_route() -> None:
+    """Counted by loops for a block whose cheapest route is known, of four tensors and two sides."""
+    z = BLOCK._replace(width=16, K=40, R=1, kept=0.01)  # few kept: all pairs once, then the kept ones of both sides
+    step = Step(z, torch.float32, CPU, "torch")
+    step.take()
+    done = work(step)
+    pairs = 4 * loops(z.T, z.K, z.R, z.width) * (z.B + z.S)
+    kept = 4 * 2 * loops(z.T, z.R, z.width) * (min(z.B * z.K, z.n_kept) + z.n_kept)
+    assert done["select"][0] == 2 * (pairs + kept)
+    assert done["backward"][0] >= 2 * 2 * kept
+    parameters = 2 * 4 * z.K * z.R * 2 * z.width
+    assert done["update"] == (0, 7 * 4 * parameters)
+    assert set(done) == set(PHASES)
+
+
+def test_launches_are_counted_by_phase() -> None:
+    """Every phase launches something; with kernels, theirs are among them; nothing keeps watching afterwards."""
+    from l3d_kernels.kernels import common
+
+    before = len(common.WATCHERS)
+    counted = {backend: count_launches(Step(BLOCK, torch.float32, CPU, backend)) for backend in ("torch", "triton")}
+    assert all(set(c) == set(PHASES) and min(c.values()) > 0 for c in counted.values())
+    assert counted["torch"]["extract"] == counted["triton"]["extract"] > BLOCK.T
+    assert len(common.WATCHERS) == before
+
+
+def test_rows_of_paths_name_the_fastest() -> None:
+    """A row for each arithmetic and width class, from forward passes; the twin where it is faster than both."""
+    blank = measure.Timing("", "", "", "forward", 0.0, 0, 0, 0.0, "copy", 0.0, None, None, None)
+    cases = [(LARGE[0], "bf16", 1.0, 2.0, 3.0), (LARGE[1], "tf32", 2.0, 1.0, None), (LARGE[2], "bf16", 2.0, 2.0, 1.0)]
+    timings = [
+        blank._replace(op=f"project_{path}", size=z.name, dtype=dtype, seconds=seconds, eager_seconds=eager)
+        for z, dtype, fused, chunked, eager in cases
+        for path, seconds in (("fused", fused), ("chunked", chunked))
+    ]
+    timings += [t._replace(part="backward", seconds=0.1) for t in timings]
+    rows = dict(report.path_rows(timings, LARGE, "sm_90"))
+    assert rows == {
+        ("project", "sm_90", "16", "narrow"): "fused",
+        ("project", "sm_90", "tf32", "wide"): "chunked",
+        ("project", "sm_90", "16", "widest"): "twin",
+    }
+
+
+def test_a_step_that_fails_is_named_and_the_others_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A size whose heads do not divide its width: one line, and the next size is timed."""
+    best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
+    blocks = [BLOCK._replace(name="broken", heads=3), BLOCK]
+    (done,) = time_steps(blocks, ["fp32"], CPU, best, float("inf"), backend="torch", steps=1, warm_up=0)
+    assert "FAILED the step of broken in fp32" in capsys.readouterr().out
+    assert (done.size, done.peak_bytes, [p.name for p in done.phases]) == ("block", None, list(PHASES))
+    assert done.roofline_seconds == pytest.approx(sum(p.roofline_seconds for p in done.phases))
+    assert all(p.roofline_seconds >= p.launches * best.launch_seconds > 0 for p in done.phases)
+    assert time_steps(blocks, ["fp32"], CPU, best, 0.0) == []

@@ -1,23 +1,26 @@
-"""`python3 -m bench.gpu`: check every kernel, time it beside its bound and beside torch, print a table, write JSON.
+"""`python3 -m bench.gpu`: check every kernel, time it beside its bound and beside torch, time whole steps, write JSON.
 
 Needs torch, triton and numpy, and no installation: run it in the repository's root. Without a GPU it says so and writes
 nothing. Where a check fails nothing is timed. Takes under eight minutes: what there was no time for is marked as such.
+`TRITON_INTERPRET=1 python3 -m bench.gpu --dry` runs all of it on a CPU, tiny: to see that it runs, for no figures.
 """
 
 import argparse
 import itertools
+import os
 import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.gpu import checks, report
-from bench.gpu.cases import LARGE, MEDIUM, OPS, SMALL, Sizes, fitting, make, moved_bytes
+from bench.gpu.block import BLOCKS, StepSizes
+from bench.gpu.cases import DRY, LARGE, MEDIUM, OPS, SMALL, Sizes, fitting, make, moved_bytes
 from bench.gpu.measure import (
     Ceilings,
     Timing,
@@ -28,8 +31,10 @@ from bench.gpu.measure import (
     use,
     workspace_bytes,
 )
+from bench.gpu.step import time_steps
 
 LIMIT = 450  # seconds for everything
+STEP_LIMIT = 110  # of them kept for the steps
 COMPILE_LIMIT = 25  # for one torch.compile: a twin that cuts its work into thousands of pieces takes minutes
 TIMED = ("bf16", "tf32")
 
@@ -73,24 +78,27 @@ def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Cei
         return [t._replace(note=f"{t.note} the twin runs out of memory".strip()) for t in done]
 
 
-def time_all(device: torch.device, best: Ceilings, deadline: float) -> list[Timing]:
-    """Time every operation at the three sizes; where one cannot run, say so and go on."""
+def time_all(
+    plan: Sequence[Sizes], dtypes: Sequence[str], device: torch.device, best: Ceilings, deadline: float
+) -> list[Timing]:
+    """Time every operation at every size; where one fails, say so and go on."""
     done: list[Timing] = []
-    for dtype, sizes, name in itertools.product(TIMED, LARGE, OPS):
+    for dtype, sizes, name in itertools.product(dtypes, plan, OPS):
         if time.monotonic() > deadline:
             print(f"no time was left for {name} at {sizes.name} in {dtype}", flush=True)
             continue
         try:
             done += time_op(name, sizes, dtype, device, best)
-        except torch.OutOfMemoryError:
-            print(f"out of memory: {name} at {sizes.name} in {dtype}", flush=True)
-        torch.cuda.empty_cache()
+        except Exception as error:  # what does not run is named; the others are still timed
+            print(f"FAILED {name} at {sizes.name} in {dtype}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return done
 
 
-def compiled_too(timings: list[Timing], device: torch.device, deadline: float) -> list[Timing]:
+def compiled_too(timings: list[Timing], plan: Sequence[Sizes], device: torch.device, deadline: float) -> list[Timing]:
     """Add the time of torch.compile of the twin's forward pass, as long as there is time."""
-    by_name = {sizes.name: sizes for sizes in LARGE}
+    by_name = {sizes.name: sizes for sizes in plan}
     done = []
     for t in timings:
         if t.part == "backward":
@@ -124,42 +132,102 @@ def compiled_seconds(call: Callable[[], Any], device: torch.device) -> tuple[flo
         torch.compiler.reset()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="only check, and only at small sizes")
-    parser.add_argument("--out", type=Path, help="where to write (default: bench/results/DEVICE.json)")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench.gpu: no GPU here (torch.cuda.is_available() is False): nothing was measured or written")
-        return 0
-    started, device, seed = time.monotonic(), torch.device("cuda"), secrets.randbits(31)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}", flush=True)
-    made = checks.run_all(SMALL if options.small else SMALL + MEDIUM, device, seed)
+class Plan(NamedTuple):
+    """What a run does, at which sizes."""
+
+    checked: Sequence[tuple[Sizes, Sequence[str]]]
+    timed: Sequence[Sizes]
+    blocks: Sequence[StepSizes]
+    dtypes: Sequence[str]
+    ceilings: dict[str, int]  # arguments of measure.ceilings
+    step: dict[str, Any]  # arguments of step.time_step
+    limit: float  # seconds for everything
+
+
+FULL = Plan(SMALL + MEDIUM, LARGE, BLOCKS, TIMED, {}, {}, LIMIT)
+DRY_BLOCK = StepSizes("dry", width=8, heads=2, vocabulary=7, K=3, R=1, kept=0.3, B=2, T=2)
+DRY_PLAN = Plan(
+    ((DRY, ("fp32",)),),
+    (DRY,),
+    (DRY_BLOCK,),
+    ("fp32",),
+    {"width": 32, "copied": 1 << 12},
+    {"backend": "triton", "steps": 1, "warm_up": 0},
+    0,
+)
+
+
+def checked(plan: Sequence[tuple[Sizes, Sequence[str]]], device: torch.device, seed: int) -> list[checks.Check]:
+    """Check all kernels and print what failed."""
+    started = time.monotonic()
+    made = checks.run_all(plan, device, seed)
     bad = [c for c in made if not c.passed]
     for c in bad:
         print(f"FAILED {c.op}, {c.size}, {c.dtype}, {c.what}: error {c.error:.3e} > {c.allowed:.3e} {c.note}")
     print(f"checks: {len(made) - len(bad)} of {len(made)} passed in {time.monotonic() - started:.0f} s", flush=True)
-    if bad or options.small:
-        return 1 if bad else 0
+    return made
+
+
+def measured(plan: Plan, device: torch.device, started: float) -> dict[str, Any]:
+    """Time everything, print the tables, and return what is written."""
+    from l3d_kernels.kernels.table import kind_of
+
+    deadline = started + plan.limit if plan.limit else float("inf")
+    best = ceilings(device, **plan.ceilings)
+    timings = time_all(plan.timed, plan.dtypes, device, best, deadline - STEP_LIMIT)
+    steps = time_steps(plan.blocks, plan.dtypes, device, best, deadline - COMPILE_LIMIT, **plan.step)
+    timings = compiled_too(timings, plan.timed, device, deadline - COMPILE_LIMIT if plan.limit else 0.0)
+    rows = report.path_rows(timings, plan.timed, kind_of(device))
+    print("rows for l3d_kernels/kernels/paths.py:")
+    for key, path in rows:
+        print(f"    {key!r}: {path!r},")
+    print(report.table(timings, best))
+    print(report.step_table(steps))
+    return {
+        "ceilings": best._asdict(),
+        "timings": [t._asdict() for t in timings],
+        "steps": [{**s._asdict(), "phases": [p._asdict() for p in s.phases]} for s in steps],
+        "paths": [[*key, path] for key, path in rows],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="only check, and only at small sizes")
+    parser.add_argument("--dry", action="store_true", help="all of it, tiny, on a CPU; nothing is written")
+    parser.add_argument("--out", type=Path, help="where to write (default: bench/results/DEVICE.json)")
+    options = parser.parse_args(arguments)
+    started, seed = time.monotonic(), secrets.randbits(31)
+    if options.dry:
+        if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is first imported, which torch may have done
+            parser.error("--dry runs in Triton's interpreter: set TRITON_INTERPRET=1")
+        made = checked(DRY_PLAN.checked, torch.device("cpu"), seed)
+        measured(DRY_PLAN, torch.device("cpu"), started)
+        print("dry run on a CPU: no figure above means anything; nothing was written")
+        return 0 if all(c.passed for c in made) else 1
+    if not torch.cuda.is_available():
+        print("bench.gpu: no GPU here (torch.cuda.is_available() is False): nothing was measured or written")
+        return 0
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}", flush=True)
+    made = checked(SMALL if options.small else FULL.checked, device, seed)
+    if options.small or not all(c.passed for c in made):
+        return 0 if all(c.passed for c in made) else 1
     sanitized = checks.memcheck(90)
     print(f"memcheck: {sanitized}", flush=True)
     if sanitized.startswith("FAILED"):
         return 1
-    best = ceilings(device)
-    timings = time_all(device, best, started + LIMIT - 60)
-    timings = compiled_too(timings, device, started + LIMIT - COMPILE_LIMIT)
+    figures = measured(FULL, device, started)
     path = options.out or report.path_for(torch.cuda.get_device_name())
     content = {
         "environment": report.environment(device, seed),
-        "ceilings": best._asdict(),
         "checks": [c._asdict() for c in made],
         "memcheck": sanitized,
-        "timings": [t._asdict() for t in timings],
+        **figures,
         "seconds": round(time.monotonic() - started, 1),
     }
     report.write(path, content)
-    print(report.table(timings, best))
     print(f"written to {path}")
     return 0
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
+from l3d_kernels import dispatch
 
 Inputs = dict[str, Any]
 
@@ -69,6 +70,9 @@ LARGE = (
     Sizes("width 4096", S=256, B=16, T=16, I=4096, O=4096, K=4000, R=4, kept=0.005, A=4096, k=64, L=65536, D=4096),
 )
 
+# for --dry: runs of everything on a CPU, in Triton's interpreter
+DRY = Sizes("dry", S=2, B=1, T=2, I=3, O=4, K=3, R=2, kept=0.5, A=2, k=2, L=3, D=4)
+
 
 class Op(NamedTuple):
     """An operation of l3d_kernels, with the inputs that it takes from `make` and those that have gradients."""
@@ -115,13 +119,23 @@ def kept_of(i: Inputs) -> lk.SparseCoefficients:
     return kept._replace(values=i["values"])
 
 
+def project_by(path: str) -> Op:
+    """Return the operation `project` with a path of its kernels named, which the table of paths would choose."""
+
+    def run(i: Inputs, backend: str) -> Tensor:
+        if backend != "triton":
+            return lk.project(i["x"], i["dy"], i["left"], i["right"], backend=backend)
+        dispatch.load_kernels()
+        from l3d_kernels.kernels.project import project
+
+        return project(i["x"], i["dy"], i["left"], i["right"], path)
+
+    return Op(run, ("x", "dy", "left", "right"), ("left", "right"), _project_flops)
+
+
 OPS = {
-    "project": Op(
-        lambda i, b: lk.project(i["x"], i["dy"], i["left"], i["right"], backend=b),
-        ("x", "dy", "left", "right"),
-        ("left", "right"),
-        _project_flops,
-    ),
+    "project_fused": project_by("fused"),
+    "project_chunked": project_by("chunked"),
     "project_topk": Op(
         lambda i, b: lk.project_topk(i["x"], i["dy"], i["left"], i["right"], i["n"], backend=b).values,
         ("x", "dy", "left", "right", "n"),

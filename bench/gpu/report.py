@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 
+from bench.gpu.block import PHASES
+from bench.gpu.cases import Sizes
 from bench.gpu.measure import Ceilings, Timing
+from bench.gpu.step import StepTiming
 
 ROOT = Path(__file__).resolve().parents[2]
+STEP_HEADER = ("step", "dtype", "ms", "x roofline", *PHASES, "extract/bare", "peak GB")
 HEADER = ("op", "size", "dtype", "part", "ms", "% of bound", "by", "eager", "compiled", "workspace MB")
 
 
@@ -21,6 +25,8 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
     """Return what the figures depend on."""
     import triton
 
+    if device.type != "cuda":
+        return {"device": "cpu", "torch": torch.__version__, "triton": triton.__version__}
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": properties.name,
@@ -69,10 +75,41 @@ def table(timings: Sequence[Timing], best: Ceilings) -> str:
         f"ceilings: copy {best.copy_bytes_per_second / 1e9:.0f} GB/s, {rates}, "
         f"empty launch {best.launch_seconds * 1e6:.1f} us"
     ]
-    rows = [HEADER, *(_cells(timing) for timing in timings)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_aligned([HEADER, *(_cells(timing) for timing in timings)])])
+
+
+def step_table(steps: Sequence[StepTiming]) -> str:
+    """Return a line per step: its time over its roofline, each phase as "ms (x roofline)", extraction over bare."""
+    rows = [STEP_HEADER]
+    for s in steps:
+        phases = [f"{p.seconds * 1e3:.2f} ({p.seconds / p.roofline_seconds:.1f})" for p in s.phases]
+        total = (f"{s.seconds * 1e3:.2f}", f"{s.seconds / s.roofline_seconds:.2f}")
+        peak = "-" if s.peak_bytes is None else f"{s.peak_bytes / 1e9:.2f}"
+        rows.append((s.size, s.dtype, *total, *phases, f"{s.phases[0].seconds / s.bare_seconds:.2f}", peak))
+    return "\n".join(_aligned(rows))
+
+
+def path_rows(timings: Sequence[Timing], sizes: Sequence[Sizes], kind: str) -> list[tuple[tuple[str, ...], str]]:
+    """Return the rows for `l3d_kernels.kernels.paths` that these timings ask for: the fastest forward pass of each."""
+    from l3d_kernels.kernels.paths import CHUNKED, FUSED, TWIN, width_class
+
+    widths = {z.name: width_class(z.O) for z in sizes}
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    for t in timings:
+        path = {"project_fused": FUSED, "project_chunked": CHUNKED}.get(t.op)
+        if path is None or t.part != "forward":
+            continue
+        row = ("project", kind, "16" if t.dtype in ("bf16", "fp16") else t.dtype, widths[t.size])
+        own = times.setdefault(row, {})
+        own[path] = t.seconds
+        if t.eager_seconds is not None:
+            own[TWIN] = min(t.eager_seconds, own.get(TWIN, t.eager_seconds))
+    return [(row, min(own, key=own.__getitem__)) for row, own in times.items()]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _cells(t: Timing) -> tuple[str, ...]:

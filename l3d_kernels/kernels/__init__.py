@@ -8,16 +8,21 @@ from l3d_kernels.kernels import (
     batch_topk,
     gram,
     gram_energy,
-    project,
+    gram_energy_backward,
+    project,  # noqa: F401 (chooses between project_chunked and project_fused)
     project_at,
+    project_at_backward,
     project_backward,
+    project_chunked,
     project_dense,
+    project_fused,
     project_tiled,  # noqa: F401 (launches project_dense's kernel)
     project_topk,
     reconstruction,
     segments,
     softmax_mean,
     sparse_decode,
+    sparse_decode_weight,
     squared_gradient_norm,
 )
 
@@ -26,15 +31,19 @@ MODULES = (
     batch_topk,
     gram,
     gram_energy,
-    project,
+    gram_energy_backward,
     project_at,
+    project_at_backward,
     project_backward,
+    project_chunked,
     project_dense,
+    project_fused,
     project_topk,
     reconstruction,
     segments,
     softmax_mean,
     sparse_decode,
+    sparse_decode_weight,
     squared_gradient_norm,
 )
 

@@ -138,7 +138,12 @@ def _no_backward(
 def project_dense_backward(
     d_out: Tensor, grad: Tensor, left: Tensor, right: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients, a few rows of O at a time: library products; that of `grad` only if it is needed."""
+    """Compute the gradients, a few rows of O at a time: library products; that of `grad` only if it is needed.
+
+    They move, for each of the O*I elements, S + 3*K numbers: grad is read once, d_V written and read twice. A kernel
+    that kept d_V in registers would read grad once for every 16 subnetworks, S*K/16, and leave 2*K*R/16 partial sums of
+    d_right: 1,600 + 312 against 556 at S=256, K=100, R=25; 16,000 + 1,000 against 3,256 at K=1,000, R=8.
+    """
     (_, O, I), K = grad.shape, len(left)
     d_grad = grad.new_empty(grad.shape if needs[0] else 0)
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))

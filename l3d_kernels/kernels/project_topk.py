@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from l3d_kernels.dispatch import TRITON
-from l3d_kernels.kernels import batch_topk, common, project, radix
-from l3d_kernels.kernels.project_at import project_at_backward
+from l3d_kernels.kernels import batch_topk, common, project, project_chunked, project_fused, radix
+from l3d_kernels.kernels.project_at_backward import project_at_backward
 from l3d_kernels.sparse import SparseCoefficients
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -68,6 +68,7 @@ TRITON["project_topk"] = project_topk
 
 
 def compile_cases(kind: str) -> list[common.CompileCase]:
-    """Return the forms of the projection's kernels that count and add; all but one are left to the long test."""
-    cases = project.compile_cases(kind, count=True)
-    return [case._replace(long=case.long or case.constants["SLOT_T"] != 1) for case in cases]
+    """Return the forms of the projection's kernels that count and add; most are left to the long test."""
+    cases = project_fused.compile_cases(kind, count=True)
+    cases = [case._replace(long=case.long or case.constants["SLOT_T"] != 1) for case in cases]
+    return cases + project_chunked.compile_cases(kind, count=True)

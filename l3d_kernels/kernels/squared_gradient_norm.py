@@ -126,7 +126,7 @@ TABLE["norm_pairs"] = {
     ("interpreter", None): Launch({"BLOCK_D": 16}),
     ("sm_80", "32"): Launch({"BLOCK_D": 32}, warps=8, stages=3),
     (None, "16"): Launch({"BLOCK_D": 128}, warps=4, stages=3),
-    (None, "32"): Launch({"BLOCK_D": 64}, warps=4, stages=3),
+    (None, "32"): Launch({"BLOCK_D": 32}, warps=4, stages=3),  # twice as deep spills in triton 3.9
 }
 TABLE["norm_outer"] = {
     ("interpreter", None): Launch({"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16}),

@@ -1,29 +1,18 @@
 """`project` as kernels: value and gradients against the twin's, every shape of a tile, bits, bindings."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from test_reference import Case
+from test_reference import make as make_all
 from torch import Tensor
 
 import l3d_kernels as lk
 
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
 
-
-class Case(NamedTuple):
-    """Sizes of one problem. In the interpreter a tile is 16 x 16, and 32 elements deep."""
-
-    B: int = 2
-    S: int = 6
-    T: int = 3
-    I: int = 5
-    O: int = 7
-    K: int = 4
-    R: int = 2
-    indices: bool = False
-
-
+# in the interpreter a tile is 16 x 16, and 32 elements deep
 CASES = {
     "shared": Case(),
     "one sample a sequence": Case(B=5, S=5),
@@ -48,16 +37,8 @@ FORWARD = {"project_pair", "project_seen"}
 
 
 def make(case: Case) -> dict[str, Any]:
-    x: Tensor = normal(case.B, case.T, case.I, seed=1)
-    if case.indices:
-        x = torch.randint(case.I, (case.B, case.T), generator=torch.Generator().manual_seed(1))
-    dy = normal(case.S, case.T, case.O, seed=2)
-    return {
-        "x": x,
-        "dy": dy,
-        "left": normal(case.K, case.R, case.O, seed=3),
-        "right": normal(case.K, case.R, case.I, seed=4),
-    }
+    inputs = make_all(case)
+    return {name: inputs[name] for name in ("x", "dy", "left", "right")}
 
 
 def run(inputs: dict[str, Any], backend: str) -> Tensor:
@@ -152,7 +133,7 @@ def test_opcheck() -> None:
     inputs = make(CASES["shared"])
     arguments = (inputs["x"], inputs["dy"], inputs["left"], inputs["right"])
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.l3d.project, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.l3d.project, (*arguments, None), test_utils=tests)
     upstream = normal(6, 4)
     torch.library.opcheck(torch.ops.l3d.project_backward, (upstream, *arguments, [True] * 4), test_utils=tests)
 

@@ -1,33 +1,19 @@
 """`project_at` as kernels: value and gradients at the kept pairs, however the subnetworks share them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from test_reference import Case, kept_of
+from test_reference import make as make_all
 from torch import Tensor
 
 import l3d_kernels as lk
 from l3d_kernels.kernels import common
-from l3d_kernels.sparse import sparse_coefficients
 
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
 
 LEAVES = ("left", "right")
-
-
-class Case(NamedTuple):
-    """Sizes of one problem; `kept` of the S*K pairs, the first subnetwork's first where `lopsided`."""
-
-    B: int = 2
-    S: int = 6
-    T: int = 3
-    I: int = 5
-    O: int = 7
-    K: int = 4
-    R: int = 2
-    kept: int = 9
-    indices: bool = False
-    lopsided: bool = False
 
 
 CASES = {
@@ -45,24 +31,8 @@ NOTHING = {"nothing kept": Case(kept=0), "no samples": Case(S=0, kept=0), "no se
 
 
 def make(case: Case) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    x: Tensor = normal(case.B, case.T, case.I, seed=1)
-    if case.indices:
-        x = torch.randint(case.I, (case.B, case.T), generator=generator)
-    scores = torch.rand(case.S, case.K, generator=generator)
-    if case.lopsided:
-        scores[:, 0] += 1
-        scores[:, 1] = -1
-    flat = scores.flatten().argsort(descending=True)[: case.kept].sort().values
-    threshold = torch.tensor(torch.nan)
-    values, shape = torch.zeros(case.kept), (case.S, case.K)
-    return {
-        "x": x,
-        "dy": normal(case.S, case.T, case.O, seed=2),
-        "left": normal(case.K, case.R, case.O, seed=3),
-        "right": normal(case.K, case.R, case.I, seed=4),
-        "kept": sparse_coefficients(values, flat // case.K, flat % case.K, threshold, shape),
-    }
+    inputs = make_all(case)
+    return {name: inputs[name] for name in ("x", "dy", "left", "right")} | {"kept": kept_of(inputs)}
 
 
 def run(i: dict[str, Any], backend: str) -> Tensor:

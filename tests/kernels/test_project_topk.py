@@ -10,7 +10,7 @@ import l3d_kernels as lk
 from l3d_kernels.kernels import batch_topk, project, radix
 
 from test_project import CASES, Case, make
-from tools import DTYPES, assert_as_good, assert_same_twice, gradients, launches, normal, to_dtype
+from tools import DTYPES, assert_as_good, assert_same_twice, gradients, launches, normal, strided, to_dtype
 
 LEAVES = ("left", "right")
 NAMES = ("shared", "one sample a sequence", "several tiles", "one position, rank one", "indices")
@@ -75,6 +75,17 @@ def test_it_agrees_with_the_twin(name: str) -> None:
     _, twin_grads = gradients(run, i, LEAVES, "torch")
     for a, b in zip([own.values, *grads], [twin.values, *twin_grads], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck_and_strides() -> None:
+    """Gradients agree with differences in float64, which are too small to change what is kept; gaps change nothing."""
+    i = inputs_of(CASES["shared"])
+    gaps = i | {name: strided(i[name]) for name in ("x", "dy", "left", "right", "base")}
+    assert torch.equal(run(gaps, "triton"), run(i, "triton"))
+    free = [i[name].requires_grad_() for name in LEAVES]
+    torch.autograd.gradcheck(
+        lambda left, right: run(i | {"left": left, "right": right}, "triton"), free, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("kept", [0.0, 1.0])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import sparse_decode
+from l3d_kernels.kernels import sparse_decode_weight
 
 from tools import DTYPES, assert_kernel, assert_same_twice, normal, strided
 
@@ -91,7 +91,7 @@ def test_both_forms_give_the_same_bits() -> None:
 @pytest.mark.parametrize("case", ["wide", "offsets", "few rows"])
 def test_rows_that_many_codes_use_are_shared_out(case: str, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stretches of few entries the gradient to the weight is the same, wherever a row's entries begin."""
-    monkeypatch.setattr(sparse_decode, "STRETCH", stretch)
+    monkeypatch.setattr(sparse_decode_weight, "STRETCH", stretch)
     inputs = make(9, 4, 3, 5) if case == "few rows" else CASES[case]
     assert_kernel(run, inputs, ("weight",), torch.float64, "decode_d_weight_stretch", "decode_d_weight")
     assert_same_twice(run, inputs, ("weight",))

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 import l3d
 from l3d import flat
+from l3d.costs import Path
+from l3d.decomposition import Decomposition
+from l3d.objective import objective
+from l3d_kernels.kernels import radix
 
 from tools import launches
 
@@ -50,3 +54,35 @@ def test_training_with_kernels_ends_where_the_twins_end(problem: Any, monkeypatc
     torch.testing.assert_close(own.history["error"], twin.history["error"], rtol=1e-5, atol=0)
     for name, direction in own.subnetwork(0).items():
         torch.testing.assert_close(direction, twin.subnetwork(0)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_the_selection_begins_while_coefficients_are_made(n_layers: int) -> None:
+    """With sampled paths the last tensor's epilogue counts the first digit, and top-k makes one pass less."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(n_layers)))
+    gradients = l3d.extract_gradients(model, torch.randn(8, 5, 16))
+    d = Decomposition(gradients.shapes, 4, 2, {"k": 0.25}, torch.Generator().manual_seed(1))
+    paths = dict.fromkeys(gradients.shapes, Path(materialised=False, sampled=True))
+    results = {}
+    for backend in ("torch", "triton"):
+        with launches(*(("project_pair", "topk_histogram") if backend == "triton" else ())) as seen:
+            loss = objective(gradients, d.encoder, d.decoder, 0.25, paths=paths, backend=backend).loss
+        results[backend] = [loss.detach(), *torch.autograd.grad(loss, list(d.parameters()))]
+    assert seen["topk_histogram"] == len(radix.DIGITS[4]) - 1, "the first digit was counted in a pass of its own"
+    assert seen["project_pair"] == n_layers
+    for own, twin in zip(results["triton"], results["torch"], strict=True):
+        torch.testing.assert_close(own, twin, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_a_convolution_takes_as_many_launches_whatever_its_groups(groups: int) -> None:
+    """Plain, grouped and depthwise: one projection for encoder and decoder together, none of them per group."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups, bias=False))
+    gradients = l3d.extract_gradients(model, torch.randn(4, 8, 5, 5))
+    assert len(gradients.parts["0.weight"]) == 1
+    d = Decomposition(gradients.shapes, 3, 1, {"k": 0.5}, torch.Generator().manual_seed(1))
+    with launches() as seen:
+        objective(gradients, d.encoder, d.decoder, 0.5, backend="triton")
+    assert sum(count for name, count in seen.items() if name.startswith("project")) == 1, seen
