@@ -41,7 +41,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pairs_isolate_the_feature_that_differs() -> None:
-    """The page's pairs: one subnetwork, the circuit of the feature that differs; the ordinary reference mixes some."""
+    """The page's pairs: one subnetwork, the circuit of the feature that differs; with samples it is another's."""
     toy = l3d.toys.make("tms")
     code = next(text for text in PYTHON if 'reference in ("pair"' in text)
     found = {}
@@ -51,7 +51,7 @@ def test_pairs_isolate_the_feature_that_differs() -> None:
     assert int(found["pair"].argmax()) == 3
     assert float(found["pair"][3]) > 0.85
     assert float(found["pair"].sort().values[-2]) < 0.3
-    assert float(found["sample"].max()) < 0.7
+    assert float(found["sample"][3]) < 0.3
 
 
 @pytest.mark.data
