@@ -190,8 +190,8 @@ DATA = (
         str | None,
         None,
         "SPEC",
-        "text:FILE_OR_FOLDER, npz:FILE, or python:pkg.module:factory, a function that returns a tensor, "
-        "Dataset or iterable. Required.",
+        "text:FILE_OR_FOLDER, dataset:FOLDER_OR_FILE_OR_ID (Hugging Face), tokens:FILE (ids, .npy or .npz), "
+        "npz:FILE, or python:pkg.module:factory, a function that returns a tensor, Dataset or iterable. Required.",
     ),
     Option(
         "data_args",
@@ -199,9 +199,10 @@ DATA = (
         {},
         "VALUE",
         "Arguments of the loader, each as --data_args.KEY VALUE. text: length (tokens a row, 16), separator "
-        "('<|endoftext|>'), start (every|first window of a text), tokenizer, max_rows. npz: key (images), "
-        "mean, std (per channel: '[.5,.5,.5]'), max_rows. All: rows, a slice (--data_args.rows=-200: is the "
-        "last 200).",
+        "('<|endoftext|>'), start (every|first window of a text), short (drop|pad: tails), tokenizer, max_rows. "
+        "dataset: the same without separator, and split (train), column (text), name, revision. tokens: key, "
+        "max_rows. npz: key (images), size (pixels to resize to), mean, std (per channel: '[.5,.5,.5]'), max_rows. "
+        "All: rows, a slice (--data_args.rows=-200: is the last 200).",
     ),
 )
 HELD_OUT = Option(

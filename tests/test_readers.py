@@ -10,15 +10,7 @@ import torch
 from l3d.readers import token_rows
 from l3d.sources import load_data
 
-
-class Spelling:
-    """A tokenizer whose tokens are characters, numbered by their code points."""
-
-    def __init__(self, bos: int | None) -> None:
-        self.bos_token_id = bos
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+from helpers import Spelling
 
 
 @pytest.fixture
