@@ -1,4 +1,4 @@
-"""Read files into tensors: texts as rows of token ids, images and other arrays as they feed a model.
+"""Read files: texts as rows of token ids, and arrays.
 
 Errors are ValueErrors that name the argument at fault; `l3d.sources` puts the file's name before them.
 """
@@ -138,36 +138,3 @@ def _read(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"array {name!r} cannot be read: {error}") from error
-
-
-def array_rows(array: np.ndarray, mean: list[float] | None, std: list[float] | None) -> torch.Tensor:
-    """Turn uint8 images [n, H, W, C] into float32 [n, C, H, W] / 255, less mean, over std.
-
-    mean, std: one number per channel. Arrays of other numbers are returned as they are.
-    """
-    rows = torch.from_numpy(np.ascontiguousarray(array))
-    if rows.dtype != torch.uint8:
-        if mean is not None or std is not None:
-            raise ValueError(f"mean, std: only for uint8 images; this array is {array.dtype}")
-        return rows
-    if rows.ndim != 4:
-        raise ValueError(f"key: expected uint8 images [n, H, W, C], got {list(array.shape)}")
-    images = rows.permute(0, 3, 1, 2).to(torch.float32).div_(255)
-    if mean is not None:
-        images -= _per_channel("mean", mean, images.shape[1])
-    if std is not None:
-        scale = _per_channel("std", std, images.shape[1])
-        if not bool((scale > 0).all()):
-            raise ValueError(f"std: expected positive numbers, got {std}")
-        images /= scale
-    return images.contiguous()
-
-
-def _per_channel(name: str, values: list[float], channels: int) -> torch.Tensor:
-    try:
-        channel = torch.tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError):
-        channel = torch.empty(0)
-    if channel.shape != (channels,):
-        raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {values!r}")
-    return channel[:, None, None]

@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from l3d.data import count_rows
+from l3d.images import array_rows
 from l3d.pretrained import causal_lm, source_of
-from l3d.readers import array_rows, check_whole, read_array
+from l3d.readers import check_whole, read_array
 from l3d.token_data import load_dataset, load_text, load_tokens
 
 Data = torch.Tensor | Dataset | Iterable
@@ -64,8 +65,8 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     * "tokens:FILE" -> whole numbers [n, length] of an .npy file, or of an .npz file the array `key` (default:
       "input_ids", else the only one), with padding where its array "attention_mask" is 0.
     * "npz:FILE" -> the array `key` (default: "images", else the only one). Images, uint8 [n, H, W, C],
-      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given;
-      other numbers are taken as they are.
+      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given; with size=224
+      (or [height, width]) they are resized as they are read. Other numbers are taken as they are.
     * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, Dataset or iterable.
 
     max_rows (all but python): take only the first so many rows.
@@ -185,10 +186,11 @@ def _load_npz(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_rows: int | None = None,
-) -> torch.Tensor:
+    size: int | list[int] | None = None,
+) -> torch.Tensor | Dataset:
     if max_rows is not None:
         check_whole("max_rows", max_rows, 1)
-    return array_rows(read_array(path, key)[:max_rows], mean, std)
+    return array_rows(read_array(path, key)[:max_rows], mean, std, size)
 
 
 # scheme: (the form of its description, its loader; None for a factory)

@@ -85,7 +85,7 @@ def test_other_arrays_are_taken_as_they_are(tmp_path: Path, archive: Path) -> No
         ({"key": "labels", "mean": [0.5]}, "mean, std: only for uint8 images; this array is int64"),
         ({"rows": "1"}, 'rows: expected "START:STOP"'),
         ({"rows": "9:"}, "no rows in '9:'"),
-        ({"length": 3}, "arguments it takes: key, mean, std, max_rows"),
+        ({"length": 3}, "arguments it takes: key, mean, std, max_rows, size"),
     ],
 )
 def test_array_arguments_that_do_not_fit_are_refused(archive: Path, arguments: dict[str, Any], message: str) -> None:
