@@ -220,6 +220,9 @@ EVALUATE_ROWS = Option(
     "Evaluate on at most so many of the training rows, evenly spaced.",
 )
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
+ANY_WEIGHTS = Option(
+    "any_weights", bool, False, "", "Go on where the model's weights are others than those that were decomposed."
+)
 COPY = Option("out", str | None, None, "DIR", "Work on a copy of RUN made here, and leave RUN as it is.")
 TOY = Option(
     "name",
