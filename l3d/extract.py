@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
 from l3d.graph import Use, n_outputs, output_shape, positionwise_head, read_graph
+from l3d.inputs import check_logits, check_tokens
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.rules import has_rule, part_of
@@ -83,6 +84,7 @@ class Extractor:
         self.positions = None if self.by_row else positions
         self.parameters = select_parameters(model, params)
         self._output_width: tuple[int, ...] | None = None
+        self._batches = 0
 
     def __call__(self, inputs: Any, generator: torch.Generator | None = None) -> Gradients:
         """Return the gradients of one batch."""
@@ -95,11 +97,16 @@ class Extractor:
         elif isinstance(inputs, (tuple, list)) and inputs:
             inputs = inputs[0]  # (input, label) and its like
         with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
+            if self._batches == 0:
+                check_tokens(self.model, inputs)
             output = self._forward(inputs)
             mask = padding_mask(inputs)
             samples = Samples(output, self.positions, self.is_kl, generator, mask)
             self._check_width(samples)
             outputs = samples.gather(output.detach())
+            if self.is_kl and self._batches == 0:
+                check_logits(outputs)
+            self._batches += 1
             contrast = None
             if contrast_inputs is not None:
                 check_same_padding(mask, padding_mask(contrast_inputs))

@@ -54,7 +54,7 @@ def test_other_weights_are_refused_unless_asked(use: str, trained: l3d.Decomposi
 def test_only_decomposed_parameters_count(trained: l3d.Decomposition) -> None:
     """Another head is no other model; another dtype is, and is named."""
     model = network()
-    nn.init.zeros_(model[2].weight)  # type: ignore[arg-type]
+    nn.init.ones_(model[2].weight)  # type: ignore[arg-type]
     trained.evaluate(model, DATA)
     with pytest.raises(ValueError, match=r"'0.weight' is float64, was float32"):
         trained.evaluate(network().double(), DATA.double())
