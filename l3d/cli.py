@@ -101,6 +101,7 @@ This runs the code that RUN/config.yaml names: only evaluate run folders you tru
             "instead of the run's own": (
                 *options.unset((*options.DATA, options.EVALUATE_ROWS)),
                 options.DEVICE,
+                options.ANY_WEIGHTS,
             ),
             "results": [options.COPY],
         },

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from l3d import options, run_folder
+from l3d.card import renew_card
 from l3d.cli import read_settings
 from l3d.data import count_rows
 from l3d.files import replace_text
@@ -111,7 +112,7 @@ def evaluate(settings: Settings) -> None:
     metrics = run_folder.read_metrics(run)
     metrics.pop("held_out_error", None)  # either computed anew or of other rows than the rest
     metrics.pop("evaluated_on", None)
-    metrics |= evaluate_run(l3d.load(run), job)
+    metrics |= evaluate_run(l3d.load(run), job, settings["any_weights"])
     if settings["data"] is not None:
         metrics["evaluated_on"] = settings["data"]
     if target != run:
@@ -226,12 +227,20 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
         run_folder.write_config(out, job.command, job.settings)
 
     try:
-        arguments |= {"out": out, "overwrite": overwrite, "resume": resume}
+        arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": _model_name(job)}
         d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
         timing = {name: float(d.timing[name]) for name in ("seconds", "steps_per_second")}
         _finish(out, evaluate_run(d, job) | timing | _peak_memory() | {"environment": _environment(job.model)})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(out)) from None
+
+
+def _model_name(job: Job) -> str | None:
+    """Name the model as its run does; a Hugging Face model knows its name itself."""
+    if job.command == "toy":
+        return f"toy:{job.settings['name']}"
+    spec: str = job.settings["model"]
+    return None if spec.startswith("hf:") else spec
 
 
 def _interrupted(out: Path) -> str:
@@ -241,7 +250,7 @@ def _interrupted(out: Path) -> str:
     return f"interrupted; last checkpoint: {last}; go on with: l3d resume {out}"
 
 
-def evaluate_run(d: Decomposition, job: Job) -> dict[str, Any]:
+def evaluate_run(d: Decomposition, job: Job, any_weights: bool = False) -> dict[str, Any]:
     """Return the figures of an evaluation, as metrics.json holds them."""
     data, count = job.data, count_rows(job.data)
     most = job.settings["evaluate_rows"]
@@ -252,7 +261,8 @@ def evaluate_run(d: Decomposition, job: Job) -> dict[str, Any]:
     d = d.to(next(job.model.parameters()).device)
     backend = job.settings.get("backend", "auto")
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
-    found = d.evaluate(job.model, data, backend=backend, n_references=1 if job.toy is None else 30)
+    options = {"backend": backend, "any_weights": any_weights}
+    found = d.evaluate(job.model, data, n_references=1 if job.toy is None else 30, **options)
     figures = {
         "error": float(found.error),
         "kept_per_sample": float(found.kept_per_sample),
@@ -261,7 +271,7 @@ def evaluate_run(d: Decomposition, job: Job) -> dict[str, Any]:
         "n_rows": count,
     }
     if job.held_out is not None:
-        figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, backend=backend).error)
+        figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, **options).error)
     if job.toy is not None:
         figures |= job.toy.recovery(d)
     return figures
@@ -296,6 +306,7 @@ def _finish(run: Path, metrics: Mapping[str, Any]) -> None:
     from l3d.report import duration, percent, size, write_report
 
     paths = {"metrics": run_folder.write_metrics(run, metrics)}
+    renew_card(run, metrics)
     try:
         paths["report"] = write_report(run)
     except ImportError as error:  # the report is an extra; the figures are there without it

@@ -99,7 +99,8 @@ def count_rows(data: Any) -> int | None:
         raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):
         return len(data)
-    if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+    by_row = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # which a dataset of Hugging Face has
+    if by_row and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         return len(data)
     return None
 
@@ -108,7 +109,12 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
     """Collect rows of a tensor or Dataset into a batch."""
     if isinstance(data, Tensor):
         return data[rows.start : rows.stop] if isinstance(rows, range) else data[rows]
-    return default_collate([data[int(row)] for row in rows])
+    try:
+        return default_collate([data[int(row)] for row in rows])
+    except RuntimeError as error:
+        raise ValueError(
+            f"data: rows differ in shape; make them alike, and tell padding by an attention_mask ({error})"
+        ) from error
 
 
 def in_order(data: Any, batch_size: int) -> Iterator[Any]:

@@ -32,6 +32,7 @@ class Decomposition(nn.Module):
         history: {column: one value per recorded step} of the training run.
         timing: seconds and steps_per_second of the training run.
         restart_errors: the final error of every restart the best was chosen from.
+        base_model: which weights it belongs to, as `l3d.identity.identity` describes them; empty: any.
         threshold: the magnitude above which a coefficient counts as kept, outside its batch; NaN until trained.
     """
 
@@ -56,6 +57,7 @@ class Decomposition(nn.Module):
         self.timing: dict[str, float] = {}
         self.threshold = float("nan")
         self.restart_errors: list[float] = []
+        self.base_model: dict[str, Any] = {}
 
     @classmethod
     def empty(
@@ -96,6 +98,7 @@ class Decomposition(nn.Module):
         with torch.no_grad():
             for target, whole in zip(part.parameters(), self.parameters(), strict=True):
                 target.copy_(whole[index * size : (index + 1) * size])
+        part.base_model = self.base_model
         return part
 
     @property
@@ -177,3 +180,9 @@ class Decomposition(nn.Module):
         from l3d.store import save
 
         save(self, path)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the decomposition with its model card to the Hugging Face hub; see `l3d.hub.push`."""
+        from l3d.hub import push
+
+        return push(self, repo_id, **options)

@@ -96,7 +96,7 @@ def reference_outputs(
         found = reference
         if reference.shape != outputs.shape and samples is not None and samples.positions is not None:
             if reference.shape == (samples.n_rows, samples.per_row, *samples.width):
-                found = reference.flatten(0, 1)
+                found = samples.of(reference.flatten(0, 1))
             elif reference.shape == samples.shape:
                 found = samples.gather(reference)
         if found.shape != outputs.shape:

@@ -14,6 +14,7 @@ from l3d.decomposition import Decomposition
 from l3d.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
+from l3d.identity import check_identity
 from l3d.model import exact_pattern, to_device
 from l3d.objective import energy, objective, residual_norms
 from l3d.objective import n_kept as n_kept_of
@@ -54,6 +55,7 @@ def evaluate(
     n_references: int = 1,
     seed: int | None = None,
     backend: str = "auto",
+    any_weights: bool = False,
 ) -> Evaluation:
     """Score a decomposition on data, as it was trained: its k, divergence, reference and size of batch.
 
@@ -70,6 +72,7 @@ def evaluate(
         n_references: how many times to go through the data, with references drawn anew: more for less noise.
         seed: of the draws; default the decomposition's.
         backend: "auto", "torch" or "triton".
+        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
 
     Batch top-k runs within each batch, so the size of the batch matters a little.
     """
@@ -85,7 +88,8 @@ def evaluate(
     seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
     with torch.no_grad():
         for gradients in chain.from_iterable(
-            _gradients(decomposition, model, data, divergence, reference, batch_size, draw) for draw in seeds
+            _gradients(decomposition, model, data, divergence, reference, batch_size, draw, any_weights)
+            for draw in seeds
         ):
             kept, left = score(gradients, decomposition, k, selection, refit, backend)
             residual += float(left.sum())
@@ -158,17 +162,18 @@ def impact(
     *,
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
+    any_weights: bool = False,
 ) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
     Samples are numbered in the order of the data, positions of a row one after another. `divergence` and `reference`
-    replace the trained ones, as in `evaluate`.
+    replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`.
     """
     total: Tensor | None = None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
     for seed in seeds:
         rows = []
-        for gradients in _gradients(decomposition, model, data, divergence, reference, None, seed):
+        for gradients in _gradients(decomposition, model, data, divergence, reference, None, seed, any_weights):
             paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
             rows.append(project(gradients, (decomposition.encoder,), paths, decomposition.shapes).abs())
         batch = torch.cat(rows)
@@ -186,9 +191,12 @@ def top_samples(
     *,
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
+    any_weights: bool = False,
 ) -> TopSamples:
     """Return the n samples of largest impact for every subnetwork; arguments as in `impact`."""
-    impacts = impact(decomposition, model, data, n_references, divergence=divergence, reference=reference)
+    impacts = impact(
+        decomposition, model, data, n_references, divergence=divergence, reference=reference, any_weights=any_weights
+    )
     if not 1 <= n <= len(impacts):
         raise ValueError(f"n: expected between 1 and the {len(impacts)} samples, got {n}")
     best = impacts.topk(n, dim=0)
@@ -213,10 +221,11 @@ def _gradients(
     reference: str | Tensor | None,
     batch_size: int | None,
     seed: int,
+    any_weights: bool = False,
 ) -> Iterator[Gradients]:
     """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
     settings = decomposition.settings
-    extractor = extractor_of(decomposition, model, divergence, reference)
+    extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
     parameter = next(decomposition.parameters())
     for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
         generator = torch.Generator().manual_seed(mix(seed, i))
@@ -229,10 +238,12 @@ def extractor_of(
     model: nn.Module,
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
+    any_weights: bool = False,
 ) -> Extractor:
     """Return the extractor of a decomposition's gradients, by its settings where nothing else is given.
 
-    Raises ValueError for a setting that was not saved, and where the model's parameters are of other shapes.
+    Raises ValueError for a setting that was not saved, and where the model's parameters are of other shapes or, unless
+    `any_weights`, have other values than those decomposed.
     """
     settings = decomposition.settings
     chosen: dict[str, Any] = {}
@@ -255,4 +266,6 @@ def extractor_of(
             raise ValueError(
                 f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
             )
+    if not any_weights:
+        check_identity(decomposition.base_model, extractor.parameters)
     return extractor

@@ -20,10 +20,11 @@ from torch.autograd.graph import GradientEdge, Node
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
 from l3d.graph import Use, n_outputs, output_shape, positionwise_head, read_graph
+from l3d.inputs import check_logits, check_tokens
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.rules import has_rule, part_of
-from l3d.samples import Samples
+from l3d.samples import Samples, check_same_padding, padding_mask
 
 
 def extract_gradients(
@@ -40,7 +41,8 @@ def extract_gradients(
     Args:
         model: in evaluation mode; it comes back exactly as it was.
         inputs: a batch of B rows: a tensor, or a mapping (passed as keyword arguments). Of a tuple such as (input,
-            label) the first counts, except that reference="pair" takes (inputs, contrasting inputs).
+            label) the first counts, except that reference="pair" takes (inputs, contrasting inputs). Where a mapping
+            holds an `attention_mask` [B, T], positions that it hides are no samples, nor references of any.
         divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
         reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...].
         params: glob, list of globs, or None for all parameters.
@@ -82,6 +84,7 @@ class Extractor:
         self.positions = None if self.by_row else positions
         self.parameters = select_parameters(model, params)
         self._output_width: tuple[int, ...] | None = None
+        self._batches = 0
 
     def __call__(self, inputs: Any, generator: torch.Generator | None = None) -> Gradients:
         """Return the gradients of one batch."""
@@ -94,23 +97,31 @@ class Extractor:
         elif isinstance(inputs, (tuple, list)) and inputs:
             inputs = inputs[0]  # (input, label) and its like
         with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
+            if self._batches == 0:
+                check_tokens(self.model, inputs)
             output = self._forward(inputs)
-            samples = Samples(output, self.positions, self.is_kl, generator)
+            mask = padding_mask(inputs)
+            samples = Samples(output, self.positions, self.is_kl, generator, mask)
             self._check_width(samples)
             outputs = samples.gather(output.detach())
+            if self.is_kl and self._batches == 0:
+                check_logits(outputs)
+            self._batches += 1
             contrast = None
             if contrast_inputs is not None:
+                check_same_padding(mask, padding_mask(contrast_inputs))
                 with torch.no_grad():
                     contrast = samples.gather(run_fixed(self.model, contrast_inputs))
             references = div.reference_outputs(self.reference, outputs, contrast, self.is_kl, generator, samples)
-            d_out = div.output_gradient(self.divergence, outputs, references)
+            d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
             with torch.no_grad():
                 parts = self._backward(output, samples, d_out)
         shapes = {name: p.shape for name, p in self.parameters.items()}
         dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
         like = torch.empty(0, dtype=dtype, device=output.device)
         compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
-        return Gradients(compacted, shapes, samples.count, dtype, output.device)
+        gradients = Gradients(compacted, shapes, samples.count, dtype, output.device)
+        return gradients if samples.kept is None else gradients.select(samples.kept)
 
     def _forward(self, inputs: Any) -> Tensor:
         """Run the model once, with autograd recording the uses of the chosen parameters."""
@@ -134,7 +145,7 @@ class Extractor:
         self._output_width = width
 
     def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
-        """Turn the gradient at the samples' outputs [S, ...] into the parts of every parameter's gradient."""
+        """Turn the gradient at the outputs [B·P, ...] into the parts of every parameter's gradient."""
         assert output.grad_fn is not None
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
         uses, layouts = graph.uses, find_layouts(output, graph)

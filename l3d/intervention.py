@@ -7,12 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from l3d.decomposition import Decomposition
+from l3d.identity import check_identity, moving
 from l3d.model import Params, select_parameters
 
 
 @contextmanager
 def intervene(
-    model: nn.Module, decomposition: Decomposition, deltas: Mapping[int, float], params: Params = None
+    model: nn.Module,
+    decomposition: Decomposition,
+    deltas: Mapping[int, float],
+    params: Params = None,
+    *,
+    any_weights: bool = False,
 ) -> Iterator[nn.Module]:
     """Set the weights to W0 + Σ_k δ_k Vout_k within the block; the very same bits return on exit, come what may.
 
@@ -21,13 +27,16 @@ def intervene(
         decomposition: of its parameters.
         deltas: {subnetwork: δ}; directions have unit norm over all tensors together, so δ is a distance.
         params: glob or globs of the parameters to move; None moves all that were decomposed.
+        any_weights: go on where the model's weights are others than those decomposed.
 
-    Raises ValueError where a subnetwork does not exist or the model has other parameters.
+    Raises ValueError where a subnetwork does not exist or the model has other parameters, or other weights.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, shape in decomposition.shapes.items():
         if name not in named or named[name].shape != shape:
             raise ValueError(f"model: has no parameter {name!r} of shape {list(shape)}")
+    if not any_weights:
+        check_identity(decomposition.base_model, named)
     chosen = set(decomposition.shapes if params is None else select_parameters(model, params))
     chosen &= set(decomposition.shapes)
     if not chosen:
@@ -50,7 +59,8 @@ def shifted(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for name, move in moves.items():
                 named[name].add_(move.to(named[name]))
-        yield
+        with moving([named[name] for name in moves]):
+            yield
     finally:
         with torch.no_grad():
             for name, values in before.items():

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l3d.inputs import describe
+
 Params = str | Sequence[str] | None
 
 
@@ -73,6 +75,11 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
             warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
             output = model_output(model, inputs)
         drawn = not torch.equal(state, torch.get_rng_state())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:  # sizes that do not fit, an index beyond a table
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data: the model failed on inputs of shape {describe(inputs)}: {reason}") from error
     except UserWarning as warning:
         raise ValueError(f"model: {warning} Use checkpointing with use_reentrant=False, or none") from warning
     finally:

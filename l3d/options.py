@@ -198,8 +198,8 @@ DATA = (
         str | None,
         None,
         "SPEC",
-        "text:FILE_OR_FOLDER, npz:FILE, or python:pkg.module:factory, a function that returns a tensor, "
-        "Dataset or iterable. Required.",
+        "text:FILE_OR_FOLDER, dataset:FOLDER_OR_FILE_OR_ID (Hugging Face), tokens:FILE (ids, .npy or .npz), "
+        "npz:FILE, or python:pkg.module:factory, a function that returns a tensor, Dataset or iterable. Required.",
     ),
     Option(
         "data_args",
@@ -207,9 +207,10 @@ DATA = (
         {},
         "VALUE",
         "Arguments of the loader, each as --data_args.KEY VALUE. text: length (tokens a row, 16), separator "
-        "('<|endoftext|>'), start (every|first window of a text), tokenizer, max_rows. npz: key (images), "
-        "mean, std (per channel: '[.5,.5,.5]'), max_rows. All: rows, a slice (--data_args.rows=-200: is the "
-        "last 200).",
+        "('<|endoftext|>'), start (every|first window of a text), short (drop|pad: tails), tokenizer, max_rows. "
+        "dataset: the same without separator, and split (train), column (text), name, revision. tokens: key, "
+        "max_rows. npz: key (images), size (pixels to resize to), mean, std (per channel: '[.5,.5,.5]'), max_rows. "
+        "All: rows, a slice (--data_args.rows=-200: is the last 200).",
     ),
 )
 HELD_OUT = Option(
@@ -227,6 +228,9 @@ EVALUATE_ROWS = Option(
     "Evaluate on at most so many of the training rows, evenly spaced.",
 )
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
+ANY_WEIGHTS = Option(
+    "any_weights", bool, False, "", "Go on where the model's weights are others than those that were decomposed."
+)
 COPY = Option("out", str | None, None, "DIR", "Work on a copy of RUN made here, and leave RUN as it is.")
 TOY = Option(
     "name",

@@ -1,4 +1,4 @@
-"""Read files into tensors: texts as rows of token ids, images and other arrays as they feed a model.
+"""Read files: texts as rows of token ids, and arrays.
 
 Errors are ValueErrors that name the argument at fault; `l3d.sources` puts the file's name before them.
 """
@@ -6,12 +6,15 @@ Errors are ValueErrors that name the argument at fault; `l3d.sources` puts the f
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 _TEXTS_AT_ONCE = 256  # handed to the tokenizer together: enough to be quick, few enough to stop early
 
@@ -40,85 +43,98 @@ def read_texts(path: Path, separator: str | None) -> list[str]:
     return texts
 
 
-def token_rows(texts: list[str], encoder: Any, length: int, max_rows: int | None, start: str) -> torch.Tensor:
-    """Cut texts into rows of `length` token ids -> int64 [n, length].
+class TokenRows(Dataset):
+    """Rows of token ids, some padded: each a mapping of input_ids and attention_mask, int64 [length]."""
 
-    encoder: a tokenizer of transformers. Each row is its BOS, if it has one, and then consecutive tokens
-    of one text; a tail too short for a row is dropped. start: "every" window of a text or its "first".
+    def __init__(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        self.ids = ids  # [n, length]
+        self.mask = mask  # [n, length]: 1, or 0 at padding
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[row], "attention_mask": self.mask[row]}
+
+
+def token_rows(
+    texts: Iterable[Any], encoder: Any, length: int, max_rows: int | None, start: str, short: str = "drop"
+) -> torch.Tensor | TokenRows:
+    """Cut texts into rows of `length` token ids -> int64 [n, length], or `TokenRows` where some are padded.
+
+    encoder: a tokenizer of transformers; None where the texts are lists of ids. Each row is its BOS, if it has one,
+    and then consecutive tokens of one text. start: "every" window of a text or its "first". short: a tail too short for
+    a row is dropped ("drop") or padded ("pad").
     """
-    prefix = [] if encoder.bos_token_id is None else [encoder.bos_token_id]
+    prefix = [] if encoder is None or encoder.bos_token_id is None else [encoder.bos_token_id]
     rows: list[list[int]] = []
-    for ids in _encode(encoder, texts):
-        rows.extend(prefix + window for window in _windows(ids, length - len(prefix), start))
+    n_texts = 0
+    for n_texts, ids in enumerate(_encode(encoder, texts), 1):  # noqa: B007
+        rows.extend(prefix + window for window in _windows(ids, length - len(prefix), start, short == "pad"))
         if max_rows is not None and len(rows) >= max_rows:
             break
     if not rows:
-        raise ValueError(f"length: none of the {len(texts)} texts fills a row of {length} tokens")
-    return torch.tensor(rows[:max_rows], dtype=torch.int64)
+        raise ValueError(f"length: none of the {n_texts} texts fills a row of {length} tokens")
+    rows = rows[:max_rows]
+    sizes = torch.tensor([len(row) for row in rows])
+    filled = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows], dtype=torch.int64)
+    if (sizes == length).all():
+        return filled
+    return TokenRows(filled, (torch.arange(length) < sizes[:, None]).to(torch.int64))
 
 
-def _encode(encoder: Any, texts: list[str]) -> Iterator[list[int]]:
-    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+def _encode(encoder: Any, texts: Iterable[Any]) -> Iterator[list[int]]:
+    if encoder is None:
+        yield from texts
+        return
+    rest = iter(texts)
+    while some := list(islice(rest, _TEXTS_AT_ONCE)):
         # verbose=False: a whole text may be longer than the model takes, its windows are not.
-        batch = encoder(texts[first : first + _TEXTS_AT_ONCE], add_special_tokens=False, verbose=False)
-        yield from batch["input_ids"]
+        yield from encoder(some, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _windows(ids: list[int], size: int, start: str) -> Iterator[list[int]]:
-    last = len(ids) - size if start == "every" else min(0, len(ids) - size)
-    for first in range(0, last + 1, size):
-        yield ids[first : first + size]
+def _windows(ids: list[int], size: int, start: str, tails: bool) -> Iterator[list[int]]:
+    for first in range(0, len(ids) if start == "every" else min(1, len(ids)), size):
+        window = ids[first : first + size]
+        if len(window) == size or tails:
+            yield window
 
 
-def read_array(path: Path, key: str | None) -> np.ndarray:
-    """Read an array of numbers from an .npz file: `key`, else "images", else the only one; never unpickle."""
+def read_array(path: Path, key: str | None, default: str = "images") -> np.ndarray:
+    """Read an array of numbers from an .npy file, or of an .npz file `key`, else `default`, else the only one.
+
+    Nothing is ever unpickled.
+    """
     if not path.is_file():
         raise FileNotFoundError("no such file")
-    if not zipfile.is_zipfile(path):
+    if path.suffix == ".npy":
+        array = _read(path.name, lambda: np.load(path, allow_pickle=False))
+        key = path.name
+    elif not zipfile.is_zipfile(path):
         raise ValueError("not an .npz archive")
-    with np.load(path, allow_pickle=False) as archive:
-        names = list(archive.files)
-        chosen = key or ("images" if "images" in names else names[0] if len(names) == 1 else None)
-        if chosen not in names:
-            problem = "which array?" if chosen is None else f"no array {chosen!r}"
-            raise ValueError(f"key: {problem} (the file holds: {', '.join(names) or 'none'})")
-        try:
-            array = archive[chosen]
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"array {chosen!r} cannot be read: {error}") from error
+    else:
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive.files)
+            key = key or (default if default in names else names[0] if len(names) == 1 else None)
+            if key is None or key not in names:
+                problem = "which array?" if key is None else f"no array {key!r}"
+                raise ValueError(f"key: {problem} (the file holds: {', '.join(names) or 'none'})")
+            array = _read(key, lambda: archive[key])
     if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "fiub":
-        raise ValueError(f"key: {chosen!r} is not an array of numbers with rows")
+        raise ValueError(f"key: {key!r} is not an array of numbers with rows")
     return array
 
 
-def array_rows(array: np.ndarray, mean: list[float] | None, std: list[float] | None) -> torch.Tensor:
-    """Turn uint8 images [n, H, W, C] into float32 [n, C, H, W] / 255, less mean, over std.
-
-    mean, std: one number per channel. Arrays of other numbers are returned as they are.
-    """
-    rows = torch.from_numpy(np.ascontiguousarray(array))
-    if rows.dtype != torch.uint8:
-        if mean is not None or std is not None:
-            raise ValueError(f"mean, std: only for uint8 images; this array is {array.dtype}")
-        return rows
-    if rows.ndim != 4:
-        raise ValueError(f"key: expected uint8 images [n, H, W, C], got {list(array.shape)}")
-    images = rows.permute(0, 3, 1, 2).to(torch.float32).div_(255)
-    if mean is not None:
-        images -= _per_channel("mean", mean, images.shape[1])
-    if std is not None:
-        scale = _per_channel("std", std, images.shape[1])
-        if not bool((scale > 0).all()):
-            raise ValueError(f"std: expected positive numbers, got {std}")
-        images /= scale
-    return images.contiguous()
+def array_names(path: Path) -> list[str]:
+    """List the arrays of an .npz file; none for an .npy file, which has one without a name."""
+    if path.suffix == ".npy":
+        return []
+    with np.load(path, allow_pickle=False) as archive:
+        return list(archive.files)
 
 
-def _per_channel(name: str, values: list[float], channels: int) -> torch.Tensor:
+def _read(name: str, load: Callable[[], Any]) -> Any:
     try:
-        channel = torch.tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError):
-        channel = torch.empty(0)
-    if channel.shape != (channels,):
-        raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {values!r}")
-    return channel[:, None, None]
+        return load()
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"array {name!r} cannot be read: {error}") from error

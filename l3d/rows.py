@@ -60,6 +60,8 @@ def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: in
         return all(size[0] == shape[0] and (kind != "MaxPool2DWithIndices" or len(size) == 4) for size in activations)
     if kind in ("View", "UnsafeView", "ReshapeAlias"):
         return True
+    if kind == "ConstantPadNd":  # amounts are listed from the last dimension on, two each
+        return not any(node._saved_pad[2 * len(shape) - 2 :])
     if kind not in ALONG_DIMS or any(size[0] != shape[0] for size in activations):
         return False
     if kind == "Expand":

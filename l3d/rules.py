@@ -71,7 +71,11 @@ def embedding(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part |
     if use.transposed is not False or not layout.fits(node._saved_indices.shape):
         return None
     index = layout.split(node._saved_indices).flatten(1).clone()
-    dy = dy.reshape(dy.shape[0], -1, dy.shape[-1])
+    return _looked_up(index, dy.reshape(dy.shape[0], -1, dy.shape[-1]), node, shape)
+
+
+def _looked_up(index: Tensor, dy: Tensor, node: Any, shape: torch.Size) -> Part:
+    """Rows of a table by index [B, T], less its padding row; dy [S, T, D]."""
     padding = node._saved_padding_idx
     if 0 <= padding < shape[0]:  # autograd stores "none" as a huge or negative number
         dy = dy.masked_fill(per_sample(index, dy)[..., None] == padding, 0)
@@ -191,11 +195,17 @@ def scale(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | Non
 
 @rule(("Add", 0), ("Add", 1))
 def shift(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A parameter that is added, broadcast over the batch."""
-    if use.transposed is not False:
-        return None
+    """A parameter that is added, or rows of a table of them, broadcast over the batch."""
     node: Any = use.node
-    return _reduced(dy * node._saved_alpha if use.slot == 1 else dy, layout, shape)
+    if use.slot == 1 and node._saved_alpha != 1:
+        dy = dy * node._saved_alpha
+    if use.chain == ("Embedding",):  # learned positions: one look-up, added to every row of the batch
+        table: Any = node.next_functions[use.slot][0]
+        index = table._saved_indices
+        if dy.ndim != 4 or index.shape != (1, dy.shape[2]) or layout.kind == "dim1":
+            return None
+        return _looked_up(index.repeat(layout.n_rows, dy.shape[1]), dy.flatten(1, 2), table, shape)
+    return None if use.transposed is not False else _reduced(dy, layout, shape)
 
 
 def _reduced(values: Tensor, layout: Layout, shape: torch.Size) -> Part | None:

@@ -1,7 +1,8 @@
 """Which entries of a model's output are samples: its rows, or chosen positions of every row."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,55 +11,94 @@ from l3d.layout import Layout
 
 
 class Samples:
-    """The samples of one batch, sequence-major: sample s is position s % P of row s // P.
+    """The samples of one batch, sequence-major: without padding, sample s is position s % P of row s // P.
+
+    Gradients are extracted for all B·P chosen positions, so that the rows' factors are shared; `of` drops padding.
 
     Args:
         output: [B, ...] the model's output.
         positions: None (a row is a sample), "all", "last", or how many to draw per row.
         is_kl: all dimensions but the first and last are positions; else dimension 1 is.
         generator: draws positions.
+        mask: [B, T] of ones, and zeros at padding, which is no sample: "all" are all others, "last" is the last
+            other, and of a row with fewer than are to be drawn all are. `kept` then lists what is a sample.
     """
 
     def __init__(
-        self, output: Tensor, positions: str | int | None, is_kl: bool, generator: torch.Generator | None
+        self,
+        output: Tensor,
+        positions: str | int | None,
+        is_kl: bool,
+        generator: torch.Generator | None,
+        mask: Tensor | None = None,
     ) -> None:
         self.shape = output.shape
         self.n_rows = output.shape[0]
         self.positions: Tensor | None = None  # [B, P] positions, flat
+        self.kept: Tensor | None = None  # of the B·P chosen positions those that are no padding; None: all
         self.per_row = 1
         self.width = output.shape[1:]  # the shape of one sample's output
         if positions is not None and output.ndim >= 3:
             self.width = output.shape[-1:] if is_kl else output.shape[2:]
             self.n_positions = output.shape[1:].numel() // self.width.numel()
-            chosen = self._choose(positions, generator)
+            real = None if mask is None else self._real(mask)
+            chosen = self._choose(positions, generator, real)
             self.positions = chosen.to(output.device)
             self.per_row = chosen.shape[1]
             self._row = torch.arange(self.n_rows, device=output.device)[:, None]
+            if real is not None and not (found := real.gather(1, chosen).flatten()).all():
+                self.kept = found.nonzero()[:, 0].to(output.device)
         self.count = self.n_rows * self.per_row
 
-    def _choose(self, positions: str | int, generator: torch.Generator | None) -> Tensor:
+    def _real(self, mask: Tensor) -> Tensor | None:
+        """Return where the positions are no padding, bool [B, T] on the CPU; None: everywhere."""
+        if mask.shape != (self.n_rows, self.n_positions):
+            raise ValueError(
+                f"attention_mask: expected the shape [{self.n_rows}, {self.n_positions}] of rows and output positions, "
+                f"got {list(mask.shape)}"
+            )
+        real = mask.cpu() != 0
+        if not real.any():
+            raise ValueError("attention_mask: every position is padding, so there is no sample")
+        return None if real.all() else real
+
+    def _choose(self, positions: str | int, generator: torch.Generator | None, real: Tensor | None) -> Tensor:
         if positions == "all":
             return torch.arange(self.n_positions).expand(self.n_rows, -1)
         if positions == "last":
-            return torch.full((self.n_rows, 1), self.n_positions - 1)
+            last = torch.full((self.n_rows, 1), self.n_positions - 1)
+            return last if real is None else (torch.arange(self.n_positions) * real).amax(1, keepdim=True)
         assert isinstance(positions, int)
         if positions > self.n_positions:
             raise ValueError(f"positions: expected at most the output's {self.n_positions}, got {positions}")
-        order = torch.rand(self.n_rows, self.n_positions, generator=generator).argsort(1)
-        return order[:, :positions].sort(1).values
+        draws = torch.rand(self.n_rows, self.n_positions, generator=generator)
+        if real is not None:
+            draws += ~real  # padding comes last
+        return draws.argsort(1)[:, :positions].sort(1).values
+
+    def of(self, values: Tensor) -> Tensor:
+        """Take the samples out of values for all chosen positions, padding included: [B·P, ...] -> [S, ...]."""
+        return values if self.kept is None else values[self.kept]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Undo `of`, with zeros at padding: [S, ...] -> [B·P, ...]."""
+        if self.kept is None:
+            return values
+        return values.new_zeros(self.count, *values.shape[1:]).index_copy_(0, self.kept, values)
 
     def gather(self, output: Tensor) -> Tensor:
-        """Pick the samples' outputs: [B, ...] -> [S, *width]."""
+        """Pick the samples' outputs, without padding: [B, ...] -> [S, *width]."""
         if output.shape != self.shape:
             raise ValueError(
                 f"data: the contrast's output has shape {list(output.shape)}, the input's {list(self.shape)}"
             )
         if self.positions is None:
             return output
-        return output.reshape(self.n_rows, self.n_positions, *self.width)[self._row, self.positions].flatten(0, 1)
+        rows = output.reshape(self.n_rows, self.n_positions, *self.width)
+        return self.of(rows[self._row, self.positions].flatten(0, 1))
 
     def scatter(self, d_out: Tensor) -> Tensor:
-        """Put the samples' gradients [S, *width] where their outputs are, zeros elsewhere: [B, ...]."""
+        """Put gradients [B·P, *width], padding included, where their outputs are, zeros elsewhere: [B, ...]."""
         if self.positions is None:
             return d_out
         whole = d_out.new_zeros(self.n_rows, self.n_positions, *self.width)
@@ -89,6 +129,25 @@ class Samples:
     def own_layout(self) -> Layout:
         """Return the layout in which every sample keeps only its own row."""
         return OwnRows("major", self.count, self.own_rows)
+
+
+def padding_mask(inputs: Any) -> Tensor | None:
+    """Return the `attention_mask` [B, T] of a batch that is a mapping and has one."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected a tensor [rows, positions] that tells padding, got {got}")
+    return mask
+
+
+def check_same_padding(mask: Tensor | None, other: Tensor | None) -> None:
+    """Refuse pairs of which one has padding where the other has none: a sample would lack its contrast."""
+    given = mask if mask is not None else other
+    if given is None:
+        return
+    one, two = (torch.ones_like(given) if each is None else each for each in (mask, other))
+    if one.shape != two.shape or not torch.equal(one != 0, two != 0):
+        raise ValueError("attention_mask: expected the contrast's padding to be where the input's is")
 
 
 @dataclass(frozen=True)

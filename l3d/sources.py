@@ -19,7 +19,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from l3d.data import count_rows
-from l3d.readers import array_rows, check_whole, read_array, read_texts, token_rows
+from l3d.images import array_rows
+from l3d.pretrained import causal_lm, source_of
+from l3d.readers import check_whole, read_array
+from l3d.token_data import load_dataset, load_text, load_tokens
 
 Data = torch.Tensor | Dataset | Iterable
 Factory = Callable[..., Any]
@@ -40,8 +43,7 @@ def load_model(spec: str, **arguments: Any) -> nn.Module:
     if scheme == "python":
         model = _call_factory(spec, target, arguments)
     else:
-        model = _from_pretrained(spec, "AutoModelForCausalLM", _hf_source(spec, target), **arguments)
-        model.config.use_cache = False  # a cache of keys and values is of no use here and holds the graph
+        model = causal_lm(spec, source_of(spec, target), **arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: expected a torch.nn.Module, got {type(model).__name__}")
     return model.eval()
@@ -55,22 +57,32 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
       at separator="<|endoftext|>". Each is cut into windows of length=16 ids, the first of which is the
       tokenizer's BOS if it has one; shorter tails are dropped. start="every" takes all windows of a
       text, "first" its first. tokenizer: folder or hub ID (default: that of model_spec, an "hf:" one).
+      short="pad" keeps the tails, padded: then rows are mappings of input_ids and attention_mask, and padding
+      is no sample.
+    * "dataset:FOLDER_OR_FILE_OR_ID" -> the same of a Hugging Face dataset's column (default: "text", else the only
+      one of texts; lists of token ids are taken as they are). split="train", name (of the configuration), revision.
+      A folder may hold parquet, json lines or csv, or what save_to_disk wrote; an ID is streamed from the hub.
+    * "tokens:FILE" -> whole numbers [n, length] of an .npy file, or of an .npz file the array `key` (default:
+      "input_ids", else the only one), with padding where its array "attention_mask" is 0.
     * "npz:FILE" -> the array `key` (default: "images", else the only one). Images, uint8 [n, H, W, C],
-      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given;
-      other numbers are taken as they are.
+      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given; with size=224
+      (or [height, width]) they are resized as they are read. Other numbers are taken as they are.
     * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, Dataset or iterable.
 
-    max_rows (text, npz): take only the first so many rows.
+    max_rows (all but python): take only the first so many rows.
     rows: "START:STOP" then keeps a slice, as x[START:STOP] does: "-200:" is the last 200 rows.
     Raises ValueError for what does not fit together, FileNotFoundError for a missing file.
     """
-    schemes = {"text": "FILE_OR_FOLDER", "npz": "FILE", "python": "pkg.module:factory"}
-    scheme, target = _split(spec, schemes, "data")
-    if scheme == "python":
+    scheme, target = _split(spec, {name: form for name, (form, _) in _LOADERS.items()}, "data")
+    load = _LOADERS[scheme][1]
+    if load is None:
         data = _call_factory(spec, target, arguments)
     else:
-        load: Factory = _load_text if scheme == "text" else _load_npz
-        known = {"path": Path(target).expanduser()} | ({"model_spec": model_spec} if scheme == "text" else {})
+        known: dict[str, Any] = {"path": Path(target).expanduser()}
+        if scheme == "dataset":
+            known = {"source": target}
+        if scheme != "npz":
+            known["model_spec"] = model_spec
         _check_arguments(load, known, arguments, spec)
         try:
             data = load(**known, **arguments)
@@ -102,7 +114,7 @@ def absolute(spec: str) -> str:
     """Write a description's path out in full, so that it holds in any working directory."""
     scheme, _, target = spec.partition(":")
     path = Path(target).expanduser()
-    return f"{scheme}:{path.resolve()}" if scheme in ("hf", "text", "npz") and path.exists() else spec
+    return f"{scheme}:{path.resolve()}" if scheme in ("hf", *_LOADERS) and path.exists() else spec
 
 
 def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
@@ -168,77 +180,24 @@ def _find_factory(spec: str, module_name: str, name: str) -> Factory:
     return found
 
 
-def _hf_source(spec: str, target: str, needed: str | None = "config.json") -> str:
-    """Return the folder or hub ID that `target` means, having checked a folder for the file it needs."""
-    path = Path(target).expanduser()
-    if path.is_dir():
-        if needed is not None and not (path / needed).is_file():
-            raise ValueError(f"{spec}: folder without {needed}")
-        return str(path)
-    if path.exists():
-        raise ValueError(f"{spec}: expected a folder, got a file")
-    if target[0] in "/.~" or target.count("/") > 1:
-        raise FileNotFoundError(f"{spec}: no such folder")
-    return target
-
-
-def _from_pretrained(spec: str, class_name: str, source: str, **arguments: Any) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{spec}: transformers is not installed: pip install 'l3d[hf]'") from error
-    try:
-        return getattr(transformers, class_name).from_pretrained(source, **arguments)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        # Such a message can fill a screen; its first line says what was wrong.
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{spec}: transformers cannot load it: {reason}") from error
-
-
-def _load_text(
-    path: Path,
-    model_spec: str | None,
-    length: int = 16,
-    separator: str | None = "<|endoftext|>",
-    max_rows: int | None = None,
-    tokenizer: str | None = None,
-    start: str = "every",
-) -> torch.Tensor:
-    check_whole("length", length, 2)
-    if max_rows is not None:
-        check_whole("max_rows", max_rows, 1)
-    if start not in ("every", "first"):
-        raise ValueError(f"start: expected 'every' or 'first', got {start!r}")
-    texts = read_texts(path, separator)
-    model = model_spec.removeprefix("hf:") if model_spec and model_spec.startswith("hf:") else None
-    config: Any = None
-    if model is not None:
-        config = _from_pretrained(f"model {model}", "AutoConfig", _hf_source(f"model {model}", model))
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise ValueError(f"length: the model takes at most {longest} tokens, got {length}")
-    chosen = tokenizer.removeprefix("hf:") if tokenizer else model
-    if chosen is None:
-        raise ValueError("tokenizer: needed (a folder or hub ID), because the model is not an hf: one")
-    name = f"tokenizer {chosen}"
-    encoder = _from_pretrained(name, "AutoTokenizer", _hf_source(name, chosen, needed=None))
-    data = token_rows(texts, encoder, length, max_rows, start)
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and int(data.max()) >= vocabulary:
-        raise ValueError(
-            f"tokenizer: gives token {int(data.max())}, but the model's vocabulary has {vocabulary}: "
-            f"{chosen} does not belong to this model"
-        )
-    return data
-
-
 def _load_npz(
     path: Path,
     key: str | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_rows: int | None = None,
-) -> torch.Tensor:
+    size: int | list[int] | None = None,
+) -> torch.Tensor | Dataset:
     if max_rows is not None:
         check_whole("max_rows", max_rows, 1)
-    return array_rows(read_array(path, key)[:max_rows], mean, std)
+    return array_rows(read_array(path, key)[:max_rows], mean, std, size)
+
+
+# scheme: (the form of its description, its loader; None for a factory)
+_LOADERS: dict[str, tuple[str, Factory | None]] = {
+    "text": ("FILE_OR_FOLDER", load_text),
+    "dataset": ("FOLDER_OR_FILE_OR_ID", load_dataset),
+    "tokens": ("FILE", load_tokens),
+    "npz": ("FILE", _load_npz),
+    "python": ("pkg.module:factory", None),
+}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from l3d.card import CARD, is_card, write_card
 from l3d.decomposition import Decomposition
 from l3d.files import read_json, replace_text, replacing
 
@@ -27,10 +28,19 @@ FORMAT = "l3d-decomposition-1"
 
 
 def save(decomposition: Decomposition, path: str | Path) -> None:
-    """Write a decomposition into a folder, which is made if missing."""
-    folder = Path(path)
+    """Write a decomposition into a folder, which is made if missing, with a model card (README.md).
+
+    A README.md that is no card of ours is left as it is.
+    """
+    header = write(decomposition, Path(path))
+    write_card(Path(path), header)
+
+
+def write(decomposition: Decomposition, folder: Path) -> dict[str, Any]:
+    """Write a decomposition's two files, and return what the json holds."""
     header = {
         "format": FORMAT,
+        "base_model": decomposition.base_model,
         "n_subnetworks": decomposition.n_subnetworks,
         "shapes": {name: list(shape) for name, shape in decomposition.shapes.items()},
         "ranks": {name: list(ranks) for name, ranks in decomposition.ranks.items()},
@@ -44,13 +54,19 @@ def save(decomposition: Decomposition, path: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "decomposition.safetensors", _named(decomposition))
     replace_text(folder / "decomposition.json", text)
+    return header
 
 
 def load(path: str | Path) -> Decomposition:
-    """Read a decomposition from a folder.
+    """Read a decomposition from a folder, or from the hub: "hf://USER/NAME" or "hf://USER/NAME@REVISION".
 
-    Raises FileNotFoundError where there is none, ValueError where the files are broken or of another kind.
+    Raises FileNotFoundError where there is none, ValueError where the files are broken or of another kind, or the hub
+    refuses.
     """
+    if str(path).startswith("hf://"):
+        from l3d.hub import pull
+
+        return pull(str(path))
     folder = Path(path)
     header = read_json(folder / "decomposition.json")
     if header.get("format") != FORMAT:
@@ -79,6 +95,7 @@ def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Deco
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     decomposition.history, decomposition.timing = header["history"], header["timing"]
+    decomposition.base_model = dict(header.get("base_model", {}))  # older files have none: they fit any weights
     decomposition.threshold = math.nan if header["threshold"] is None else header["threshold"]
     decomposition.restart_errors = [math.inf if error is None else error for error in header["restart_errors"]]
     return decomposition
@@ -130,7 +147,7 @@ class RunFolder:
         target = self.path / "checkpoints" / f"step{step:09d}"
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save(decomposition, partial)
+        write(decomposition, partial)
         write_tensors(partial / "optimizer.safetensors", dict(optimizer))
         replace_text(partial / "state.json", to_json({"step": step, **state}))
         shutil.rmtree(target, ignore_errors=True)
@@ -160,6 +177,8 @@ def _remove_run(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for name in ("decomposition.safetensors", "decomposition.json", "config.yaml", "metrics.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
+    if is_card(folder / CARD):
+        (folder / CARD).unlink()
 
 
 # --- files ------------------------------------------------------------------------------------------------------

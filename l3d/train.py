@@ -23,6 +23,7 @@ from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients
+from l3d.identity import check_identity, identity
 from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
@@ -64,6 +65,7 @@ def decompose(
     resume: bool = False,
     progress: bool = True,
     on_start: Callable[[Path], None] | None = None,
+    model_name: str | None = None,
 ) -> Decomposition:
     """Decompose a model into K sparsely active low-rank subnetworks of its parameters.
 
@@ -104,6 +106,7 @@ def decompose(
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
         on_start: called with the run folder once everything has been checked and before training starts.
+        model_name: what the saved decomposition calls the model; default its folder or hub ID, else its class.
 
     Returns the trained `Decomposition`; its `history` holds the training curve.
 
@@ -151,7 +154,7 @@ def decompose(
     model.to(target)
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
-        run = Run(settings, extractor, data, target, n_restarts)
+        run = Run(settings, extractor, data, target, n_restarts, model_name)
         run.check()
         folder = store.RunFolder.open(out, overwrite, resume) if out is not None else None
         if folder is not None and on_start is not None:
@@ -176,7 +179,13 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, extractor: Extractor, data: Any, device: torch.device, n_restarts: int = 1
+        self,
+        settings: Settings,
+        extractor: Extractor,
+        data: Any,
+        device: torch.device,
+        n_restarts: int = 1,
+        model_name: str | None = None,
     ) -> None:
         self.settings, self.extractor, self.device, self.n_restarts = settings, extractor, device, n_restarts
         self.batches = Batches(data, settings.batch_size, settings.seed)
@@ -194,6 +203,7 @@ class Run:
             start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
             restarts.append(Decomposition(shapes, settings.n_subnetworks, settings.rank, settings.as_dict(), start))
         self.decomposition = Decomposition.side_by_side(restarts).to(device, self._dtype())
+        self.decomposition.base_model = identity(extractor.model, extractor.parameters, model_name)
         if settings.start == "data":
             self._start_from_data()
         self.optimizer = RelativeAdam(
@@ -340,6 +350,7 @@ class Run:
             raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
         if decomposition.shapes != self.decomposition.shapes or decomposition.ranks != self.decomposition.ranks:
             raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
+        check_identity(decomposition.base_model, self.extractor.parameters)
         self.decomposition.load_state_dict(decomposition.state_dict())
         self.optimizer.load_state(tensors, state["optimizer"])
         self.recorder.load_state(state["recorder"], decomposition.history)

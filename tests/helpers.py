@@ -46,3 +46,13 @@ class Root(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.before(x).square().sqrt())
+
+
+class Spelling:
+    """A tokenizer whose tokens are characters, numbered by their code points."""
+
+    def __init__(self, bos: int | None) -> None:
+        self.bos_token_id = bos
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}

@@ -10,15 +10,7 @@ import torch
 from l3d.readers import token_rows
 from l3d.sources import load_data
 
-
-class Spelling:
-    """A tokenizer whose tokens are characters, numbered by their code points."""
-
-    def __init__(self, bos: int | None) -> None:
-        self.bos_token_id = bos
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+from helpers import Spelling
 
 
 @pytest.fixture
@@ -93,7 +85,7 @@ def test_other_arrays_are_taken_as_they_are(tmp_path: Path, archive: Path) -> No
         ({"key": "labels", "mean": [0.5]}, "mean, std: only for uint8 images; this array is int64"),
         ({"rows": "1"}, 'rows: expected "START:STOP"'),
         ({"rows": "9:"}, "no rows in '9:'"),
-        ({"length": 3}, "arguments it takes: key, mean, std, max_rows"),
+        ({"length": 3}, "arguments it takes: key, mean, std, max_rows, size"),
     ],
 )
 def test_array_arguments_that_do_not_fit_are_refused(archive: Path, arguments: dict[str, Any], message: str) -> None:

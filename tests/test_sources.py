@@ -138,7 +138,7 @@ def test_hf_model_and_text_fit_together(data_dir: Path) -> None:
         ({"length": 513}, "length: the model takes at most 512 tokens, got 513"),
         ({"length": 1}, "length: expected a whole number from 2, got 1"),
         ({"length": "x"}, "length: expected a whole number from 2, got 'x'"),
-        ({"lenght": 8}, "arguments it takes: length, separator, max_rows, tokenizer, start"),
+        ({"lenght": 8}, "arguments it takes: length, separator, max_rows, tokenizer, start, short"),
         ({"start": "last"}, "start: expected 'every' or 'first', got 'last'"),
         ({"max_rows": 0}, "max_rows: expected a whole number from 1, got 0"),
         ({"rows": 620}, 'rows: expected "START:STOP"'),

@@ -317,7 +317,7 @@ def test_an_interrupted_write_leaves_the_old_file(at: int, tmp_path: Path, monke
     with pytest.raises(OSError, match="disk full"):
         make(seed=1).save(tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(after) == set(before) == {TENSORS, HEADER}
+    assert set(after) == set(before) == {TENSORS, HEADER, "README.md"}
     failed = Path(calls[-1]).name
     assert after[failed] == before[failed]
 
@@ -336,7 +336,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
             patch.setattr(Path, writer, full)
             with pytest.raises(OSError, match="disk full"):
                 make(seed=0).save(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {TENSORS, HEADER}
+        assert {path.name for path in tmp_path.iterdir()} == {TENSORS, HEADER, "README.md"}
         assert_same(l3d.load(tmp_path), d)
 
 
@@ -346,7 +346,7 @@ def test_saving_again_replaces_both_files(tmp_path: Path) -> None:
     other = make({"w": torch.Size([3, 4])}, 2, seed=2)
     other.save(tmp_path)
     assert_same(l3d.load(tmp_path), other)
-    assert {path.name for path in tmp_path.iterdir()} == {TENSORS, HEADER}
+    assert {path.name for path in tmp_path.iterdir()} == {TENSORS, HEADER, "README.md"}
 
 
 def test_settings_that_json_cannot_hold_are_refused_before_writing(tmp_path: Path) -> None:

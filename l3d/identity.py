@@ -1,0 +1,77 @@
+"""Which weights a decomposition belongs to: the model's name and revision, and a hash of every decomposed parameter.
+
+Directions in parameter space mean nothing on other weights, so what uses a decomposition on a model checks these.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_moved: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that `moving` holds, by how many blocks
+
+
+def identity(model: nn.Module, parameters: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:
+    """Describe the model whose parameters these are, as json holds it: name, revision, and hashes by name.
+
+    name: default the model's folder or hub ID, else its class. revision: the hub's commit, None where unknown.
+    """
+    config = getattr(model, "config", None)
+    found = name or getattr(config, "_name_or_path", "") or type(model).__name__
+    if Path(found).is_dir():
+        found = Path(found).resolve().name  # where it lies on this machine is nobody's business
+    return {
+        "name": found,
+        "revision": getattr(config, "_commit_hash", None),
+        "parameters": {name: fingerprint(p) for name, p in parameters.items()},
+    }
+
+
+def fingerprint(parameter: Tensor) -> str:
+    """Return a parameter's type and the SHA-256 of its entries' bytes, as "float32:9f86d081..".
+
+    >>> fingerprint(torch.zeros(2))
+    'float32:af5570f5a1810b7af78caf4bc70a660f0df51e42baf91d4de5b2328de0e83dfc'
+    """
+    values = parameter.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(values.view(torch.uint8).numpy().data) if len(values) else hashlib.sha256()
+    return f"{str(parameter.dtype).removeprefix('torch.')}:{digest.hexdigest()}"
+
+
+def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a parameter has other entries than the decomposition's had.
+
+    A decomposition without hashes fits any weights. What `l3d.intervene` has moved was checked before.
+    """
+    for name, expected in base.get("parameters", {}).items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter in _moved:
+            continue
+        found = fingerprint(parameter)
+        if found != expected:
+            kinds = (expected.partition(":")[0], found.partition(":")[0])
+            differ = f"is {kinds[1]}, was {kinds[0]}" if kinds[0] != kinds[1] else "has other values"
+            known = base.get("name", "the model") + (f" at {base['revision']}" if base.get("revision") else "")
+            raise ValueError(
+                f"model: {name!r} {differ}: these are not the weights of {known} that were decomposed; "
+                "any_weights=True goes on all the same"
+            )
+
+
+@contextmanager
+def moving(parameters: list[Tensor]) -> Iterator[None]:
+    """Let `check_identity` pass over parameters that are moved away from their weights, and will come back."""
+    for parameter in parameters:
+        _moved[parameter] = _moved.get(parameter, 0) + 1
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            _moved[parameter] -= 1
+            if not _moved[parameter]:
+                del _moved[parameter]
