@@ -78,6 +78,7 @@ The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no 
             "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT),
             "what is learned": options.LEARNED,
             "training": options.TRAINING,
+            "memory": options.MEMORY,
             "machine": options.MACHINE,
             "results": [options.EVALUATE_ROWS, options.out("runs/decompose"), options.OVERWRITE],
         },

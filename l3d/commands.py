@@ -195,7 +195,7 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
 def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -> None:
     import l3d
 
-    names = [option.name for option in options.DECOMPOSE]
+    names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY)]
     arguments = {name: job.settings[name] for name in names if name in job.settings}
 
     def write_config(_: object) -> None:

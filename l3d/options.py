@@ -141,6 +141,25 @@ TRAINING = (
         "Steps between the checkpoints that `l3d resume` goes on from. null: ten in all.",
     ),
 )
+# Of `decompose` alone: a toy needs none of them.
+MEMORY = (
+    Option(
+        "cache",
+        str | None,
+        None,
+        "DIR",
+        "Keep the batches' gradients here, for this run and others on the same model and data; the first "
+        "n_references epochs then repeat. A store of anything else is refused.",
+    ),
+    Option(
+        "cache_reads",
+        Literal["auto", "on", "off"],
+        "auto",
+        "auto|on|off",
+        "Read stored gradients instead of extracting them. auto: where the first batches show it to be faster.",
+    ),
+    Option("n_references", PositiveInt, 1, "N", "With --cache: epochs of different batches and references."),
+)
 MACHINE = (
     Option(
         "device",
@@ -266,7 +285,7 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN)
+    every = (*DECOMPOSE, *MEMORY, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN)
     option = next((option for option in every if option.name == name), None)
     if option is None:
         return None

@@ -6,6 +6,7 @@ loss ─ Adam, unit norm ─► decomposition
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d import store
+from l3d.cache import Cache, identity
 from l3d.data import Batches, count_rows, mix
 from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
@@ -59,6 +61,9 @@ def decompose(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
+    cache: str | Path | None = None,
+    cache_reads: str = "auto",
+    n_references: int = 1,
     on_start: Callable[[Path], None] | None = None,
 ) -> Decomposition:
     """Decompose a model into K sparsely active low-rank subnetworks of its parameters.
@@ -96,6 +101,11 @@ def decompose(
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
+        cache: a folder to keep gradients in, for this run and others on the same data (`l3d.cache`). The batches of the
+            first `n_references` epochs, their references included, then come again and again.
+        cache_reads: "auto" reads stored gradients where that is measured to be faster than extracting them again, "on"
+            always, "off" never; the result is the same to the bit.
+        n_references: with a cache, how many epochs of different batches and references repeat.
         on_start: called with the run folder once everything has been checked and before training starts.
 
     Returns the trained `Decomposition`; its `history` holds the training curve.
@@ -144,6 +154,10 @@ def decompose(
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
         run = Run(settings, extractor, data, target, n_restarts)
+        if cache is not None:
+            run.use_cache(cache, n_references, cache_reads)
+        elif n_references != 1 or cache_reads != "auto":
+            raise ValueError("cache: n_references and cache_reads need the cache's folder, got none")
         run.check()
         folder = store.RunFolder.open(out, overwrite, resume) if out is not None else None
         if folder is not None and on_start is not None:
@@ -153,6 +167,8 @@ def decompose(
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
         with progress_bar(settings.steps, label, progress) as bar:
             run.train(bar, folder, every)
+        if run.cache is not None and progress:
+            print(run.cache.choice(), file=sys.stderr)
     finally:
         model.to(home)
     best = run.best()
@@ -186,6 +202,7 @@ class Run:
         self.optimizer = RelativeAdam(
             self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay
         )
+        self.cache: Cache | None = None
 
     def _dtype(self) -> torch.dtype:
         if self.settings.dtype is None:
@@ -197,7 +214,20 @@ class Run:
             raise ValueError("dtype: float16 cannot hold the optimiser's moments; use float32 or bfloat16")
         return dtype
 
+    def use_cache(self, path: str | Path, n_references: int, reads: str) -> None:
+        """Repeat the batches of the first `n_references` epochs, reading them from a store where that is faster."""
+        if not isinstance(n_references, int) or n_references < 1:
+            raise ValueError(f"n_references: expected a positive whole number, got {n_references!r}")
+        own = identity(self.extractor.model, self.extractor, self.batches.data, self.settings, n_references)
+        assert self.batches.per_epoch is not None
+        self.cache = Cache(path, own, n_references * self.batches.per_epoch, self.extract, reads)
+
     def gradients(self, step: int) -> Gradients:
+        """Return the gradients of a step's batch, from the cache where there is one."""
+        gradients = self.extract(step) if self.cache is None else self.cache[step]
+        return gradients.to(next(self.decomposition.parameters()))  # a stored batch lies on the CPU
+
+    def extract(self, step: int) -> Gradients:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
         generator = torch.Generator().manual_seed(mix(self.settings.seed, 2, step))
         gradients = self.extractor(to_device(self.batches[step], self.device), generator)
@@ -207,7 +237,7 @@ class Run:
         """Go through a first step without taking it, to meet bad input before anything is written."""
         self.batches.peek()
         with torch.no_grad():
-            self.objective(self.gradients(0), 1.0)
+            self.objective(self.extract(0), 1.0)
 
     def objective(self, gradients: Gradients, k: float) -> Objective:
         """Compute every restart's loss of a batch."""
