@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,9 +28,12 @@ from torch import Tensor, nn
 
 from l3d.data import count_rows, take
 from l3d.extract import Extractor
-from l3d.factors import Dense, Gradients, Part, Rows
+from l3d.factors import Dense, Gradients, Part, Place, Rows, place_of
 from l3d.files import read_json, replace_text, replacing
+from l3d.ranks import Ranks
 from l3d.settings import Settings
+
+T = TypeVar("T")
 
 FORMAT = "l3d-gradients-1"
 READS = ("auto", "on", "off")
@@ -48,6 +51,7 @@ class Cache:
         n_steps: batches in the store when it is full.
         extract: returns a step's gradients.
         reads: "on" to read whatever is stored, "off" never to, "auto" for what is measured to be faster.
+        ranks: the processes that train together; the first one writes, and decides for all.
 
     Raises ValueError where the folder holds gradients of something else, naming what differs.
     """
@@ -59,15 +63,22 @@ class Cache:
         n_steps: int,
         extract: Callable[[int], Gradients],
         reads: str = "auto",
+        ranks: Ranks | None = None,
     ) -> None:
         if reads not in READS:
             raise ValueError(f"cache_reads: expected one of {', '.join(READS)}, got {reads!r}")
-        self.path, self.n_steps, self.extract = Path(path), n_steps, extract
+        self.path, self.n_steps, self.extract, self.ranks = Path(path), n_steps, extract, ranks
         self.identity = {"format": FORMAT, **identity}
         self.reading: bool | None = {"on": True, "off": False, "auto": None}[reads]
         self.extract_seconds: list[float] = []
         self.read_seconds: list[float] = []
-        self.check()
+        self._agreed(self.check)
+
+    def _agreed(self, decide: Callable[[], T]) -> T:
+        return decide() if self.ranks is None else self.ranks.agreed(decide)
+
+    def _stored(self, index: int) -> bool:
+        return self._agreed(lambda: self._file(index).exists())
 
     def check(self) -> None:
         """Refuse a folder that holds something else."""
@@ -92,7 +103,7 @@ class Cache:
             return self._measured(index)
         if not self.reading:
             return self.extract(index)
-        if not self._file(index).exists():
+        if not self._stored(index):
             gradients = self.extract(index)
             self.write(index, gradients)
             return gradients
@@ -114,9 +125,10 @@ class Cache:
         gradients = self.extract(index)
         _finish(gradients.device)
         extracted = time.perf_counter()
-        stored = self._file(index).exists()
+        stored = self._stored(index)
         if not stored:
             self.write(index, gradients)
+            self._stored(index)  # the others wait for the one that writes
         _drop_from_memory(self._file(index))
         reopened = time.perf_counter()
         again = self.read(index)
@@ -129,7 +141,9 @@ class Cache:
             check_same(gradients, again, self._file(index))
         if len(self.read_seconds) > TRIALS:  # the first extraction also warms up what later ones find warm
             del self.extract_seconds[0], self.read_seconds[0]
-            self.reading = statistics.median(self.read_seconds) < statistics.median(self.extract_seconds)
+            self.reading = self._agreed(
+                lambda: statistics.median(self.read_seconds) < statistics.median(self.extract_seconds)
+            )
         return gradients
 
     def _file(self, index: int) -> Path:
@@ -137,6 +151,8 @@ class Cache:
 
     def write(self, index: int, gradients: Gradients) -> None:
         """Store a step's gradients, the whole file or nothing."""
+        if self.ranks is not None and self.ranks.rank > 0:
+            return
         if not (self.path / "cache.json").exists():
             self.path.mkdir(parents=True, exist_ok=True)
             replace_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n")
@@ -203,7 +219,7 @@ def _digest(tensors: Any, text: str = "") -> str:
 
 
 def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:
-    """Refuse a stored batch that extraction does not give again: the model's code is another than when it was stored."""
+    """Refuse a stored batch that extraction does not give again: the model's code has changed since."""
     ours, theirs = list(gradients.tensors()), list(stored.tensors())
     same = [name for name, _ in ours] == [name for name, _ in theirs]
     for (_, a), (_, b) in zip(ours, theirs, strict=False):
@@ -219,10 +235,10 @@ def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:
 def pack(gradients: Gradients) -> bytes:
     """Write gradients as a safetensors file; tensors that are the same one are written once."""
     tensors: dict[str, Tensor] = {}
-    names: dict[tuple[Any, ...], str] = {}
+    names: dict[Place, str] = {}
 
     def put(tensor: Tensor) -> str:
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        key = place_of(tensor)
         if key not in names:
             names[key] = f"t{len(names)}"
             tensors[names[key]] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

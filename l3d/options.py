@@ -158,6 +158,20 @@ MEMORY = (
         "auto|on|off",
         "Read stored gradients instead of extracting them. auto: where the first batches show it to be faster.",
     ),
+    Option(
+        "micro_batch_size",
+        PositiveInt | None,
+        None,
+        "ROWS",
+        "Rows that are extracted and projected at a time, for less memory; what is learned stays the same. null: all.",
+    ),
+    Option(
+        "recompute",
+        bool,
+        False,
+        "",
+        "With --micro_batch_size: extract every micro-batch twice rather than hold the whole batch's gradients.",
+    ),
     Option("n_references", PositiveInt, 1, "N", "With --cache: epochs of different batches and references."),
 )
 MACHINE = (
@@ -173,7 +187,8 @@ MACHINE = (
         Literal["float32", "bfloat16", "float64"] | None,
         None,
         "float32|bfloat16|float64",
-        "Type of the learned directions. null: the model's, at least float32.",
+        "Type of the learned directions. bfloat16: of the gradients' factors too, all sums in float32. null: the "
+        "model's, at least float32.",
     ),
     Option(
         "backend",
@@ -237,6 +252,13 @@ EVALUATE_ROWS = Option(
     "N",
     "Evaluate on at most so many of the training rows, evenly spaced.",
 )
+DRY_RUN = Option(
+    "dry_run",
+    bool,
+    False,
+    "",
+    "Only say what the run would take: parameters, bytes, time of a step, each tensor's path. Writes nothing.",
+)
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
 COPY = Option("out", str | None, None, "DIR", "Work on a copy of RUN made here, and leave RUN as it is.")
 TOY = Option(
@@ -285,7 +307,21 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *MEMORY, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN)
+    every = (
+        *DECOMPOSE,
+        *MEMORY,
+        *MODEL,
+        *DATA,
+        HELD_OUT,
+        EVALUATE_ROWS,
+        DRY_RUN,
+        OVERWRITE,
+        COPY,
+        TOY,
+        SEEDS,
+        README,
+        RUN,
+    )
     option = next((option for option in every if option.name == name), None)
     if option is None:
         return None

@@ -2,11 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from l3d.layout import Layout
+
+
+class Share(NamedTuple):
+    """Which rows of a whole batch the rows at hand are; what is drawn is drawn for the whole, and cut to them."""
+
+    start: int  # the first of them
+    n_rows: int  # of the whole batch
+    whole: Callable[[Tensor], Tensor]  # their samples' outputs [s, ...] -> those of the whole batch [S, ...]
 
 
 class Samples:
@@ -17,10 +26,16 @@ class Samples:
         positions: None (a row is a sample), "all", "last", or how many to draw per row.
         is_kl: all dimensions but the first and last are positions; else dimension 1 is.
         generator: draws positions.
+        share: of which larger batch the rows are a part.
     """
 
     def __init__(
-        self, output: Tensor, positions: str | int | None, is_kl: bool, generator: torch.Generator | None
+        self,
+        output: Tensor,
+        positions: str | int | None,
+        is_kl: bool,
+        generator: torch.Generator | None,
+        share: Share | None = None,
     ) -> None:
         self.shape = output.shape
         self.n_rows = output.shape[0]
@@ -30,13 +45,13 @@ class Samples:
         if positions is not None and output.ndim >= 3:
             self.width = output.shape[-1:] if is_kl else output.shape[2:]
             self.n_positions = output.shape[1:].numel() // self.width.numel()
-            chosen = self._choose(positions, generator)
+            chosen = self._choose(positions, generator, share)
             self.positions = chosen.to(output.device)
             self.per_row = chosen.shape[1]
             self._row = torch.arange(self.n_rows, device=output.device)[:, None]
         self.count = self.n_rows * self.per_row
 
-    def _choose(self, positions: str | int, generator: torch.Generator | None) -> Tensor:
+    def _choose(self, positions: str | int, generator: torch.Generator | None, share: Share | None) -> Tensor:
         if positions == "all":
             return torch.arange(self.n_positions).expand(self.n_rows, -1)
         if positions == "last":
@@ -44,7 +59,8 @@ class Samples:
         assert isinstance(positions, int)
         if positions > self.n_positions:
             raise ValueError(f"positions: expected at most the output's {self.n_positions}, got {positions}")
-        order = torch.rand(self.n_rows, self.n_positions, generator=generator).argsort(1)
+        start, n_rows = (0, self.n_rows) if share is None else share[:2]
+        order = torch.rand(n_rows, self.n_positions, generator=generator)[start : start + self.n_rows].argsort(1)
         return order[:, :positions].sort(1).values
 
     def gather(self, output: Tensor) -> Tensor:
