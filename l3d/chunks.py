@@ -90,11 +90,11 @@ def objective_in_chunks(
     ranks: Ranks | None = None,
     backend: str = "auto",
 ) -> tuple[Objective, list[Tensor]]:
-    """Compute the loss of a batch at the kept fraction k, and its derivatives by the decoder's tensors and the encoder's.
+    """Compute the loss of a batch at the kept fraction k, and its derivatives by every tensor.
 
-    They come in that order, which is a decomposition's. With ranks, encoder and decoder are this rank's share of the
-    directions, and so are what is kept and the derivatives; loss and residual are the whole's. Nothing of the result is
-    differentiable.
+    The decoder's come first, then the encoder's, as in a decomposition. With ranks, encoder and decoder are this
+    rank's share of the directions, and so are what is kept and the derivatives; loss and residual are the whole's.
+    Nothing of the result is differentiable.
     """
     parameters = [*decoder.parameters(), *encoder.parameters()]
     paths: list[dict[str, Path]] = []
