@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.training import ROOT, environment
-from l3d.costs import Path, Sizes, choose_paths, projection_costs
+from l3d.costs import Path, Sizes, choose_paths, coactive_is_cheaper, projection_costs
 from l3d.estimate import plan
 from l3d.factors import Gradients
 
@@ -31,15 +31,19 @@ CASES = (Case(128, 64, 4, 64, 2), Case(512, 64, 4, 64, 2), Case(512, 32, 8, 192,
 KEPT = 0.1  # the fraction k
 
 
-def predict(case: Case, path: Path) -> dict[str, float]:
-    """Predict one step's FLOPs, without extraction, and the bytes it holds (float32)."""
+def predict(case: Case, path: Path, pairs: int | None) -> dict[str, float]:
+    """Predict one step's FLOPs, without extraction, and the bytes it holds (float32).
+
+    pairs: of subnetworks kept in the same sample, where the energy is taken over them and not from the Gram matrix.
+    """
     n_kept = int(KEPT * case.S * case.K + 0.5)
     sizes = Sizes(case.S, case.S, case.T, case.width, case.width, case.K, case.R, n_kept)
     widths, area = 2 * case.width, case.width**2
     gram = min(case.K**2 * case.R**2 * widths, case.K * (case.K + case.R) * area)
+    by_gram, by_pairs = gram + case.S * case.K**2, (pairs or 0) * case.R**2 * widths
     multiply_adds = {
         "projections": projection_costs(sizes)[path],
-        "gram": 3 * (gram + case.S * case.K**2),  # forward, and backward to both of its sides
+        "energy": 3 * (by_gram if pairs is None else by_pairs),  # forward, and backward to both of its sides
         "norms": case.S * (area if path.materialised else case.T**2 * widths),
     }
     parameters = 2 * case.K * case.R * widths
@@ -62,15 +66,19 @@ def measure(case: Case) -> dict[str, Any]:
     assert isinstance(gradients, Gradients)
     (path,) = choose_paths(gradients, run.decomposition.encoder, int(KEPT * case.S * case.K + 0.5)).values()
     with FlopCounterMode(display=False) as counter:
-        loss = run.objective(gradients, KEPT).loss
-        torch.autograd.grad(loss, run.optimizer.parameters)
+        result = run.objective(gradients, KEPT)
+        torch.autograd.grad(result.loss, run.optimizer.parameters)
+    coactive = coactive_is_cheaper(run.decomposition.decoder, result.kept)
+    pairs = int(result.kept.row_offsets.diff().square().sum()) if coactive else None
     measured = {
         "flops": counter.get_total_flops(),
         "parameter_bytes": sum(p.nbytes for p in run.decomposition.parameters()),
         "moment_bytes": sum(t.nbytes for t in (*run.optimizer.first, *run.optimizer.second)),
         "factor_bytes": gradients.nbytes(),
     }
-    return {"case": case._asdict(), "path": path._asdict(), "measured": measured, "predicted": predict(case, path)}
+    predicted = predict(case, path, pairs)
+    chosen = {**path._asdict(), "coactive": coactive}
+    return {"case": case._asdict(), "path": chosen, "measured": measured, "predicted": predicted}
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,7 +138,7 @@ def report(settings: Settings) -> None:
 def _take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path, bool]:
     """Take the run folder to make, and whether it may be replaced, out of the settings."""
     out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
-    if check and not overwrite and _is_first():
+    if check and not overwrite:
         run_folder.check_new(out)  # before the model is loaded, which may take long
     return out, overwrite
 
@@ -191,6 +191,8 @@ def _load_toy(settings: Settings) -> Job:
 def _move(model: nn.Module, device: str | None) -> nn.Module:
     if device is None:
         return model
+    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: a GPU for each
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
@@ -208,7 +210,7 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
 
     try:
         arguments |= {"out": out, "overwrite": overwrite, "resume": resume}
-        with _watching(out):
+        with _together(out):
             d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
         if not _is_first():
             return  # of several processes the first one writes, and reports
@@ -227,9 +229,11 @@ def _estimate(job: Job) -> None:
     from l3d.estimate import estimate, path_name
     from l3d.report import duration, size
 
-    ranks.start()
+    joined = ranks.start()
     names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY) if option.name in job.settings]
     found = estimate(job.model, job.data, **{name: job.settings[name] for name in names})
+    if joined is not None:
+        ranks.leave()
     if not _is_first():
         return
     tensors = Table("tensor", "shape", "rank", "path", "parameters", "factors", box=None)
@@ -260,16 +264,20 @@ def _is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _watching(out: Path) -> AbstractContextManager[None]:
-    """Where torchrun has started several processes, join them, and end when one of them does."""
+@contextmanager
+def _together(out: Path) -> Iterator[None]:
+    """Where torchrun has started several processes, join them while the block runs, and end when one of them does."""
     from l3d import ranks
     from l3d.watch import watching
 
     joined = ranks.start()
     if joined is None:
-        return nullcontext()
+        yield
+        return
     command = f"torchrun --nproc_per_node {joined.size} (or any other number) -m l3d resume"
-    return watching(joined, lambda: run_folder.interrupted(out, command))
+    with watching(joined, lambda: run_folder.interrupted(out, command)):
+        yield
+    ranks.leave()
 
 
 def _evaluate(d: Decomposition, job: Job) -> dict[str, Any]:

@@ -175,3 +175,8 @@ def start() -> Ranks | None:
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     return Ranks.current()
+
+
+def leave() -> None:
+    """Leave the processes that `start` has joined."""
+    dist.destroy_process_group()

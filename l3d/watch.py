@@ -49,6 +49,7 @@ def watching(ranks: Ranks, advice: Callable[[], str]) -> Iterator[None]:
         thread.start()
     try:
         yield
+        dist.barrier()  # the store lies with one of them: nobody leaves before all are done
     except RuntimeError as error:  # dist.DistError is one
         if not _is_lost_connection(error):
             raise
