@@ -56,12 +56,13 @@ def start(n: int, command: list[str], folder: Path) -> list[subprocess.Popen[str
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
     """Over 50 steps every step keeps the same entries; losses, directions and thresholds agree; so do resumed runs."""
+    names = NAMES if n == 2 else NAMES[:1]
     with ranks_worker.interrupted_at(10):
         ranks_worker.run("interrupted", tmp_path, out=tmp_path / "begun by one")
-    processes = start(n, [str(WORKER), str(tmp_path), *NAMES], tmp_path)
+    processes = start(n, [str(WORKER), str(tmp_path), *names], tmp_path)
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * n, outputs
-    for name in NAMES:
+    for name in names:
         history, tensors, kept, threshold = torch.load(tmp_path / f"{name}.pt", weights_only=False)
         folder = tmp_path / "alone"
         d, expected = ranks_worker.run(name, folder, **({"micro_batch_size": 20} if name == "cached" else {}))
@@ -102,8 +103,20 @@ def model():
     return Slow(4, 3)
 
 def data():
-    return torch.randn(64, 4)
+    return torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 """
+
+
+def test_the_command_with_two_processes(tmp_path: Path) -> None:
+    """Both end well, the first alone writes and prints, and its run folder is whole."""
+    (tmp_path / "users.py").write_text(USER)
+    command = ["-m", "l3d", "decompose", "--model", "python:users:model", "--data", "python:users:data", "--rank", "1"]
+    processes = start(2, [*command, "--n_subnetworks", "4", "--steps", "3", "--out", "run"], tmp_path)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "metrics: run/metrics.json" in outputs[0]
+    assert outputs[1] == ""
+    assert l3d.load(tmp_path / "run").n_subnetworks == 4
 
 
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
