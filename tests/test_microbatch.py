@@ -127,6 +127,24 @@ def test_the_same_run(changes: dict[str, Any], tmp_path: Any, monkeypatch: pytes
         assert_relative(ours, wanted, 1e-7)
 
 
+def test_bfloat16_factors_are_summed_in_the_wider_dtype() -> None:
+    """Held in half the bytes, factors give what the same rounded numbers give when they are held wide."""
+    model, data = language()
+    wide = Extractor(model, "kl")(data, generator())
+    narrow = wide.held_in(torch.bfloat16)
+    floating = sum(t.nbytes for _, t in wide.tensors() if t.is_floating_point())
+    assert wide.nbytes() - narrow.nbytes() == floating * 3 // 4  # of float64
+    rounded = narrow.held_in(torch.float64)
+    d = Decomposition(wide.shapes, 6, 2, generator=generator())
+    for k in (0.1, 1.0):
+        found, expected = (objective(g, d.encoder, d.decoder, k) for g in (narrow, rounded))
+        assert_relative(found.loss, expected.loss, 1e-14)
+        assert 1e-7 < abs(float(found.loss - objective(wide, d.encoder, d.decoder, k).loss)) < 1e-2
+    chosen = torch.tensor([7, 0, 3])
+    for a, b in zip(narrow.select(chosen).tensors(), rounded.select(chosen).tensors(), strict=True):
+        assert torch.equal(a[1], b[1])
+
+
 def test_recomputing_holds_one_chunk_at_a_time() -> None:
     """With recompute a chunk is extracted for each pass; held, once."""
     model, data = language()
