@@ -54,6 +54,8 @@ class Estimate(NamedTuple):
 def plan(model: nn.Module, data: Any, **arguments: Any) -> Run:
     """Return the run that `decompose` would train with these arguments, before its first step."""
     chosen = {name: each.default for name, each in inspect.signature(decompose).parameters.items()} | arguments
+    if chosen["dtype"] is not None:
+        chosen["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
     names = {field.name for field in fields(Settings)} & set(chosen) - {"preset"}
     settings = resolve(chosen["preset"], count_rows(data), **{name: chosen[name] for name in names})
     extractor = Extractor(model, *(chosen[name] for name in ("divergence", "reference", "params", "positions")))
