@@ -139,7 +139,7 @@ def test_bfloat16_factors_are_summed_in_the_wider_dtype() -> None:
     for k in (0.1, 1.0):
         found, expected = (objective(g, d.encoder, d.decoder, k) for g in (narrow, rounded))
         assert_relative(found.loss, expected.loss, 1e-14)
-        assert 1e-7 < abs(float(found.loss - objective(wide, d.encoder, d.decoder, k).loss)) < 1e-2
+        assert 1e-7 < abs((found.loss - objective(wide, d.encoder, d.decoder, k).loss).item()) < 1e-2
     chosen = torch.tensor([7, 0, 3])
     for a, b in zip(narrow.select(chosen).tensors(), rounded.select(chosen).tensors(), strict=True):
         assert torch.equal(a[1], b[1])
