@@ -30,7 +30,7 @@ from l3d.data import count_rows, take
 from l3d.extract import Extractor
 from l3d.factors import Dense, Gradients, Part, Place, Rows, place_of
 from l3d.files import read_json, replace_text, replacing
-from l3d.ranks import Ranks
+from l3d.processes import Ranks
 from l3d.settings import Settings
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from l3d.directions import Directions, Whole
 from l3d.factors import Gradients, concatenate
 from l3d.objective import Objective, energy, n_kept
 from l3d.project import project, project_at
-from l3d.ranks import Ranks
+from l3d.processes import Ranks
 from l3d_kernels.sparse import sparse_coefficients
 from l3d_kernels.topk import batch_topk_over_columns
 

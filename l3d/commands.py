@@ -225,15 +225,15 @@ def _estimate(job: Job) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from l3d import ranks
+    from l3d import processes
     from l3d.estimate import estimate, path_name
     from l3d.report import duration, size
 
-    joined = ranks.start()
+    joined = processes.start()
     names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY) if option.name in job.settings]
     found = estimate(job.model, job.data, **{name: job.settings[name] for name in names})
     if joined is not None:
-        ranks.leave()
+        processes.leave()
     if not _is_first():
         return
     tensors = Table("tensor", "shape", "rank", "path", "parameters", "factors", box=None)
@@ -267,17 +267,17 @@ def _is_first() -> bool:
 @contextmanager
 def _together(out: Path) -> Iterator[None]:
     """Where torchrun has started several processes, join them while the block runs, and end when one of them does."""
-    from l3d import ranks
+    from l3d import processes
     from l3d.watch import watching
 
-    joined = ranks.start()
+    joined = processes.start()
     if joined is None:
         yield
         return
     command = f"torchrun --nproc_per_node {joined.size} (or any other number) -m l3d resume"
     with watching(joined, lambda: run_folder.interrupted(out, command)):
         yield
-    ranks.leave()
+    processes.leave()
 
 
 def _evaluate(d: Decomposition, job: Job) -> dict[str, Any]:

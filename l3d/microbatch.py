@@ -14,7 +14,7 @@ from torch import Tensor
 from l3d.chunks import Chunks
 from l3d.extract import Extractor
 from l3d.factors import Gradients
-from l3d.ranks import Ranks
+from l3d.processes import Ranks
 from l3d.samples import Share
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 import l3d_kernels as lk
-from l3d.ranks import Ranks
+from l3d.processes import Ranks
 
 COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
 RECORDS = 1000  # rows of history a run keeps at most

@@ -29,7 +29,7 @@ from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
 from l3d.progress import DEAD_AFTER, Kept, Progress, Recorder, progress_bar
-from l3d.ranks import Ranks
+from l3d.processes import Ranks
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
 from l3d.start import draw_samples, set_from_samples
 
@@ -118,7 +118,7 @@ def decompose(
         on_start: called with the run folder once everything has been checked and before training starts.
 
     Where torch.distributed is initialised with several processes (torchrun), they train one decomposition together,
-    each its share of the subnetworks (`l3d.ranks`); every process must call this alike, with the same data.
+    each its share of the subnetworks (`l3d.processes`); every process must call this alike, with the same data.
 
     Returns the trained `Decomposition`; its `history` holds the training curve. Of several processes the first returns
     it, on the CPU, and the others their shares of it.

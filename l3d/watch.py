@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from l3d.ranks import Ranks
+from l3d.processes import Ranks
 
 BEAT = 1.0  # seconds between heartbeats
 SILENCE = 20.0  # seconds without one after which a rank counts as dead

@@ -1,4 +1,4 @@
-"""What every process of the tests of several ranks runs: `python ranks_worker.py FOLDER NAME..`, as torchrun would.
+"""What every process of the tests of several ranks runs: `python process_worker.py FOLDER NAME..`, as torchrun would.
 
 In one process without WORLD_SIZE it gives what the ranks are compared with.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import l3d
-from l3d import progress, ranks, train
+from l3d import processes, progress, train
 from l3d.decomposition import Decomposition
 from l3d.train import Run
 
@@ -108,7 +108,7 @@ def interrupted_at(step: int) -> Iterator[None]:
 def main(folder: Path, names: list[str]) -> None:
     """Train what is named and write what came of it; resume what one process has begun, begin what one will resume."""
     torch.set_num_threads(1)
-    found = ranks.start()
+    found = processes.start()
     assert found is not None
     for name in names:
         d, kept = run(name, folder, out=folder / f"run {name}")

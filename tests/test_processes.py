@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks_worker
+import process_worker
 import torch
 
 import l3d
 
 from helpers import assert_relative
 
-WORKER = Path(ranks_worker.__file__)
-NAMES = [name for name in ranks_worker.RUNS if name != "interrupted"]
+WORKER = Path(process_worker.__file__)
+NAMES = [name for name in process_worker.RUNS if name != "interrupted"]
 
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Any:
     """What a worker's run sets in its own process is put back in this one."""
-    before = ranks_worker.progress.DEAD_AFTER
+    before = process_worker.progress.DEAD_AFTER
     yield
     torch.set_default_dtype(torch.float32)
-    ranks_worker.progress.DEAD_AFTER = ranks_worker.train.DEAD_AFTER = before
+    process_worker.progress.DEAD_AFTER = process_worker.train.DEAD_AFTER = before
 
 
 def start(n: int, command: list[str], folder: Path) -> list[subprocess.Popen[str]]:
@@ -57,15 +57,15 @@ def start(n: int, command: list[str], folder: Path) -> list[subprocess.Popen[str
 def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
     """Over 50 steps every step keeps the same entries; losses, directions and thresholds agree; so do resumed runs."""
     names = NAMES if n == 2 else NAMES[:1]
-    with ranks_worker.interrupted_at(10):
-        ranks_worker.run("interrupted", tmp_path, out=tmp_path / "begun by one")
+    with process_worker.interrupted_at(10):
+        process_worker.run("interrupted", tmp_path, out=tmp_path / "begun by one")
     processes = start(n, [str(WORKER), str(tmp_path), *names], tmp_path)
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * n, outputs
     for name in names:
         history, tensors, kept, threshold = torch.load(tmp_path / f"{name}.pt", weights_only=False)
         folder = tmp_path / "alone"
-        d, expected = ranks_worker.run(name, folder, **({"micro_batch_size": 20} if name == "cached" else {}))
+        d, expected = process_worker.run(name, folder, **({"micro_batch_size": 20} if name == "cached" else {}))
         assert kept == expected, name
         assert_relative(history["error"], d.history["error"], 1e-9)
         assert history["kept_per_sample"] == d.history["kept_per_sample"]
@@ -76,8 +76,8 @@ def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
         assert not list((tmp_path / f"run {name}").rglob("*.partial"))
         if name == "language":
             assert max(history["dead_fraction"]) > 0
-    whole, _ = ranks_worker.run("interrupted", tmp_path, out=tmp_path / "uninterrupted")
-    resumed, _ = ranks_worker.run("interrupted", tmp_path, out=tmp_path / "begun by many", resume=True)
+    whole, _ = process_worker.run("interrupted", tmp_path, out=tmp_path / "uninterrupted")
+    resumed, _ = process_worker.run("interrupted", tmp_path, out=tmp_path / "begun by many", resume=True)
     for found in (resumed, l3d.load(tmp_path / "begun by one")):
         assert found.history["step"] == list(range(1, 15))
         assert_relative(found.history["error"], whole.history["error"], 1e-9)
