@@ -78,8 +78,9 @@ The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no 
             "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT),
             "what is learned": options.LEARNED,
             "training": options.TRAINING,
+            "memory": options.MEMORY,
             "machine": options.MACHINE,
-            "results": [options.EVALUATE_ROWS, options.out("runs/decompose"), options.OVERWRITE],
+            "results": [options.EVALUATE_ROWS, options.out("runs/decompose"), options.OVERWRITE, options.DRY_RUN],
         },
         """\
 examples:
@@ -88,7 +89,9 @@ examples:
   l3d decompose --model python:l3d.zoo:resnet20 --model_args.weights resnet20.safetensors \\
       --data npz:cifar10.npz --data_args.mean '[.485,.456,.406]' --data_args.std '[.229,.224,.225]' \\
       --params 'layer3.*.conv*' --divergence kl --out runs/resnet
-  l3d decompose --config runs/attention/config.yaml --seed 1 --out runs/attention-1""",
+  l3d decompose --config runs/attention/config.yaml --seed 1 --out runs/attention-1
+  l3d decompose --config runs/attention/config.yaml --batch_size 64 --dry_run
+  torchrun --nproc_per_node 2 -m l3d decompose --config runs/attention/config.yaml --out runs/attention-2""",
     ),
     "evaluate": Command(
         "evaluate a decomposition again, also on other data",
@@ -236,6 +239,7 @@ def _fail(message: str) -> int:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
+    arguments = ["--dry_run" if argument == "--dry-run" else argument for argument in arguments]
     parsed = _parser().parse_args(arguments).as_dict()
     parsed[parsed["command"]].pop("config", None)
     return _plain(parsed)

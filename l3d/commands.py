@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,11 +43,14 @@ class Job(NamedTuple):
 
 def decompose(settings: Settings) -> None:
     """Decompose a model on data, into a new run folder."""
-    out, overwrite = _take_out(settings, "runs/decompose")
+    dry_run = settings.pop("dry_run")
+    out, overwrite = _take_out(settings, "runs/decompose", check=not dry_run)
     for name in ("model", "data"):
         if not settings[name]:
             raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
         settings[name] = absolute(settings[name])
+    if dry_run:
+        return _estimate(load(settings))
     _train(load(settings), out, overwrite=overwrite)
 
 
@@ -152,10 +157,10 @@ def paper(settings: Settings) -> None:
     study_commands.paper(settings)
 
 
-def _take_out(settings: Settings, default: str) -> tuple[Path, bool]:
+def _take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path, bool]:
     """Take the run folder to make, and whether it may be replaced, out of the settings."""
     out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
-    if not overwrite:
+    if check and not overwrite:
         run_folder.check_new(out)  # before the model is loaded, which may take long
     return out, overwrite
 
@@ -174,8 +179,8 @@ def reload(run: Path, changes: Settings) -> Job:
     """Load what a run folder was made from, with some settings changed."""
     command = run_folder.read_command(run)
     settings = read_settings(command, run)
-    for name in ("out", "overwrite"):
-        settings.pop(name)
+    for name in ("out", "overwrite", "dry_run"):
+        settings.pop(name, None)
     if command == "toy" and "data" in changes:
         raise ValueError("--data: a toy has its own data")
     return load_toy(settings | changes) if command == "toy" else load(settings | changes)
@@ -211,6 +216,8 @@ def load_toy(settings: Settings) -> Job:
 def _move(model: nn.Module, device: str | None) -> nn.Module:
     if device is None:
         return model
+    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: a GPU for each
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
@@ -220,7 +227,7 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
 def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -> None:
     import l3d
 
-    names = [option.name for option in options.DECOMPOSE]
+    names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY)]
     arguments = {name: job.settings[name] for name in names if name in job.settings}
 
     def write_config(_: object) -> None:
@@ -228,11 +235,14 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
 
     try:
         arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": _model_name(job)}
-        d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
+        with _together(out):
+            d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
+        if not _is_first():
+            return  # of several processes the first one writes, and reports
         timing = {name: float(d.timing[name]) for name in ("seconds", "steps_per_second")}
         _finish(out, evaluate_run(d, job) | timing | _peak_memory() | {"environment": _environment(job.model)})
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(out)) from None
+        raise KeyboardInterrupt(run_folder.interrupted(out)) from None
 
 
 def _model_name(job: Job) -> str | None:
@@ -243,11 +253,64 @@ def _model_name(job: Job) -> str | None:
     return None if spec.startswith("hf:") else spec
 
 
-def _interrupted(out: Path) -> str:
-    last = run_folder.last_checkpoint(out)
-    if last is None:
-        return f"interrupted, before the first checkpoint in {out}"
-    return f"interrupted; last checkpoint: {last}; go on with: l3d resume {out}"
+def _estimate(job: Job) -> None:
+    """Print what a run would take."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from l3d import processes
+    from l3d.estimate import estimate, path_name
+    from l3d.report import duration, size
+
+    joined = processes.start()
+    names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY) if option.name in job.settings]
+    found = estimate(job.model, job.data, **{name: job.settings[name] for name in names})
+    if joined is not None:
+        processes.leave()
+    if not _is_first():
+        return
+    tensors = Table("tensor", "shape", "rank", "path", "parameters", "factors", box=None)
+    for each in found.tensors:
+        shape, rank = "×".join(map(str, each.shape)), "×".join(map(str, each.ranks)) or "whole"
+        tensors.add_row(each.name, shape, rank, path_name(each), f"{each.parameters:,}", size(each.factor_bytes))
+    totals = Table(box=None, show_header=False)
+    for label, value in (
+        ("samples in a batch", f"{found.n_samples:,}"),
+        ("coefficients kept", f"{found.n_kept:,}"),
+        ("encoder and decoder", size(found.parameter_bytes)),
+        ("optimiser and gradients", size(found.optimizer_bytes)),
+        ("factors of a batch", size(found.factor_bytes)),
+        ("peak memory, predicted", size(found.peak_bytes)),
+        ("peak memory of the steps taken", size(found.measured_peak_bytes)),
+        ("a step", f"{found.seconds_per_step:.4f} s"),
+        ("a step while all is kept", f"{found.seconds_per_warm_step:.4f} s"),
+        ("the whole run", duration(found.seconds)),
+    ):
+        totals.add_row(label, value)
+    console = Console()
+    console.print(tensors)
+    console.print(totals)
+
+
+def _is_first() -> bool:
+    """Tell whether this is the only process, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def _together(out: Path) -> Iterator[None]:
+    """Where torchrun has started several processes, join them while the block runs, and end when one of them does."""
+    from l3d import processes
+    from l3d.watch import watching
+
+    joined = processes.start()
+    if joined is None:
+        yield
+        return
+    command = f"torchrun --nproc_per_node {joined.size} (or any other number) -m l3d resume"
+    with watching(joined, lambda: run_folder.interrupted(out, command)):
+        yield
+    processes.leave()
 
 
 def evaluate_run(d: Decomposition, job: Job, any_weights: bool = False) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Decomposition(nn.Module):
         settings: how it was (or is to be) trained; `evaluate` and friends read divergence, reference, positions,
             k, batch_size and seed from it.
         generator: draws the start; the encoder starts as a copy of the decoder.
+        columns: which of the K to hold, where other processes hold the rest.
 
     Attributes:
         encoder, decoder: `Directions`, whose tensors are Parameters; the decoder's norms are one after training.
@@ -43,6 +44,7 @@ class Decomposition(nn.Module):
         rank: Rank = 8,
         settings: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
+        columns: slice | None = None,
     ) -> None:
         super().__init__()
         if n_subnetworks < 1:
@@ -50,8 +52,8 @@ class Decomposition(nn.Module):
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.ranks = resolve_ranks(rank, self.shapes)
         self.settings: dict[str, Any] = dict(settings or {})
-        self.decoder = Directions(self.shapes, self.ranks, n_subnetworks, generator)
-        self.encoder = Directions(self.shapes, self.ranks, n_subnetworks, generator)
+        self.decoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns)
+        self.encoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns)
         self.encoder.load_state_dict(self.decoder.state_dict())
         self.history: dict[str, list[float]] = {}
         self.timing: dict[str, float] = {}

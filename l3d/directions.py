@@ -126,6 +126,7 @@ class Directions(nn.Module):
         ranks: of the parameters, as `resolve_ranks` gives them.
         n_subnetworks: K.
         generator: draws the start.
+        columns: which of the K to hold, where others hold the rest; they start as they would among all.
     """
 
     def __init__(
@@ -134,9 +135,13 @@ class Directions(nn.Module):
         ranks: Mapping[str, tuple[int, ...]],
         n_subnetworks: int,
         generator: torch.Generator | None = None,
+        columns: slice | None = None,
     ) -> None:
         super().__init__()
         self.shapes = dict(shapes)
+        drawn = n_subnetworks
+        if columns is not None:
+            n_subnetworks = columns.stop - columns.start
         self.n_subnetworks = n_subnetworks
         self.pieces = nn.ModuleList()
         for name, shape in shapes.items():
@@ -148,7 +153,10 @@ class Directions(nn.Module):
                 self.pieces.append(Tucker(n_subnetworks, shape, ranks[name]))
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.normal_(generator=generator)
+                if columns is None:
+                    parameter.normal_(generator=generator)
+                else:  # one tensor's start at a time is drawn for all
+                    parameter.copy_(torch.empty(drawn, *parameter.shape[1:]).normal_(generator=generator)[columns])
             for piece in self.pieces:  # every tensor starts with the same share of the norm
                 _rescale(piece, _squared_norm(piece))
         self.normalize_()

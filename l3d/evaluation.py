@@ -1,5 +1,6 @@
 """What a decomposition is worth: its error on data, how often each subnetwork acts, and on what."""
 
+import copy
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ def evaluate(
 
     Batch top-k runs within each batch, so the size of the batch matters a little.
     """
+    decomposition = _widened(decomposition)
     k = decomposition.settings.get("k", 0.1) if k is None else k
     residual = norm = 0.0
     n_samples = n_kept = 0
@@ -169,6 +171,7 @@ def impact(
     Samples are numbered in the order of the data, positions of a row one after another. `divergence` and `reference`
     replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`.
     """
+    decomposition = _widened(decomposition)
     total: Tensor | None = None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
     for seed in seeds:
@@ -201,6 +204,13 @@ def top_samples(
         raise ValueError(f"n: expected between 1 and the {len(impacts)} samples, got {n}")
     best = impacts.topk(n, dim=0)
     return TopSamples(best.indices.mT, best.values.mT)
+
+
+def _widened(decomposition: Decomposition) -> Decomposition:
+    """Return a decomposition whose sums are at least float32: itself, or a wider copy."""
+    if next(decomposition.parameters()).dtype.itemsize >= 4:
+        return decomposition
+    return copy.deepcopy(decomposition).float()
 
 
 def _draws(decomposition: Decomposition, n_references: int, seed: int, reference: str | Tensor | None) -> list[int]:

@@ -24,7 +24,7 @@ from l3d.inputs import check_logits, check_tokens
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.rules import has_rule, part_of
-from l3d.samples import Samples, check_same_padding, padding_mask
+from l3d.samples import Samples, Share, check_same_padding, padding_mask
 
 
 def extract_gradients(
@@ -86,8 +86,8 @@ class Extractor:
         self._output_width: tuple[int, ...] | None = None
         self._batches = 0
 
-    def __call__(self, inputs: Any, generator: torch.Generator | None = None) -> Gradients:
-        """Return the gradients of one batch."""
+    def __call__(self, inputs: Any, generator: torch.Generator | None = None, share: Share | None = None) -> Gradients:
+        """Return the gradients of one batch, or of the rows of a larger one: then `share` says which they are."""
         check_fixed(self.model)
         contrast_inputs = None
         if isinstance(self.reference, str) and self.reference == "pair":
@@ -101,7 +101,7 @@ class Extractor:
                 check_tokens(self.model, inputs)
             output = self._forward(inputs)
             mask = padding_mask(inputs)
-            samples = Samples(output, self.positions, self.is_kl, generator, mask)
+            samples = Samples(output, self.positions, self.is_kl, generator, mask, share)
             self._check_width(samples)
             outputs = samples.gather(output.detach())
             if self.is_kl and self._batches == 0:
@@ -112,7 +112,7 @@ class Extractor:
                 check_same_padding(mask, padding_mask(contrast_inputs))
                 with torch.no_grad():
                     contrast = samples.gather(run_fixed(self.model, contrast_inputs))
-            references = div.reference_outputs(self.reference, outputs, contrast, self.is_kl, generator, samples)
+            references = self._references(outputs, contrast, samples, generator, share)
             d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
             with torch.no_grad():
                 parts = self._backward(output, samples, d_out)
@@ -122,6 +122,39 @@ class Extractor:
         compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
         gradients = Gradients(compacted, shapes, samples.count, dtype, output.device)
         return gradients if samples.kept is None else gradients.select(samples.kept)
+
+    @torch.no_grad()
+    def outputs(self, inputs: Any, generator: torch.Generator | None, share: Share) -> Tensor:
+        """Return the samples' outputs alone, of the rows of a larger batch: [s, ...]."""
+        if isinstance(inputs, (tuple, list)) and inputs:
+            inputs = inputs[0]
+        output = run_fixed(self.model, inputs)
+        return Samples(output, self.positions, self.is_kl, generator, padding_mask(inputs), share).gather(output)
+
+    def needs_whole(self) -> bool:
+        """Tell whether a sample's reference depends on other samples' outputs."""
+        return isinstance(self.reference, str) and self.reference in ("sample", "mean")
+
+    def _references(
+        self,
+        outputs: Tensor,
+        contrast: Tensor | None,
+        samples: Samples,
+        generator: torch.Generator | None,
+        share: Share | None,
+    ) -> Tensor:
+        """Return the reference outputs of the samples at hand: [s, ...]."""
+        reference = self.reference
+        if share is None:
+            return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
+        if self.needs_whole():
+            whole = div.reference_outputs(reference, share.whole(outputs), None, self.is_kl, generator)
+            first = share.start * samples.per_row
+            return whole[first : first + samples.count]
+        if isinstance(reference, Tensor) and reference.ndim:
+            per_row = reference.shape[0] // share.n_rows  # by sample or by row
+            reference = reference[share.start * per_row : (share.start + samples.n_rows) * per_row]
+        return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
 
     def _forward(self, inputs: Any) -> Tensor:
         """Run the model once, with autograd recording the uses of the chosen parameters."""

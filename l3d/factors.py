@@ -10,7 +10,7 @@ A parameter that the output does not depend on has no parts. Letters: B sequence
 T positions that share the weight, I and O the widths of x and dy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,7 +103,7 @@ class Gradients:
         if name not in self._matrices:
             shape = matrix_shape(self.shapes[name])
             total: Tensor | None = None
-            for part in self.parts[name]:
+            for part in self.widened(name):
                 grad = part.materialize(shape)
                 total = grad if total is None else total + grad
             if total is None:
@@ -128,9 +128,9 @@ class Gradients:
         return total
 
     def _squared_norm_of(self, name: str) -> Tensor:
-        parts = self.parts[name]
         if name in self._matrices:
             return self._matrices[name].square().sum((1, 2))
+        parts = self.widened(name)
         if any(isinstance(part, Dense) for part in parts) and len(parts) > 1:
             return self.matrix(name).square().sum((1, 2))
         total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
@@ -143,8 +143,37 @@ class Gradients:
     def select(self, samples: Tensor) -> "Gradients":
         """Take some samples [n], in that order."""
         samples = samples.to(self.device)
-        parts = {name: [part.select(samples) for part in parts] for name, parts in self.parts.items()}
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        parts = {name: [part.select(samples).to(like) for part in parts] for name, parts in self.parts.items()}
         return Gradients(parts, self.shapes, len(samples), self.dtype, self.device)
+
+    def held_in(self, dtype: torch.dtype) -> "Gradients":
+        """Hold the factors in a narrower dtype; widened again where they are multiplied, tensor by tensor."""
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        parts = {name: [part.to(like) for part in parts] for name, parts in self.parts.items()}
+        return Gradients(parts, self.shapes, self.n_samples, self.dtype, self.device)
+
+    def widened(self, name: str) -> list[Part]:
+        """Return one parameter's parts in the dtype of the sums."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return [part.to(like) for part in self.parts[name]]
+
+    def per_sequence(self) -> int:
+        """Return how many samples share a sequence: S / B; 1 where nothing tells."""
+        rows = [part for parts in self.parts.values() for part in parts if isinstance(part, Rows) and len(part.x)]
+        return max((part.dy.shape[0] // part.x.shape[0] for part in rows), default=1)
+
+    def between(self, start: int, stop: int) -> "Gradients":
+        """Take neighbouring samples, without a copy; both ends lie between sequences."""
+
+        def cut(part: Part) -> Part:
+            if isinstance(part, Dense):
+                return Dense(part.grad[start:stop])
+            share = part.dy.shape[0] // part.x.shape[0]
+            return Rows(part.x[start // share : stop // share], part.dy[start:stop], part.x_axis)
+
+        parts = {name: [cut(part) for part in parts] for name, parts in self.parts.items()}
+        return Gradients(parts, self.shapes, stop - start, self.dtype, self.device)
 
     def to(self, like: Tensor) -> "Gradients":
         """Move to another tensor's device and floating dtype; itself where that changes nothing."""
@@ -166,6 +195,50 @@ class Gradients:
                 else:
                     yield name, part.x
                     yield name, part.dy
+
+
+Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def place_of(tensor: Tensor) -> Place:
+    """Tell tensors apart by the memory they are views of, as layers with the same input (q, k and v) share theirs."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def concatenate(batches: Sequence[Gradients]) -> Gradients:
+    """Append the samples of several batches of the same parameters.
+
+    Raises ValueError where a parameter's parts are not of the same kinds.
+    """
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    joined: dict[tuple[Place, ...], Tensor] = {}  # by what is joined: a tensor that parts share stays one
+
+    def append(tensors: list[Tensor]) -> Tensor:
+        key = tuple(map(place_of, tensors))
+        if key not in joined:
+            joined[key] = torch.cat(tensors)
+        return joined[key]
+
+    parts: dict[str, list[Part]] = {}
+    for name in first.shapes:
+        parts[name] = []
+        for each in zip(*(batch.parts[name] for batch in batches), strict=True):
+            if all(isinstance(part, Dense) for part in each):
+                parts[name].append(Dense(append([part.grad for part in each])))
+            elif len({_kind(part) for part in each}) == 1:
+                x, dy = append([part.x for part in each]), append([part.dy for part in each])
+                parts[name].append(Rows(x, dy, each[0].x_axis))
+            else:
+                raise ValueError(f"data: the gradients of {name!r} change their form between rows of a batch")
+    return Gradients(parts, first.shapes, sum(batch.n_samples for batch in batches), first.dtype, first.device)
+
+
+def _kind(part: Part) -> tuple[object, ...]:
+    if isinstance(part, Dense):
+        return ("dense",)
+    return part.x_axis, part.x.dtype, part.x.shape[1:], part.dy.shape[1:], part.dy.shape[0] // part.x.shape[0]
 
 
 def combine(parts: list[Part]) -> list[Part]:

@@ -149,6 +149,39 @@ TRAINING = (
         "Steps between the checkpoints that `l3d resume` goes on from. null: ten in all.",
     ),
 )
+# Of `decompose` alone: a toy needs none of them.
+MEMORY = (
+    Option(
+        "cache",
+        str | None,
+        None,
+        "DIR",
+        "Keep the batches' gradients here, for this run and others on the same model and data; the first "
+        "n_references epochs then repeat. A store of anything else is refused.",
+    ),
+    Option(
+        "cache_reads",
+        Literal["auto", "on", "off"],
+        "auto",
+        "auto|on|off",
+        "Read stored gradients instead of extracting them. auto: where the first batches show it to be faster.",
+    ),
+    Option(
+        "micro_batch_size",
+        PositiveInt | None,
+        None,
+        "ROWS",
+        "Rows that are extracted and projected at a time, for less memory; what is learned stays the same. null: all.",
+    ),
+    Option(
+        "recompute",
+        bool,
+        False,
+        "",
+        "With --micro_batch_size: extract every micro-batch twice rather than hold the whole batch's gradients.",
+    ),
+    Option("n_references", PositiveInt, 1, "N", "With --cache: epochs of different batches and references."),
+)
 MACHINE = (
     Option(
         "device",
@@ -162,7 +195,8 @@ MACHINE = (
         Literal["float32", "bfloat16", "float64"] | None,
         None,
         "float32|bfloat16|float64",
-        "Type of the learned directions. null: the model's, at least float32.",
+        "Type of the learned directions. bfloat16: of the gradients' factors too, all sums in float32. null: the "
+        "model's, at least float32.",
     ),
     Option(
         "backend",
@@ -226,6 +260,13 @@ EVALUATE_ROWS = Option(
     1000,
     "N",
     "Evaluate on at most so many of the training rows, evenly spaced.",
+)
+DRY_RUN = Option(
+    "dry_run",
+    bool,
+    False,
+    "",
+    "Only say what the run would take: parameters, bytes, time of a step, each tensor's path. Writes nothing.",
 )
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
 ANY_WEIGHTS = Option(
@@ -315,7 +356,7 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    added = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL)
+    added = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL, *MEMORY, DRY_RUN)
     every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN, *added)
     option = next((option for option in every if option.name == name), None)
     if option is None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -12,10 +12,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 import l3d_kernels as lk
+from l3d.processes import Ranks
 
 COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
 RECORDS = 1000  # rows of history a run keeps at most
 DEAD_AFTER = 200  # batches in which a subnetwork was never kept, for it to count as dead
+
+
+class Kept(NamedTuple):
+    """What was kept of a batch, as far as it is recorded: that of all processes."""
+
+    n_entries: int
+    columns: torch.Tensor  # [n] int64 the subnetworks that were kept, each at least once
+    threshold: torch.Tensor  # [] or [restarts]
+    shape: tuple[int, int]  # (S, K)
+
+    @classmethod
+    def of(cls, kept: lk.SparseCoefficients, ranks: Ranks | None = None, first: int = 0) -> "Kept":
+        """Take it from one process's kept coefficients, whose first subnetwork is `first` of all."""
+        n_samples, n_columns = kept.shape
+        if ranks is None:
+            return cls(kept.rows.numel(), kept.columns, kept.threshold, kept.shape)
+        counts = ranks.total(torch.tensor([kept.rows.numel(), n_columns], device=kept.rows.device)).tolist()
+        columns = ranks.gather(kept.columns.unique() + first)
+        return cls(counts[0], columns, kept.threshold, (n_samples, counts[1]))
 
 
 class Recorder:
@@ -36,7 +56,7 @@ class Recorder:
         self.last_kept: torch.Tensor | None = None  # [restarts * K] the step each subnetwork was last kept at
         self.started = perf_counter()
 
-    def add(self, step: int, errors: Sequence[float], kept: lk.SparseCoefficients, lr: float, k: float) -> bool:
+    def add(self, step: int, errors: Sequence[float], kept: Kept, lr: float, k: float) -> bool:
         """Take note of a step (counted from 1); tell whether a row was added to the history."""
         n_samples, n_subnetworks = kept.shape
         if self.last_kept is None:
@@ -44,7 +64,7 @@ class Recorder:
         self.last_kept = self.last_kept.to(kept.columns.device)
         self.last_kept[kept.columns] = step
         self.errors = [total + error for total, error in zip(self.errors, errors, strict=True)]
-        self.kept += kept.rows.numel() / (n_samples * len(errors))
+        self.kept += kept.n_entries / (n_samples * len(errors))
         self.samples += n_samples
         self.count += 1
         if step % self.every:

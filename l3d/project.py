@@ -47,7 +47,7 @@ def _contributions(
         if paths[name].materialised and gradients.fits_whole(name):
             yield lk.project_dense(gradients.matrix(name), left, right, backend=backend)
             continue
-        for part in gradients.parts[name]:
+        for part in gradients.widened(name):
             if isinstance(part, Dense):
                 yield lk.project_dense(part.grad.flatten(2), left, right, backend=backend)
             elif paths[name].materialised:
@@ -99,7 +99,7 @@ def project_at(
         if name not in names:
             continue
         left, right = piece.factors()
-        for part in gradients.parts[name]:
+        for part in gradients.widened(name):
             assert isinstance(part, Rows)
             total = total + lk.project_at(part.x, part.dy, *_oriented(part, left, right), kept, backend=backend)
     return total

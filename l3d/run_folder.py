@@ -72,6 +72,14 @@ def last_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def interrupted(run: Path, command: str = "l3d resume") -> str:
+    """Say how to go on with a run that was interrupted."""
+    last = last_checkpoint(run)
+    if last is None:
+        return f"interrupted, before the first checkpoint in {run}"
+    return f"interrupted; last checkpoint: {last}; go on with: {command} {run}"
+
+
 def check_new(out: Path) -> None:
     """Raise ValueError unless `out` is a new or empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

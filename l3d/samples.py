@@ -2,12 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from l3d.layout import Layout
+
+
+class Share(NamedTuple):
+    """Which rows of a whole batch the rows at hand are; what is drawn is drawn for the whole, and cut to them."""
+
+    start: int  # the first of them
+    n_rows: int  # of the whole batch
+    whole: Callable[[Tensor], Tensor]  # their samples' outputs [s, ...] -> those of the whole batch [S, ...]
 
 
 class Samples:
@@ -22,6 +30,7 @@ class Samples:
         generator: draws positions.
         mask: [B, T] of ones, and zeros at padding, which is no sample: "all" are all others, "last" is the last
             other, and of a row with fewer than are to be drawn all are. `kept` then lists what is a sample.
+        share: of which larger batch the rows are a part; there may be no padding in it.
     """
 
     def __init__(
@@ -31,6 +40,7 @@ class Samples:
         is_kl: bool,
         generator: torch.Generator | None,
         mask: Tensor | None = None,
+        share: Share | None = None,
     ) -> None:
         self.shape = output.shape
         self.n_rows = output.shape[0]
@@ -42,7 +52,12 @@ class Samples:
             self.width = output.shape[-1:] if is_kl else output.shape[2:]
             self.n_positions = output.shape[1:].numel() // self.width.numel()
             real = None if mask is None else self._real(mask)
-            chosen = self._choose(positions, generator, real)
+            if share is not None and real is not None:
+                raise ValueError(
+                    "attention_mask: a batch with padding cannot be split over micro-batches or processes; "
+                    "cut texts to one length"
+                )
+            chosen = self._choose(positions, generator, real, share)
             self.positions = chosen.to(output.device)
             self.per_row = chosen.shape[1]
             self._row = torch.arange(self.n_rows, device=output.device)[:, None]
@@ -62,7 +77,9 @@ class Samples:
             raise ValueError("attention_mask: every position is padding, so there is no sample")
         return None if real.all() else real
 
-    def _choose(self, positions: str | int, generator: torch.Generator | None, real: Tensor | None) -> Tensor:
+    def _choose(
+        self, positions: str | int, generator: torch.Generator | None, real: Tensor | None, share: Share | None
+    ) -> Tensor:
         if positions == "all":
             return torch.arange(self.n_positions).expand(self.n_rows, -1)
         if positions == "last":
@@ -71,7 +88,8 @@ class Samples:
         assert isinstance(positions, int)
         if positions > self.n_positions:
             raise ValueError(f"positions: expected at most the output's {self.n_positions}, got {positions}")
-        draws = torch.rand(self.n_rows, self.n_positions, generator=generator)
+        start, n_rows = (0, self.n_rows) if share is None else share[:2]
+        draws = torch.rand(n_rows, self.n_positions, generator=generator)[start : start + self.n_rows]
         if real is not None:
             draws += ~real  # padding comes last
         return draws.argsort(1)[:, :positions].sort(1).values

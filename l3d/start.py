@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from l3d.chunks import Chunks
 from l3d.directions import Directions, LowRank, Tucker, Whole
 from l3d.factors import Gradients, Rows, matrix_shape
 from l3d_kernels.reference import pieces
@@ -36,17 +37,23 @@ def draw_samples(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def set_from_samples(
-    sides: Sequence[Directions], columns: Tensor, gradients: Gradients, samples: Tensor, generator: torch.Generator
+    sides: Sequence[Directions],
+    columns: Tensor,
+    gradients: Gradients | Chunks,
+    samples: Tensor,
+    generator: torch.Generator,
 ) -> None:
     """Set directions `columns` [n] of all sides, alike, to the low-rank parts of the gradients of `samples` [n].
 
-    Each is of unit norm, and has a tenth of a random direction mixed in.
+    Each is of unit norm, and has a tenth of a random direction mixed in. Columns that the sides do not have are passed
+    over: another process holds them.
     """
     first = sides[0]
     ranks = {name: _ranks(piece) for name, piece in first.items()}
-    wide = torch.promote_types(gradients.dtype, torch.float32)  # the decompositions take nothing narrower
-    chosen = gradients.select(samples).to(torch.empty(0, dtype=wide, device=gradients.device))
-    start = Directions(first.shapes, ranks, len(columns), generator).to(gradients.device, wide)
+    selected = gradients.select(samples)
+    wide = torch.promote_types(selected.dtype, torch.float32)  # the decompositions take nothing narrower
+    chosen = selected.to(torch.empty(0, dtype=wide, device=selected.device))
+    start = Directions(first.shapes, ranks, len(columns), generator).to(selected.device, wide)
     norms = chosen.squared_norm().sqrt().clamp_min(torch.finfo(wide).tiny)
     for name, piece in start.items():
         parts = _low_rank(chosen, name, piece, norms)
@@ -54,9 +61,10 @@ def set_from_samples(
             parameter.mul_(NOISE)
             parameter.add_(part)
     start.normalize_()
+    held = (columns >= 0) & (columns < first.n_subnetworks)
     for side in sides:
         for parameter, value in zip(side.parameters(), start.parameters(), strict=True):
-            parameter[columns] = value.to(parameter)
+            parameter[columns[held]] = value[held].to(parameter)
 
 
 def _ranks(piece: torch.nn.Module) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -57,8 +57,10 @@ def write(decomposition: Decomposition, folder: Path) -> dict[str, Any]:
     return header
 
 
-def load(path: str | Path) -> Decomposition:
+def load(path: str | Path, columns: slice | None = None) -> Decomposition:
     """Read a decomposition from a folder, or from the hub: "hf://USER/NAME" or "hf://USER/NAME@REVISION".
+
+    Of one in a folder, `columns` reads only some subnetworks, neighbours.
 
     Raises FileNotFoundError where there is none, ValueError where the files are broken or of another kind, or the hub
     refuses.
@@ -71,7 +73,9 @@ def load(path: str | Path) -> Decomposition:
     header = read_json(folder / "decomposition.json")
     if header.get("format") != FORMAT:
         raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {header.get('format')!r}")
-    tensors = read_tensors(folder / "decomposition.safetensors")
+    tensors = read_tensors(folder / "decomposition.safetensors", columns)
+    if columns is not None:
+        header["n_subnetworks"] = columns.stop - columns.start
     try:
         return _assembled(header, tensors)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -156,13 +160,16 @@ class RunFolder:
             if path != target:
                 shutil.rmtree(path)
 
-    def load_checkpoint(self) -> tuple[Decomposition, dict[str, Tensor], dict[str, Any]] | None:
-        """Read the last checkpoint: (decomposition, optimiser tensors, state), or None."""
+    def load_checkpoint(
+        self, columns: slice | None = None
+    ) -> tuple[Decomposition, dict[str, Tensor], dict[str, Any]] | None:
+        """Read the last checkpoint: (decomposition, optimiser tensors, state), or None; whole or some subnetworks."""
         found = self.checkpoints()
         if not found:
             return None
         path = found[-1]
-        return load(path), read_tensors(path / "optimizer.safetensors"), read_json(path / "state.json")
+        optimizer = read_tensors(path / "optimizer.safetensors", columns)
+        return load(path, columns), optimizer, read_json(path / "state.json")
 
 
 def _remove_run(folder: Path) -> None:
@@ -199,11 +206,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial.write_bytes(to_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; FileNotFoundError or ValueError with one line otherwise."""
+def read_tensors(path: Path, rows: slice | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; FileNotFoundError or ValueError with one line otherwise.
+
+    Of tensors with more than one row only `rows` are read, where given.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
     try:
-        return load_file(path)
+        if rows is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            found = {}
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                found[name] = part[rows] if shape and shape[0] > 1 else file.get_tensor(name)
+            return found
     except SafetensorError as error:
         raise ValueError(f"{path}: not a valid safetensors file ({error})") from error

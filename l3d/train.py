@@ -6,8 +6,9 @@ loss ─ Adam, unit norm ─► decomposition
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from l3d import store
+from l3d.cache import Cache, contents
+from l3d.chunks import Chunks, objective_in_chunks
 from l3d.controls import shuffled
 from l3d.data import Batches, count_rows, mix
 from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
 from l3d.extract import Extractor
-from l3d.factors import Gradients
+from l3d.factors import Gradients, concatenate
 from l3d.identity import check_identity, identity
+from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
-from l3d.progress import DEAD_AFTER, Progress, Recorder, progress_bar
+from l3d.processes import Ranks
+from l3d.progress import DEAD_AFTER, Kept, Progress, Recorder, progress_bar
 from l3d.ranks import ranks_from_gradients
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
 from l3d.start import draw_samples, set_from_samples
@@ -64,6 +69,11 @@ def decompose(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
+    cache: str | Path | None = None,
+    cache_reads: str = "auto",
+    n_references: int = 1,
+    micro_batch_size: int | None = None,
+    recompute: bool = False,
     on_start: Callable[[Path], None] | None = None,
     model_name: str | None = None,
 ) -> Decomposition:
@@ -90,7 +100,8 @@ def decompose(
             the memory and the products of its own factors; the gradients are extracted once.
         seed: decides everything random; the same seed on the same machine gives the same bits.
         device: where to train; the model is moved there for the run. Default: where the model is.
-        dtype: of the decomposition; default the model's, at least float32.
+        dtype: of the decomposition; default the model's, at least float32. "bfloat16" also holds the gradients' factors
+            so, for half of their memory; sums, directions and moments are float32 until the end.
         backend: "auto", "torch" or "triton".
         out: a run folder to write the result and checkpoints to; refused if not empty unless `overwrite`.
         checkpoint_every: steps between checkpoints, which `resume` continues from. Default: ten per run.
@@ -105,10 +116,22 @@ def decompose(
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
+        cache: a folder to keep gradients in, for this run and others on the same data (`l3d.cache`). The batches of the
+            first `n_references` epochs, their references included, then come again and again.
+        cache_reads: "auto" reads stored gradients where that is measured to be faster than extracting them again, "on"
+            always, "off" never; the result is the same to the bit.
+        n_references: with a cache, how many epochs of different batches and references repeat.
+        micro_batch_size: rows that are extracted and projected at a time, for less memory; what is kept is still chosen
+            among the whole batch, and the result differs by the order of summation alone. Default: all.
+        recompute: extract every micro-batch twice rather than hold its gradients in between.
         on_start: called with the run folder once everything has been checked and before training starts.
         model_name: what the saved decomposition calls the model; default its folder or hub ID, else its class.
 
-    Returns the trained `Decomposition`; its `history` holds the training curve.
+    Where torch.distributed is initialised with several processes (torchrun), they train one decomposition together,
+    each its share of the subnetworks (`l3d.processes`); every process must call this alike, with the same data.
+
+    Returns the trained `Decomposition`; its `history` holds the training curve. Of several processes the first returns
+    it, on the CPU, and the others their shares of it.
 
     Raises ValueError for arguments out of range, with one line that names them; nothing is written then. A NaN or
     infinity met during training raises ValueError naming the tensor and the step; the last checkpoint stays.
@@ -144,6 +167,8 @@ def decompose(
     for name, value in (("n_restarts", n_restarts), ("checkpoint_every", every)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+    if micro_batch_size is not None and not (isinstance(micro_batch_size, int) and micro_batch_size >= 1):
+        raise ValueError(f"micro_batch_size: expected a positive whole number or None, got {micro_batch_size!r}")
     if resume and (out is None or overwrite):
         raise ValueError("resume: expected the run folder as out, and no overwrite")
     first = next(model.parameters(), None)
@@ -154,20 +179,24 @@ def decompose(
     model.to(target)
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
-        run = Run(settings, extractor, data, target, n_restarts, model_name)
+        run = Run(settings, extractor, data, target, n_restarts, micro_batch_size, recompute, model_name)
+        if cache is not None:
+            run.use_cache(cache, n_references, cache_reads)
+        elif n_references != 1 or cache_reads != "auto":
+            raise ValueError("cache: n_references and cache_reads need the cache's folder, got none")
         run.check()
-        folder = store.RunFolder.open(out, overwrite, resume) if out is not None else None
-        if folder is not None and on_start is not None:
-            on_start(folder.path)
+        folder = run.open(out, overwrite, resume, on_start) if out is not None else None
         if folder is not None and resume:
             run.restore(folder)
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
-        with progress_bar(settings.steps, label, progress) as bar:
+        with progress_bar(settings.steps, label, progress and run.is_first()) as bar:
             run.train(bar, folder, every)
+        if run.cache is not None and progress and run.is_first():
+            print(run.cache.choice(), file=sys.stderr)
     finally:
         model.to(home)
     best = run.best()
-    if folder is not None:
+    if folder is not None and run.is_first():
         best.save(folder.path)
     return best
 
@@ -185,9 +214,23 @@ class Run:
         data: Any,
         device: torch.device,
         n_restarts: int = 1,
+        micro_batch_size: int | None = None,
+        recompute: bool = False,
         model_name: str | None = None,
     ) -> None:
         self.settings, self.extractor, self.device, self.n_restarts = settings, extractor, device, n_restarts
+        self.micro_batch_size, self.recompute = micro_batch_size, recompute
+        self.ranks = Ranks.current()
+        n_subnetworks = settings.n_subnetworks
+        if self.ranks is not None and (n_restarts > 1 or n_subnetworks < self.ranks.size):
+            reason = (
+                "n_restarts: expected 1" if n_restarts > 1 else f"n_subnetworks: expected at least {self.ranks.size}"
+            )
+            raise ValueError(f"{reason} with {self.ranks.size} processes, which share the subnetworks of one run")
+        if settings.shuffle and (self.ranks is not None or micro_batch_size is not None):
+            raise ValueError("shuffle: a batch is shuffled whole; leave out micro_batch_size, and run in one process")
+        self.columns = None if self.ranks is None else self.ranks.share(n_subnetworks)  # this process's subnetworks
+        self.cache: Cache | None = None
         self.batches = Batches(data, settings.batch_size, settings.seed)
         self.step = 0
         self.seconds = 0.0  # spent training, over interruptions
@@ -196,12 +239,15 @@ class Run:
         if settings.rank == "auto":
             self.batches.peek()
             with naming_step(0):
-                settings = replace(settings, rank=ranks_from_gradients(self._extracted(0)) or 1)
+                first = self.extractor(to_device(self.batches[0], device), self._generator(0))
+                settings = replace(settings, rank=ranks_from_gradients(first) or 1)
             self.settings = settings
         restarts = []
         for i in range(n_restarts):
             start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
-            restarts.append(Decomposition(shapes, settings.n_subnetworks, settings.rank, settings.as_dict(), start))
+            restarts.append(
+                Decomposition(shapes, n_subnetworks, settings.rank, settings.as_dict(), start, self.columns)
+            )
         self.decomposition = Decomposition.side_by_side(restarts).to(device, self._dtype())
         self.decomposition.base_model = identity(extractor.model, extractor.parameters, model_name)
         if settings.start == "data":
@@ -209,6 +255,8 @@ class Run:
         self.optimizer = RelativeAdam(
             self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay
         )
+        if self.ranks is not None and settings.relative_lr:
+            self.optimizer.scales = self.ranks.root_mean_squares(self.optimizer.parameters)
 
     def _dtype(self) -> torch.dtype:
         if self.settings.dtype is None:
@@ -217,25 +265,72 @@ class Run:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype: expected a floating dtype such as 'float32', got {self.settings.dtype!r}")
         if dtype == torch.float16:
-            raise ValueError("dtype: float16 cannot hold the optimiser's moments; use float32 or bfloat16")
-        return dtype
+            raise ValueError("dtype: float16 cannot hold the gradients' range; use float32 or bfloat16")
+        return torch.promote_types(dtype, torch.float32)  # bfloat16 is for what is held, not for sums
 
-    def gradients(self, step: int) -> Gradients:
+    def _held(self, gradients: Gradients) -> Gradients:
+        """Hold gradients as asked: on the run's device, in bfloat16 if the decomposition is to be."""
+        gradients = gradients.to(self._like())
+        return gradients.held_in(torch.bfloat16) if self.settings.dtype == "bfloat16" else gradients
+
+    def is_first(self) -> bool:
+        """Tell whether this is the process that writes and shows."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def open(
+        self, out: str | Path, overwrite: bool, resume: bool, on_start: Callable[[Path], None] | None
+    ) -> store.RunFolder:
+        """Open the run folder; of several processes the first does."""
+
+        def opened() -> store.RunFolder:
+            folder = store.RunFolder.open(out, overwrite, resume)
+            if on_start is not None:
+                on_start(folder.path)
+            return folder
+
+        return opened() if self.ranks is None else self.ranks.agreed(opened)
+
+    def use_cache(self, path: str | Path, n_references: int, reads: str) -> None:
+        """Repeat the batches of the first `n_references` epochs, reading them from a store where that is faster."""
+        if not isinstance(n_references, int) or n_references < 1:
+            raise ValueError(f"n_references: expected a positive whole number, got {n_references!r}")
+        own = contents(self.extractor.model, self.extractor, self.batches.data, self.settings, n_references)
+        assert self.batches.per_epoch is not None
+        self.cache = Cache(path, own, n_references * self.batches.per_epoch, self.extract, reads, self.ranks)
+
+    def gradients(self, step: int) -> Gradients | Chunks:
+        """Return the gradients of a step's batch, from the cache where there is one."""
+        whole = self.micro_batch_size is None and self.ranks is None
+        if self.cache is None:
+            return self.extract(step) if whole else in_chunks(self._batch(step), not self.recompute, self._held)
+        gradients = self._held(self.cache[step])  # a stored batch lies on the CPU
+        if whole:
+            return gradients
+        size = self.micro_batch_size
+        return Chunks.of(gradients, gradients.n_samples if size is None else size * gradients.per_sequence())
+
+    def extract(self, step: int) -> Gradients:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
-        return self._extracted(step).to(next(self.decomposition.parameters()))
+        batch = self._batch(step)
+        gradients = concatenate([self._held(batch(i)) for i in range(len(batch))])
+        return shuffled(gradients, self._generator(step, 7)) if self.settings.shuffle else gradients
 
-    def _extracted(self, step: int) -> Gradients:
-        generator = torch.Generator().manual_seed(mix(self.settings.seed, 2, step))
-        gradients = self.extractor(to_device(self.batches[step], self.device), generator)
-        if self.settings.shuffle:
-            return shuffled(gradients, generator)
-        return gradients
+    def _batch(self, step: int) -> Microbatches:
+        inputs = to_device(self.batches[step], self.device)
+        return Microbatches(self.extractor, inputs, lambda: self._generator(step), self.micro_batch_size, self.ranks)
+
+    def _generator(self, step: int, purpose: int = 2) -> torch.Generator:
+        return torch.Generator().manual_seed(mix(self.settings.seed, purpose, step))
+
+    def _like(self) -> Tensor:
+        return next(self.decomposition.parameters())
 
     def check(self) -> None:
         """Go through a first step without taking it, to meet bad input before anything is written."""
         self.batches.peek()
         with torch.no_grad():
-            self.objective(self.gradients(0), 1.0)
+            for gradients in in_chunks(self._batch(0), False, self._held):
+                self.objective(gradients, 1.0)
 
     def objective(self, gradients: Gradients, k: float) -> Objective:
         """Compute every restart's loss of a batch."""
@@ -257,16 +352,26 @@ class Run:
                 if folder is not None:
                     self._save(folder)
 
-    def take_step(self, gradients: Gradients) -> bool:
+    def _differentiated(self, gradients: Gradients | Chunks, k: float) -> tuple[Objective, Sequence[Tensor]]:
+        """Compute the loss of a batch and its derivatives by the decomposition's parameters."""
+        if isinstance(gradients, Gradients):
+            result = self.objective(gradients, k)
+            return result, torch.autograd.grad(result.loss.sum(), self.optimizer.parameters)
+        d, groups, backend = self.decomposition, self.n_restarts, self.settings.backend
+        return objective_in_chunks(
+            gradients, d.encoder, d.decoder, k, n_groups=groups, ranks=self.ranks, backend=backend
+        )
+
+    def take_step(self, gradients: Gradients | Chunks) -> bool:
         """Take one step on a batch's gradients; tell whether it completed a row of the history."""
         settings, optimizer = self.settings, self.optimizer
         k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
         for update in range(settings.updates):  # of one batch, whose extraction is what a step mostly costs
-            result = self.objective(gradients, k)
+            result, derivatives = self._differentiated(gradients, k)
             losses = finite_losses(result.loss, gradients)
             if update == 0:  # what is recorded is the error of a batch before it was learned from
-                errors, kept = losses, result.kept
-            optimizer.step(torch.autograd.grad(result.loss.sum(), optimizer.parameters), rate)
+                errors, kept = losses, Kept.of(result.kept, self.ranks, self._first_column())
+            optimizer.step(derivatives, rate)
             self.decomposition.normalize_()
         self.step += 1
         recorded = self.recorder.add(self.step, errors, kept, rate, k)
@@ -284,10 +389,14 @@ class Run:
             finite_losses(gradients.squared_norm().sum(), gradients)
         for restart in range(self.n_restarts):
             samples = draw_samples(gradients.squared_norm(), each, generator)
-            columns = torch.arange(each, device=self.device) + restart * each
+            columns = torch.arange(each, device=self.device) + restart * each - self._first_column()
             set_from_samples(sides, columns, gradients, samples, generator)
 
-    def _revive(self, gradients: Gradients, residual: Tensor) -> None:
+    def _first_column(self) -> int:
+        """Return which of all subnetworks is this process's first."""
+        return 0 if self.columns is None else self.columns.start
+
+    def _revive(self, gradients: Gradients | Chunks, residual: Tensor) -> None:
         """Start dead subnetworks anew, every so often; `residual` is the batch's, [S] or [S, restarts]."""
         settings, step = self.settings, self.step
         in_time = settings.warm_start + DEAD_AFTER <= step <= 0.8 * settings.steps
@@ -301,8 +410,9 @@ class Run:
             if len(columns):
                 samples = draw_samples(residual[:, restart], len(columns), generator)
                 sides = (self.decomposition.encoder, self.decomposition.decoder)
-                set_from_samples(sides, columns, gradients, samples, generator)
-        self.optimizer.forget(dead)
+                set_from_samples(sides, columns - self._first_column(), gradients, samples, generator)
+        own = dead - self._first_column()
+        self.optimizer.forget(own[(own >= 0) & (own < self.decomposition.n_subnetworks)])
         self.recorder.revived(step, dead)
 
     def final_errors(self) -> list[float]:
@@ -315,7 +425,12 @@ class Run:
         """Return the restart of least final error, with its history."""
         errors = self.final_errors()
         index = errors.index(min(errors))
-        best = self.decomposition.part(index, self.n_restarts)
+        if self.ranks is None:
+            best = self.decomposition.part(index, self.n_restarts)
+        else:
+            best = self.ranks.whole(self.decomposition, self.settings.n_subnetworks) or self.decomposition
+        if self.settings.dtype == "bfloat16":
+            best = best.to(torch.bfloat16)
         best.restart_errors = errors
         best.history = self.recorder.history_of(index)
         best.threshold = self.recorder.thresholds[index]
@@ -328,14 +443,21 @@ class Run:
     def _save(self, folder: store.RunFolder) -> None:
         tensors, values = self.optimizer.state()
         state = {"optimizer": values, "recorder": self.recorder.state()}
-        self.decomposition.history = self.recorder.history
-        self.decomposition.timing = self._timing()
-        self.decomposition.threshold = self.recorder.thresholds[0]  # that of a lone restart
-        folder.save_checkpoint(self.step, self.decomposition, tensors, state)
+        decomposition: Decomposition | None = self.decomposition
+        if self.ranks is not None:
+            decomposition = self.ranks.whole(self.decomposition, self.settings.n_subnetworks)
+            collected = {name: t if name.startswith("scale") else self.ranks.collect(t) for name, t in tensors.items()}
+            tensors = {name: tensor for name, tensor in collected.items() if tensor is not None}
+        if decomposition is None:
+            return  # another process writes
+        decomposition.history = self.recorder.history
+        decomposition.timing = self._timing()
+        decomposition.threshold = self.recorder.thresholds[0]  # that of a lone restart
+        folder.save_checkpoint(self.step, decomposition, tensors, state)
 
     def restore(self, folder: store.RunFolder) -> None:
         """Continue from the last checkpoint, if there is one."""
-        found = folder.load_checkpoint()
+        found = folder.load_checkpoint(self.columns)
         if found is None:
             return
         decomposition, tensors, state = found
@@ -374,7 +496,7 @@ def check_finite(decomposition: Decomposition) -> None:
             raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
 
 
-def finite_losses(loss: Tensor, gradients: Gradients) -> list[float]:
+def finite_losses(loss: Tensor, gradients: Gradients | Chunks) -> list[float]:
     """Return every restart's loss as a number; raises ValueError naming the tensor whose gradient is not finite."""
     values = loss.reshape(-1).tolist()
     if all(map(math.isfinite, values)):

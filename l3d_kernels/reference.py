@@ -262,24 +262,39 @@ def batch_topk_over_ranks(
     if n == 0:
         return batch_topk(coefficients, 0)
     shape = (coefficients.shape[0], coefficients.shape[1])
-    flat = coefficients.flatten()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    key, bits, surplus = radix_threshold(coefficients, n, total)
+    key = key.flatten()
+    tied = key == bits
+    rank = earlier(tied.sum()) + tied.cumsum(0)
+    index = ((key > bits) | (tied & (rank <= surplus))).nonzero()[:, 0]
+    rows = torch.div(index, shape[1], rounding_mode="floor")
+    threshold = magnitude_of(bits, coefficients)
+    return sparse_coefficients(coefficients.flatten()[index], rows, index - rows * shape[1], threshold, shape)
+
+
+def radix_threshold(coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, int, int]:
+    """Find the n-th largest magnitude of all ranks' entries, n > 0, by exchanging histograms of digits.
+
+    Returns the entries' magnitudes as integers of the same order, in the shape of `coefficients`; the threshold among
+    them; and how many of the entries that equal it are kept.
+    """
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[coefficients.element_size()]
+    magnitude = coefficients.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     key = magnitude.view(integer).long()  # orders as the magnitudes do
-    digits, remaining = 0, n
-    for shift in range(8 * flat.element_size() - 8, -1, -8):
-        candidates = key[(key >> shift >> 8) == digits]
+    flat, digits, remaining = key.flatten(), 0, n
+    for shift in range(8 * coefficients.element_size() - 8, -1, -8):
+        candidates = flat[(flat >> shift >> 8) == digits]
         counts = total(torch.bincount((candidates >> shift) & 255, minlength=256))
         above = counts.sum() - counts.cumsum(0)
         digit = int((above < remaining).nonzero()[0])
         digits, remaining = 256 * digits + digit, remaining - int(above[digit])
-    tied = key == digits
-    rank = earlier(tied.sum()) + tied.cumsum(0)
-    kept = (key > digits) | (tied & (rank <= remaining))
-    index = kept.nonzero()[:, 0]
-    threshold = torch.tensor(digits, device=flat.device).to(integer).view(flat.dtype)
-    rows = torch.div(index, shape[1], rounding_mode="floor")
-    return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
+    return key, digits, remaining
+
+
+def magnitude_of(bits: int, like: Tensor) -> Tensor:
+    """Read an integer as the magnitude that `radix_threshold` made it of: [] in the dtype of `like`."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
+    return torch.tensor(bits, device=like.device).to(integer).view(like.dtype)
 
 
 # --- energies and norms -----------------------------------------------------------------------------------------

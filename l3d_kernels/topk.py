@@ -79,3 +79,35 @@ def batch_topk_over_ranks(
     if not 0 <= n <= size:
         raise ValueError(f"n: expected 0 <= n <= {size} entries of all ranks, got {n}")
     return implementation("batch_topk_over_ranks", backend, coefficients)(coefficients, n, total, earlier)
+
+
+def batch_topk_over_columns(
+    coefficients: Tensor, n: int, rank: int, gather: Callable[[Tensor], Tensor]
+) -> SparseCoefficients:
+    """Return this rank's share of the n entries of largest magnitude of a matrix whose columns are split over ranks.
+
+    Args:
+        coefficients: [S, K] this rank's columns; ranks hold neighbouring columns, any number each, of the same rows.
+        n: how many entries to keep over all ranks.
+        rank: this rank's number.
+        gather: stacks an int64 tensor [m] of every rank: [ranks, m].
+
+    Only histograms of magnitudes are exchanged. Ties go to the lower flat index of the whole matrix, as in
+    `batch_topk`; `threshold` is that of all ranks together. Every rank must call it. The values stay differentiable in
+    `coefficients`. Raises ValueError unless 0 <= n <= the number of all ranks' entries.
+    """
+    if coefficients.ndim != 2:
+        raise ValueError(f"coefficients: expected shape [S, K], got {list(coefficients.shape)}")
+    size = int(gather(torch.tensor([coefficients.numel()], device=coefficients.device)).sum())
+    if not 0 <= n <= size:
+        raise ValueError(f"n: expected 0 <= n <= {size} entries of all ranks, got {n}")
+    if n == 0:
+        return reference.batch_topk(coefficients, 0)
+    key, bits, surplus = reference.radix_threshold(coefficients, n, lambda counts: gather(counts).sum(0))
+    tied = key == bits  # [S, K]
+    counts = gather(tied.sum(1))  # [ranks, S]
+    before = counts.sum(0).cumsum(0) - counts[rank:].sum(0)  # in rows above, and in this row on lower ranks
+    kept = (key > bits) | (tied & (before[:, None] + tied.cumsum(1) <= surplus))
+    rows, columns = kept.nonzero(as_tuple=True)
+    threshold = reference.magnitude_of(bits, coefficients)
+    return sparse_coefficients(coefficients[rows, columns], rows, columns, threshold, (key.shape[0], key.shape[1]))

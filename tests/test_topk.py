@@ -1,5 +1,6 @@
 """Batch top-k keeps exactly the n largest magnitudes, ties by lower flat index, and indexes them both ways."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import l3d_kernels as lk
 from l3d_kernels.sparse import above
-from l3d_kernels.topk import batch_topk_over_ranks
+from l3d_kernels.topk import batch_topk_over_columns, batch_topk_over_ranks
 
 from helpers import assert_relative
 
@@ -362,7 +363,7 @@ class _Waits(Exception):
     """A rank needs the others' tensors to go on."""
 
 
-def together(parts: list[Tensor], n: int, backend: str) -> list[lk.SparseCoefficients]:
+def together(parts: list[Tensor], n: int, backend: str, columns: bool = False) -> list[lk.SparseCoefficients]:
     """Run every rank in one process: each from the start again until it has met all the others."""
     meetings: list[list[Any]] = []
 
@@ -376,6 +377,8 @@ def together(parts: list[Tensor], n: int, backend: str) -> list[lk.SparseCoeffic
             return torch.stack(meetings[at])
 
         try:
+            if columns:
+                return batch_topk_over_columns(parts[i], n, i, gathered)
             return batch_topk_over_ranks(
                 parts[i], n, lambda t: gathered(t).sum(0), lambda t: gathered(t)[:i].sum(0), backend=backend
             )
@@ -410,6 +413,28 @@ def test_ranks_together_keep_what_one_process_keeps(ties: bool, dtype: torch.dty
             values = own.values.nan_to_num(nan=torch.inf)
             smallest = values.abs().min() if len(values) else torch.tensor(torch.inf)
             assert_consistent(own._replace(values=values, threshold=smallest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranks_of_columns_keep_what_one_process_keeps(ties: bool, dtype: torch.dtype) -> None:
+    """Four ranks that share the columns, one with none: each keeps the whole's entries of its own columns, in order."""
+    whole = torch.randn(30, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if ties:
+        whole = whole.round()
+    whole[7, 3], whole[25, 1] = torch.nan, -torch.inf
+    edges = [0, 4, 4, 6, 9]
+    parts = [whole[:, a:b] for a, b in itertools.pairwise(edges)]
+    for n in (0, 1, 2, 40, 200, 270):
+        expected = lk.batch_topk(whole, n)
+        for start, stop, own in zip(edges, edges[1:], together(parts, n, "torch", columns=True), strict=False):
+            mine = (expected.columns >= start) & (expected.columns < stop)
+            assert torch.equal(own.rows, expected.rows[mine])
+            assert torch.equal(own.columns + start, expected.columns[mine])
+            assert torch.equal(own.values.nan_to_num(nan=9e4), expected.values[mine].nan_to_num(nan=9e4))
+            assert (own.threshold, own.threshold.dtype) == (expected.threshold, dtype)
+    with pytest.raises(ValueError, match=r"n: expected 0 <= n <= 12 entries of all ranks, got 13"):
+        batch_topk_over_columns(torch.zeros(2, 3), 13, 0, lambda t: torch.stack([t, t]))
 
 
 def test_ranks_refuse_more_than_all_of_them_hold() -> None:

@@ -1,0 +1,159 @@
+"""What a run will cost, before it is begun: counted bytes, the path of every tensor, and the time of a few steps."""
+
+import inspect
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from l3d.chunks import Chunks
+from l3d.costs import Path, choose_paths
+from l3d.data import count_rows
+from l3d.decomposition import Decomposition
+from l3d.extract import Extractor
+from l3d.factors import Gradients
+from l3d.objective import n_kept
+from l3d.settings import Settings, kept_fraction, resolve
+from l3d.train import Run, decompose
+
+N_STEPS = 3  # that are timed, after one to warm up
+
+
+class TensorEstimate(NamedTuple):
+    """One decomposed tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]  # () for a vector, which is stored whole
+    path: Path  # how its gradients meet the directions, at the final k
+    parameters: int  # learned numbers, of encoder and decoder
+    factor_bytes: int  # of a batch's gradients
+
+
+class Estimate(NamedTuple):
+    """One run, as one of its processes sees it."""
+
+    tensors: list[TensorEstimate]
+    n_samples: int  # in a batch
+    n_kept: int  # coefficients kept of a batch, at the final k
+    parameter_bytes: int  # encoder and decoder
+    optimizer_bytes: int  # the moments, and what a step needs beside them
+    factor_bytes: int  # a batch's gradients, as held; tensors that layers share counted once
+    peak_bytes: int  # predicted: what the process held before, and the three above
+    measured_peak_bytes: int  # of the process (on a GPU: of its memory), over the timed steps
+    seconds_per_step: float  # at the final k
+    seconds_per_warm_step: float  # while everything is kept
+    seconds: float  # of the whole run
+
+
+def plan(model: nn.Module, data: Any, **arguments: Any) -> Run:
+    """Return the run that `decompose` would train with these arguments, before its first step."""
+    chosen = {name: each.default for name, each in inspect.signature(decompose).parameters.items()} | arguments
+    if chosen["dtype"] is not None:
+        chosen["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
+    names = {field.name for field in fields(Settings)} & set(chosen) - {"preset"}
+    settings = resolve(chosen["preset"], count_rows(data), **{name: chosen[name] for name in names})
+    extractor = Extractor(model, *(chosen[name] for name in ("divergence", "reference", "params", "positions")))
+    device = next(model.parameters()).device
+    return Run(settings, extractor, data, device, chosen["n_restarts"], chosen["micro_batch_size"], chosen["recompute"])
+
+
+def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
+    """Take a few steps of the run that `decompose` would train with these arguments, count and time; keep nothing."""
+    run = plan(model, data, **arguments)
+    run.check()
+    before = memory_now() if run.device.type == "cpu" else torch.cuda.memory_allocated(run.device)
+    before -= sum(p.nbytes for p in run.decomposition.parameters()) * 3  # the moments are there already
+    settings = run.settings
+    warm: list[float] = []
+    final: list[float] = []
+    for step in range(min(settings.steps, 2 * N_STEPS + 1)):
+        is_warm = settings.warm_start > 0 and step <= N_STEPS
+        run.step = 0 if is_warm else settings.warm_start
+        started = time.perf_counter()
+        gradients = run.gradients(step)
+        run.take_step(gradients)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        if step > 0:
+            (warm if is_warm else final).append(time.perf_counter() - started)
+    per_step = statistics.median(final or warm or [float("nan")])
+    per_warm = statistics.median(warm or final or [float("nan")])
+    # the kept share falls geometrically, so the mean of the two ends is ample
+    seconds = settings.warm_start * (per_warm + per_step) / 2 + (settings.steps - settings.warm_start) * per_step
+    first = next(iter(gradients)) if isinstance(gradients, Chunks) else gradients
+    factor_bytes = _factor_bytes(gradients)
+    parameter_bytes = sum(p.nbytes for p in run.decomposition.parameters())
+    optimizer_bytes = 5 * parameter_bytes  # two moments, the gradients, and two temporaries of a step
+    return Estimate(
+        tensors=tensor_estimates(run.decomposition, first, settings, gradients.n_samples),
+        n_samples=gradients.n_samples,
+        n_kept=n_kept(settings.k, gradients.n_samples, settings.n_subnetworks),
+        parameter_bytes=parameter_bytes,
+        optimizer_bytes=optimizer_bytes,
+        factor_bytes=factor_bytes,
+        peak_bytes=before + parameter_bytes + optimizer_bytes + factor_bytes,
+        measured_peak_bytes=peak_memory(run.device),
+        seconds_per_step=per_step,
+        seconds_per_warm_step=per_warm,
+        seconds=seconds,
+    )
+
+
+def tensor_estimates(
+    decomposition: Decomposition, gradients: Gradients, settings: Settings, n_samples: int
+) -> list[TensorEstimate]:
+    """Describe every tensor; `gradients` are those of a batch of `n_samples`, or of a chunk of it."""
+    kept = n_kept(kept_fraction(settings, settings.steps), gradients.n_samples, decomposition.n_subnetworks)
+    paths = choose_paths(gradients, decomposition.encoder, kept)
+    parts = n_samples / gradients.n_samples
+    found = []
+    for name, piece in decomposition.encoder.items():
+        held = sum(tensor.nbytes for owner, tensor in gradients.tensors() if owner == name)
+        count = 2 * sum(p.numel() for p in piece.parameters())
+        shape, ranks = tuple(decomposition.shapes[name]), tuple(decomposition.ranks[name])
+        found.append(TensorEstimate(name, shape, ranks, paths[name], count, round(parts * held)))
+    return found
+
+
+def path_name(estimated: TensorEstimate) -> str:
+    """Say in words how a tensor's gradients meet the directions."""
+    if not estimated.ranks:
+        return "whole"
+    how = "materialised" if estimated.path.materialised else "factored"
+    return f"{how}, {'sampled' if estimated.path.sampled else 'dense'}"
+
+
+def _factor_bytes(gradients: Gradients | Chunks) -> int:
+    chunks: Sequence[Gradients] = list(gradients) if isinstance(gradients, Chunks) else [gradients]
+    return sum(
+        nbytes
+        for chunk in chunks
+        for nbytes in {tensor.data_ptr(): tensor.nbytes for _, tensor in chunk.tensors()}.values()
+    )
+
+
+def memory_now() -> int:
+    """Return the bytes this process holds now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has held, on a GPU of its memory; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
