@@ -57,7 +57,13 @@ published figures beside the measured ones, to DIR/table.md and DIR/results.json
             "what is learned": options.unset(options.LEARNED),
             "training": options.unset(options.TRAINING),
             "machine": options.unset(options.MACHINE),
-            "results": [options.EVALUATE_ROWS, options.out("runs/NAME"), options.OVERWRITE],
+            "results": [
+                options.EVALUATE_ROWS,
+                options.DESCRIBE,
+                options.LOG,
+                options.out("runs/NAME"),
+                options.OVERWRITE,
+            ],
         },
         """\
 examples:
@@ -79,7 +85,13 @@ The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no 
             "what is learned": options.LEARNED,
             "training": options.TRAINING,
             "machine": options.MACHINE,
-            "results": [options.EVALUATE_ROWS, options.out("runs/decompose"), options.OVERWRITE],
+            "results": [
+                options.EVALUATE_ROWS,
+                options.DESCRIBE,
+                options.LOG,
+                options.out("runs/decompose"),
+                options.OVERWRITE,
+            ],
         },
         """\
 examples:
@@ -99,7 +111,7 @@ This runs the code that RUN/config.yaml names: only evaluate run folders you tru
         {
             "run": [options.RUN],
             "instead of the run's own": (
-                *options.unset((*options.DATA, options.EVALUATE_ROWS)),
+                *options.unset((*options.DATA, options.EVALUATE_ROWS, options.DESCRIBE)),
                 options.DEVICE,
             ),
             "results": [options.COPY],

@@ -158,17 +158,18 @@ def impact(
     *,
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
+    positions: str | int | None = None,
 ) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another. `divergence` and `reference`
-    replace the trained ones, as in `evaluate`.
+    Samples are numbered in the order of the data, positions of a row one after another. `divergence`, `reference` and
+    `positions` replace the trained ones, as in `evaluate`.
     """
     total: Tensor | None = None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
     for seed in seeds:
         rows = []
-        for gradients in _gradients(decomposition, model, data, divergence, reference, None, seed):
+        for gradients in _gradients(decomposition, model, data, divergence, reference, None, seed, positions):
             paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
             rows.append(project(gradients, (decomposition.encoder,), paths, decomposition.shapes).abs())
         batch = torch.cat(rows)
@@ -213,6 +214,7 @@ def _gradients(
     reference: str | Tensor | None,
     batch_size: int | None,
     seed: int,
+    positions: str | int | None = None,
 ) -> Iterator[Gradients]:
     """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
     settings = decomposition.settings
@@ -228,7 +230,7 @@ def _gradients(
     extractor = Extractor(
         model,
         params=[exact_pattern(name) for name in decomposition.shapes],
-        positions=settings.get("positions", "all"),
+        positions=settings.get("positions", "all") if positions is None else positions,
         **chosen,
     )
     parameter = next(decomposition.parameters())

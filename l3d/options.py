@@ -218,6 +218,22 @@ EVALUATE_ROWS = Option(
     "N",
     "Evaluate on at most so many of the training rows, evenly spaced.",
 )
+DESCRIBE = Option(
+    "describe",
+    NonNegativeInt | None,
+    None,
+    "N",
+    "Look at N rows of the training data for what each subnetwork acts on and moves, for the report's cards. 0: do "
+    "not. null: a twentieth of the rows trained on, within 256 and 1000.",
+)
+LOG = Option(
+    "log",
+    Literal["tensorboard", "wandb"] | None,
+    None,
+    "tensorboard|wandb",
+    "Follow the run there: TensorBoard writes to DIR/tensorboard; Weights & Biases is set up by its own environment "
+    "variables, as WANDB_MODE=offline.",
+)
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
 COPY = Option("out", str | None, None, "DIR", "Work on a copy of RUN made here, and leave RUN as it is.")
 TOY = Option(
@@ -266,7 +282,21 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN)
+    every = (
+        *DECOMPOSE,
+        *MODEL,
+        *DATA,
+        HELD_OUT,
+        EVALUATE_ROWS,
+        DESCRIBE,
+        LOG,
+        OVERWRITE,
+        COPY,
+        TOY,
+        SEEDS,
+        README,
+        RUN,
+    )
     option = next((option for option in every if option.name == name), None)
     if option is None:
         return None

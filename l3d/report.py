@@ -23,6 +23,7 @@ import torch
 
 from l3d import plots
 from l3d.files import replace_text
+from l3d.formats import duration, percent, size
 from l3d.run_folder import CONFIG, METRICS, REPORT, read_metrics
 
 if TYPE_CHECKING:
@@ -124,28 +125,6 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
         metrics={key: _compact(value) for key, value in metrics.items() if key != "activation_rate"},
         config=config,
     )
-
-
-def percent(fraction: float) -> str:
-    """Return a fraction as a percentage of three figures at most."""
-    if not math.isfinite(fraction):
-        return "not finite"
-    if 0 < abs(fraction) < 1e-5:
-        return "<\u00a00.001\u00a0%"
-    return f"{100 * fraction:{',.0f' if abs(fraction) >= 0.9995 else '.3g'}}\u00a0%"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in the two units that matter."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(n_bytes: float) -> str:
-    """Return a number of bytes in MiB or GiB."""
-    return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.3g} MiB"
 
 
 _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note

@@ -7,7 +7,7 @@ loss ─ Adam, unit norm ─► decomposition
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d import store
+from l3d.callbacks import Callback, ProgressBar
 from l3d.data import Batches, count_rows, mix
 from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
@@ -24,7 +25,7 @@ from l3d.factors import Gradients
 from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
-from l3d.progress import DEAD_AFTER, Progress, Recorder, progress_bar
+from l3d.progress import DEAD_AFTER, Recorder
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
 from l3d.start import draw_samples, set_from_samples
 
@@ -60,6 +61,7 @@ def decompose(
     resume: bool = False,
     progress: bool = True,
     on_start: Callable[[Path], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Decomposition:
     """Decompose a model into K sparsely active low-rank subnetworks of its parameters.
 
@@ -97,6 +99,7 @@ def decompose(
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
         on_start: called with the run folder once everything has been checked and before training starts.
+        callbacks: told of the run as it goes, such as `l3d.callbacks.TensorBoard`; left open.
 
     Returns the trained `Decomposition`; its `history` holds the training curve.
 
@@ -151,13 +154,15 @@ def decompose(
         if folder is not None and resume:
             run.restore(folder)
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
-        with progress_bar(settings.steps, label, progress) as bar:
-            run.train(bar, folder, every)
+        with ProgressBar(label) if progress else Callback() as bar:
+            run.train((bar, *callbacks), folder, every)
     finally:
         model.to(home)
     best = run.best()
     if folder is not None:
         best.save(folder.path)
+    for callback in callbacks:
+        callback.on_end({name: values[-1] for name, values in best.history.items() if values})
     return best
 
 
@@ -214,14 +219,17 @@ class Run:
         d = self.decomposition
         return objective(gradients, d.encoder, d.decoder, k, n_groups=self.n_restarts, backend=self.settings.backend)
 
-    def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int) -> None:
+    def train(self, callbacks: Sequence[Callback], folder: store.RunFolder | None, checkpoint_every: int) -> None:
         """Train to the last step."""
+        for callback in callbacks:
+            callback.on_start(self.settings.as_dict())
         started = time.perf_counter() - self.seconds
         while self.step < self.settings.steps:
             with naming_step(self.step):
                 recorded = self.take_step(self.gradients(self.step))
             if recorded:
-                bar.update(self.step, self.recorder.latest())
+                for callback in callbacks:
+                    callback.on_step(self.step, self.recorder.latest())
             if self.step % checkpoint_every == 0 or self.step == self.settings.steps:
                 self.seconds = time.perf_counter() - started
                 with naming_step(self.step - 1):
