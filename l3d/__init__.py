@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from l3d import callbacks as callbacks
     from l3d import toys as toys
     from l3d.decomposition import Decomposition as Decomposition
-    from l3d.describe import describe as describe
+    from l3d.description import describe as describe
     from l3d.evaluation import Evaluation as Evaluation
     from l3d.evaluation import TopSamples as TopSamples
     from l3d.evaluation import evaluate as evaluate
@@ -39,7 +39,7 @@ _HOMES = {
     "TopLogits": "logits",
     "TopSamples": "evaluation",
     "decompose": "train",
-    "describe": "describe",
+    "describe": "description",
     "evaluate": "evaluation",
     "extract_gradients": "extract",
     "impact": "evaluation",

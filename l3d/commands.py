@@ -238,7 +238,7 @@ def _evaluation_data(job: Job) -> Data:
 
 def _describe(d: Decomposition, job: Job, data: Data, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what each subnetwork does; None where that is not wanted. data: where job.data is a stream."""
-    from l3d.describe import default_rows, describe
+    from l3d.description import default_rows, describe
     from l3d.view import load_view
 
     settings, count = job.settings, count_rows(job.data)

@@ -23,3 +23,10 @@ def duration(seconds: float) -> str:
 def size(n_bytes: float) -> str:
     """Return a number of bytes in MiB or GiB."""
     return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.3g} MiB"
+
+
+def figure(value: float | None) -> str:
+    """Return a number of three figures, in a table's cell; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.2e}"

@@ -1,4 +1,4 @@
-"""Put numbers about rows and outputs into words, for `l3d.describe`: compact, json-able, each text once."""
+"""Put numbers about rows and outputs into words, for `l3d.description`: compact, json-able, each text once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What a run folder holds beside the decomposition: config.yaml (settings), metrics.json (figures) and
-subnetworks.json (what each subnetwork does, see `l3d.describe`).
+subnetworks.json (what each subnetwork does, see `l3d.description`).
 
 All are written beside their place first and then renamed, so that a reader finds the old file or the new
 one, never half of one.
