@@ -74,7 +74,7 @@ class Reader:
     def seen(self) -> dict[str, Any]:
         """Return the rows and the names of everything that was mentioned, once each."""
         rows = sorted(self.rows)
-        found: dict[str, Any] = {"rows": {row: {"number": self.source.numbers[row]} for row in rows}}
+        found: dict[str, Any] = {"rows": {str(row): {"number": self.source.numbers[row]} for row in rows}}
         if self.kind == "text":
             found["tokens"] = self._named(self.ids | (self.entries if self.kl else set()))
         if self.kind == "image":
@@ -82,19 +82,21 @@ class Reader:
                 chosen = rows[start : start + 64]
                 pictures = thumbnails(self.source.inputs(chosen), self.view)
                 for row, picture in zip(chosen, pictures, strict=True):
-                    found["rows"][row]["png"] = picture
+                    found["rows"][str(row)]["png"] = picture
         if self.kind == "point":
             for row, values in zip(rows, self.source.inputs(rows).tolist(), strict=True):
-                found["rows"][row]["point"] = [short(value) for value in values]
+                found["rows"][str(row)]["point"] = [short(value) for value in values]
         if self.kind != "text" and self.view.classes is not None:
-            found["classes"] = {i: self.view.classes[i] for i in sorted(self.entries) if i < len(self.view.classes)}
+            found["classes"] = {
+                str(i): self.view.classes[i] for i in sorted(self.entries) if i < len(self.view.classes)
+            }
         return found
 
-    def _named(self, ids: set[int]) -> dict[int, str]:
+    def _named(self, ids: set[int]) -> dict[str, str]:
         ordered: Sequence[int] = sorted(ids)
         if self.view.tokens is None:
-            return {token: f"#{token}" for token in ordered}
-        return dict(zip(ordered, self.view.tokens(ordered), strict=True))
+            return {str(token): f"#{token}" for token in ordered}
+        return dict(zip(map(str, ordered), self.view.tokens(ordered), strict=True))
 
 
 def short(value: Any) -> float | None:
