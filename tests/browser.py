@@ -24,7 +24,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page; `errors` collects what its console complained of, `requests` every address it asked for."""
+    """One page; `errors` collects what its console complained of, `requests` every address it asked for, data: left out."""
 
     def __init__(self, executable: str, profile: Path) -> None:
         commands, self._to = os.pipe()
@@ -80,7 +80,7 @@ class Browser:
                 self.errors.append(json.dumps(params["args"]))
             case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
                 self.errors.append(params["entry"]["text"])
-            case "Network.requestWillBeSent":
+            case "Network.requestWillBeSent" if not params["request"]["url"].startswith("data:"):
                 self.requests.append(params["request"]["url"])
             case "Page.loadEventFired":
                 self._loaded = True
@@ -88,10 +88,11 @@ class Browser:
 
     def open(self, path: Path, fragment: str = "") -> None:
         """Load a file and wait until it has loaded; forgets earlier errors and requests."""
-        self.errors, self.requests, self._loaded = [], [], False
-        self.call("Page.navigate", url=path.resolve().as_uri() + fragment)
-        while not self._loaded:
-            self._next()
+        for url in ("about:blank", path.resolve().as_uri() + fragment):  # another fragment alone would load nothing
+            self.errors, self.requests, self._loaded = [], [], False
+            self.call("Page.navigate", url=url)
+            while not self._loaded:
+                self._next()
 
     def run(self, expression: str) -> Any:
         """Return what a JavaScript expression comes to."""
