@@ -24,7 +24,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page; `errors` collects what its console complained of, `requests` every address it asked for, data: left out."""
+    """One page; `errors` collects what its console complained of, `requests` the addresses that it asked for."""
 
     def __init__(self, executable: str, profile: Path) -> None:
         commands, self._to = os.pipe()
