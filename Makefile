@@ -65,5 +65,5 @@ $(STAMP): pyproject.toml
 	[ "$$(cat $(VENV)/.torch 2>/dev/null)" = "$(PINNED)" ] || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TRITON)
 	echo "$(PINNED)" > $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,datasets,zoo,report,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,datasets,zoo,report,log,dev]"
 	touch $@

@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from l3d import callbacks as callbacks
     from l3d import toys as toys
     from l3d.decomposition import Decomposition as Decomposition
+    from l3d.description import describe as describe
     from l3d.evaluation import Evaluation as Evaluation
     from l3d.evaluation import TopSamples as TopSamples
     from l3d.evaluation import evaluate as evaluate
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from l3d.extract import extract_gradients as extract_gradients
     from l3d.factors import Gradients as Gradients
     from l3d.intervention import intervene as intervene
+    from l3d.logits import TopLogits as TopLogits
+    from l3d.logits import top_logits as top_logits
     from l3d.ratios import InterventionRatios as InterventionRatios
     from l3d.ratios import intervention_ratios as intervention_ratios
     from l3d.store import load as load
@@ -38,8 +42,10 @@ _HOMES = {
     "FineTuned": "tuning",
     "Gradients": "factors",
     "InterventionRatios": "ratios",
+    "TopLogits": "logits",
     "TopSamples": "evaluation",
     "decompose": "train",
+    "describe": "description",
     "evaluate": "evaluation",
     "extract_gradients": "extract",
     "finetune": "tuning",
@@ -48,14 +54,16 @@ _HOMES = {
     "intervention_ratios": "ratios",
     "load": "store",
     "save": "store",
+    "top_logits": "logits",
     "top_samples": "evaluation",
 }
-__all__ = ["toys", *_HOMES]
+_MODULES = ("callbacks", "toys")
+__all__ = [*_MODULES, *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "toys":
-        return import_module("l3d.toys")
+    if name in _MODULES:
+        return import_module(f"l3d.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'l3d' has no attribute {name!r}")
     return getattr(import_module(f"l3d.{_HOMES[name]}"), name)

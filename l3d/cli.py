@@ -57,7 +57,13 @@ published figures beside the measured ones, to DIR/table.md and DIR/results.json
             "what is learned": options.unset(options.LEARNED),
             "training": options.unset(options.TRAINING),
             "machine": options.unset(options.MACHINE),
-            "results": [options.EVALUATE_ROWS, options.out("runs/NAME"), options.OVERWRITE],
+            "results": [
+                options.EVALUATE_ROWS,
+                options.DESCRIBE,
+                options.LOG,
+                options.out("runs/NAME"),
+                options.OVERWRITE,
+            ],
         },
         """\
 examples:
@@ -80,7 +86,14 @@ The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no 
             "training": options.TRAINING,
             "memory": options.MEMORY,
             "machine": options.MACHINE,
-            "results": [options.EVALUATE_ROWS, options.out("runs/decompose"), options.OVERWRITE, options.DRY_RUN],
+            "results": [
+                options.EVALUATE_ROWS,
+                options.DESCRIBE,
+                options.LOG,
+                options.out("runs/decompose"),
+                options.OVERWRITE,
+                options.DRY_RUN,
+            ],
         },
         """\
 examples:
@@ -102,7 +115,7 @@ This runs the code that RUN/config.yaml names: only evaluate run folders you tru
         {
             "run": [options.RUN],
             "instead of the run's own": (
-                *options.unset((*options.DATA, options.EVALUATE_ROWS)),
+                *options.unset((*options.DATA, options.EVALUATE_ROWS, options.DESCRIBE)),
                 options.DEVICE,
                 options.ANY_WEIGHTS,
             ),

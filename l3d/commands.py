@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from l3d import options, run_folder
+from l3d.callbacks import Callback, log_to
 from l3d.card import renew_card
 from l3d.cli import read_settings
 from l3d.data import count_rows
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 
+TIMING = ("seconds", "steps_per_second")
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
 
@@ -108,7 +110,8 @@ def evaluate(settings: Settings) -> None:
     import l3d
 
     run, target = find_run(settings)
-    changes = {name: settings[name] for name in ("evaluate_rows", "device") if settings[name] is not None}
+    names = ("evaluate_rows", "describe", "device")
+    changes = {name: settings[name] for name in names if settings[name] is not None}
     if settings["data"] is not None:
         changes |= {"data": settings["data"], "data_args": settings["data_args"] or {}, "held_out": 0}
     elif settings["data_args"] is not None:
@@ -117,12 +120,15 @@ def evaluate(settings: Settings) -> None:
     metrics = run_folder.read_metrics(run)
     metrics.pop("held_out_error", None)  # either computed anew or of other rows than the rest
     metrics.pop("evaluated_on", None)
-    metrics |= evaluate_run(l3d.load(run), job, settings["any_weights"])
+    d = l3d.load(run)
+    data = evaluation_data(job)
+    metrics |= evaluate_run(d, job, data, settings["any_weights"])
     if settings["data"] is not None:
         metrics["evaluated_on"] = settings["data"]
+    described = _describe(d, job, data, metrics, settings["any_weights"])
     if target != run:
         run_folder.copy_run(run, target)
-    _finish(target, metrics)
+    _finish(target, metrics, described)
 
 
 def report(settings: Settings) -> None:
@@ -235,12 +241,17 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
 
     try:
         arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": _model_name(job)}
-        with _together(out):
-            d = l3d.decompose(job.model, job.data, **arguments, on_start=None if resume else write_config)
-        if not _is_first():
-            return  # of several processes the first one writes, and reports
-        timing = {name: float(d.timing[name]) for name in ("seconds", "steps_per_second")}
-        _finish(out, evaluate_run(d, job) | timing | _peak_memory() | {"environment": _environment(job.model)})
+        arguments |= {"on_start": None if resume else write_config}
+        with log_to(job.settings.get("log"), out) if _is_first() else Callback() as log:
+            with _together(out):
+                d = l3d.decompose(job.model, job.data, **arguments, callbacks=[log])
+            if not _is_first():
+                return  # of several processes the first one writes, and reports
+            data = evaluation_data(job)
+            metrics = evaluate_run(d, job, data) | {name: float(d.timing[name]) for name in TIMING}
+            metrics |= _peak_memory() | {"environment": _environment(job.model)}
+            log.on_end(metrics)
+        _finish(out, metrics, _describe(d, job, data, metrics))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run_folder.interrupted(out)) from None
 
@@ -260,7 +271,7 @@ def _estimate(job: Job) -> None:
 
     from l3d import processes
     from l3d.estimate import estimate, path_name
-    from l3d.report import duration, size
+    from l3d.formats import duration, size
 
     joined = processes.start()
     names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY) if option.name in job.settings]
@@ -313,14 +324,37 @@ def _together(out: Path) -> Iterator[None]:
     processes.leave()
 
 
-def evaluate_run(d: Decomposition, job: Job, any_weights: bool = False) -> dict[str, Any]:
-    """Return the figures of an evaluation, as metrics.json holds them."""
-    data, count = job.data, count_rows(job.data)
-    most = job.settings["evaluate_rows"]
+def evaluation_data(job: Job) -> Data:
+    """Return the training rows to evaluate on: at most so many, evenly spaced; of a stream some first batches."""
+    count, most = count_rows(job.data), job.settings["evaluate_rows"]
     if count is None:  # a stream of batches, which may have no end
-        data = list(itertools.islice(data, max(1, most // job.settings["batch_size"])))  # type: ignore[arg-type]
-    elif count > most:
-        data, count = take_rows(data, [i * count // most for i in range(most)]), most
+        return list(itertools.islice(job.data, max(1, most // job.settings["batch_size"])))  # type: ignore[arg-type]
+    return job.data if count <= most else take_rows(job.data, [i * count // most for i in range(most)])
+
+
+def _describe(
+    d: Decomposition, job: Job, data: Data, metrics: Mapping[str, Any], any_weights: bool = False
+) -> dict[str, Any] | None:
+    """Return what each subnetwork does; None where that is not wanted. data: where job.data is a stream."""
+    from l3d.description import default_rows, describe
+    from l3d.identity import moving
+    from l3d.view import load_view
+
+    settings, count = job.settings, count_rows(job.data)
+    n_rows = settings.get("describe")
+    if n_rows == 0:
+        return None
+    if count is not None:
+        data = job.data
+        n_rows = min(count, n_rows or default_rows(d.settings["steps"], d.settings["batch_size"]))
+    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
+    d = d.to(next(job.model.parameters()).device)
+    with moving(list(job.model.parameters())) if any_weights else nullcontext():
+        return describe(d, job.model, data, n_rows=n_rows, view=view, activation_rate=metrics["activation_rate"])
+
+
+def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
+    """Return the figures of an evaluation, as metrics.json holds them."""
     d = d.to(next(job.model.parameters()).device)
     backend = job.settings.get("backend", "auto")
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
@@ -331,7 +365,7 @@ def evaluate_run(d: Decomposition, job: Job, any_weights: bool = False) -> dict[
         "kept_per_sample": float(found.kept_per_sample),
         "dead_fraction": float(found.dead_fraction),
         "activation_rate": [float(rate) for rate in found.activation_rate],
-        "n_rows": count,
+        "n_rows": count_rows(data),
     }
     if job.held_out is not None:
         figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, **options).error)
@@ -361,15 +395,18 @@ def _peak_memory() -> dict[str, int]:
     return figures
 
 
-def _finish(run: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics and report, and print the figures that matter with the paths."""
+def _finish(run: Path, metrics: Mapping[str, Any], described: Mapping[str, Any] | None) -> None:
+    """Write metrics, what each subnetwork does, and the report; print the figures that matter with the paths."""
     from rich.console import Console
     from rich.table import Table
 
-    from l3d.report import duration, percent, size, write_report
+    from l3d.formats import duration, percent, size
+    from l3d.report import write_report
 
     paths = {"metrics": run_folder.write_metrics(run, metrics)}
     renew_card(run, metrics)
+    if described is not None:
+        paths["subnetworks"] = run_folder.write_subnetworks(run, described)
     try:
         paths["report"] = write_report(run)
     except ImportError as error:  # the report is an extra; the figures are there without it

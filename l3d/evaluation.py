@@ -165,18 +165,20 @@ def impact(
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
     any_weights: bool = False,
+    positions: str | int | None = None,
 ) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another. `divergence` and `reference`
-    replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`.
+    Samples are numbered in the order of the data, positions of a row one after another. `divergence`, `reference` and
+    `positions` replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`.
     """
     decomposition = _widened(decomposition)
     total: Tensor | None = None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
     for seed in seeds:
         rows = []
-        for gradients in _gradients(decomposition, model, data, divergence, reference, None, seed, any_weights):
+        every = _gradients(decomposition, model, data, divergence, reference, None, seed, any_weights, positions)
+        for gradients in every:
             paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
             rows.append(project(gradients, (decomposition.encoder,), paths, decomposition.shapes).abs())
         batch = torch.cat(rows)
@@ -232,10 +234,11 @@ def _gradients(
     batch_size: int | None,
     seed: int,
     any_weights: bool = False,
+    positions: str | int | None = None,
 ) -> Iterator[Gradients]:
     """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
     settings = decomposition.settings
-    extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
+    extractor = extractor_of(decomposition, model, divergence, reference, any_weights, positions)
     parameter = next(decomposition.parameters())
     for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
         generator = torch.Generator().manual_seed(mix(seed, i))
@@ -249,6 +252,7 @@ def extractor_of(
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
     any_weights: bool = False,
+    positions: str | int | None = None,
 ) -> Extractor:
     """Return the extractor of a decomposition's gradients, by its settings where nothing else is given.
 
@@ -268,7 +272,7 @@ def extractor_of(
     extractor = Extractor(
         model,
         params=[exact_pattern(name) for name in decomposition.shapes],
-        positions=settings.get("positions", "all"),
+        positions=settings.get("positions", "all") if positions is None else positions,
         **chosen,
     )
     for name, p in extractor.parameters.items():

@@ -268,6 +268,22 @@ DRY_RUN = Option(
     "",
     "Only say what the run would take: parameters, bytes, time of a step, each tensor's path. Writes nothing.",
 )
+DESCRIBE = Option(
+    "describe",
+    NonNegativeInt | None,
+    None,
+    "N",
+    "Look at N rows of the training data for what each subnetwork acts on and moves, for the report's cards. 0: do "
+    "not. null: a twentieth of the rows trained on, within 256 and 1000.",
+)
+LOG = Option(
+    "log",
+    Literal["tensorboard", "wandb"] | None,
+    None,
+    "tensorboard|wandb",
+    "Follow the run there: TensorBoard writes to DIR/tensorboard; Weights & Biases is set up by its own environment "
+    "variables, as WANDB_MODE=offline.",
+)
 OVERWRITE = Option("overwrite", bool, False, "", "Replace the run folder if it exists.")
 ANY_WEIGHTS = Option(
     "any_weights", bool, False, "", "Go on where the model's weights are others than those that were decomposed."
@@ -356,7 +372,8 @@ def unset(options: Iterable[Option]) -> list[Option]:
 
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
-    added = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL, *MEMORY, DRY_RUN)
+    studies = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL)
+    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG)
     every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN, *added)
     option = next((option for option in every if option.name == name), None)
     if option is None:

@@ -1,15 +1,11 @@
-"""What a training run shows and remembers: a progress bar, and a history of bounded length."""
+"""What a training run remembers: a history of bounded length."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 import l3d_kernels as lk
 from l3d.processes import Ranks
@@ -134,37 +130,3 @@ def _one_or_all(values: list[float]) -> float | list[float]:
 def smooth(mean: float, value: float, weight: float = 0.05) -> float:
     """Move an exponential mean towards a value; NaN starts it."""
     return value if mean != mean else mean + weight * (value - mean)
-
-
-class Progress:
-    """A bar with the figures of the latest record; silent where it is not wanted or nobody looks."""
-
-    def __init__(self, bar: RichProgress | None, task: int) -> None:
-        self._bar, self._task = bar, task
-
-    def update(self, step: int, row: dict[str, float]) -> None:
-        """Show a step and its figures."""
-        if self._bar is not None:
-            figures = (
-                f"error {row['error']:.4f}  kept {row['kept_per_sample']:.1f}  dead {row['dead_fraction']:.0%}  "
-                f"{row['samples_per_second']:,.0f} samples/s"
-            )
-            self._bar.update(self._task, completed=step, figures=figures)  # type: ignore[arg-type]
-
-
-@contextmanager
-def progress_bar(total: int, label: str, show: bool) -> Iterator[Progress]:
-    """Show a progress bar on standard error while the block runs, if it is a terminal and `show` is set."""
-    console = Console(stderr=True)
-    if not (show and console.is_terminal):
-        yield Progress(None, 0)
-        return
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=console, refresh_per_second=4) as bar:
-        yield Progress(bar, bar.add_task(label, total=total, figures=""))

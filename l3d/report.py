@@ -1,6 +1,6 @@
 """A run folder ─► RUN/report.html: one self-contained page that opens offline.
 
-    run folder ─ l3d.load, metrics.json, config.yaml ─► figures (l3d.plots), table rows ─ template ─► page
+    run folder ─ l3d.load, *.json, config.yaml ─► figures (l3d.plots), table (l3d.report_table) ─ template ─► page
 
 The page asks for nothing over the network and forbids itself to (Content-Security-Policy), escapes every
 name it shows, and depends on the run folder alone: the same folder gives the same bytes.
@@ -14,16 +14,16 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from l3d import plots
 from l3d.files import replace_text
-from l3d.run_folder import CONFIG, METRICS, REPORT, read_metrics
+from l3d.formats import duration, figure, percent, size
+from l3d.report_table import common_prefix, make_table
+from l3d.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_metrics, read_subnetworks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from l3d import Decomposition
 
 MAX_DIAGRAMS = 60  # more subnetworks than this: the most active ones are drawn
-MAX_COLUMNS = 8  # more tensors than this: the largest ones by name, the others summed
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,15 +42,6 @@ class Headline(NamedTuple):
     shown: str  # as people read it
     exact: str  # as metrics.json holds it
     note: str
-
-
-class Row(NamedTuple):
-    """One subnetwork in the table."""
-
-    subnetwork: int
-    rate: float | None  # share of the samples it is kept for
-    main: str  # the tensor that holds most of it
-    shares: list[float]  # share of its squared norm per column
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -85,23 +75,27 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
         expected = f"expected {d.n_subnetworks} rates, got {len(rates)}"
         raise ValueError(f"{folder / METRICS}: activation_rate: {expected}")
     shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
-    prefix = _common_prefix(list(shapes))
-    columns, rows = _table(d, rates, prefix)
+    described = read_subnetworks(folder)
+    if described and len(described["subnetworks"]) != d.n_subnetworks:
+        got = len(described["subnetworks"])
+        raise ValueError(f"{folder / SUBNETWORKS}: expected {d.n_subnetworks} subnetworks, got {got}")
+    prefix = common_prefix(list(shapes))
+    table = make_table(d, rates, described, prefix)
     history = {key: list(values) for key, values in d.history.items()}
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
 
-    def draw(figure: Figure, ids: str) -> Markup:
-        return Markup(plots.to_svg(figure, ids, css=True))
+    def draw(drawing: Figure, ids: str) -> Markup:
+        return Markup(plots.to_svg(drawing, ids, css=True))
 
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent}
-    return environment.get_template("report.html.j2").render(
+    templates.filters |= {"percent": percent, "figure": figure}
+    return templates.get_template("report.html.j2").render(
         title=subject or folder.resolve().name,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -115,37 +109,18 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
         curve_summary=_curve_summary(history),
         rates=draw(plots.activation_rates(rates), "rates-") if rates else None,
         n_dead=sum(rate == 0 for rate in rates or ()),
-        diagrams=[(i, draw(figure, f"net{i}-")) for i, figure in _diagrams(d, shapes, rates)],
+        diagrams=[(i, draw(drawing, f"net{i}-")) for i, drawing in _diagrams(d, shapes, rates)],
         chain=plots.mlp_chain(shapes),
         prefix=prefix,
-        columns=columns,
-        rows=rows,
+        table=table,
+        rows=table.rows,
+        described=described,
+        cards=Markup(_in_script(described)) if described else None,
         settings={key: _compact(value) for key, value in sorted(d.settings.items())},
         metrics={key: _compact(value) for key, value in metrics.items() if key != "activation_rate"},
         config=config,
+        environment=metrics.get("environment"),
     )
-
-
-def percent(fraction: float) -> str:
-    """Return a fraction as a percentage of three figures at most."""
-    if not math.isfinite(fraction):
-        return "not finite"
-    if 0 < abs(fraction) < 1e-5:
-        return "<\u00a00.001\u00a0%"
-    return f"{100 * fraction:{',.0f' if abs(fraction) >= 0.9995 else '.3g'}}\u00a0%"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in the two units that matter."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(n_bytes: float) -> str:
-    """Return a number of bytes in MiB or GiB."""
-    return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.3g} MiB"
 
 
 _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
@@ -200,30 +175,8 @@ def _read_config(path: Path) -> tuple[str, str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     named = settings if isinstance(settings, dict) else {}
-    return text, str(named.get("name") or named.get("model") or "")
-
-
-def _table(d: Decomposition, rates: Sequence[float] | None, prefix: str) -> tuple[list[str], list[Row]]:
-    """Return the table's column names and one row per subnetwork: its squared norm's share in each tensor."""
-    names = [name.removeprefix(prefix) for name in d.parameter_names]
-    shares = _shares(d)
-    largest = sorted(shares.sum(0).argsort(descending=True, stable=True)[:MAX_COLUMNS].tolist())
-    main = shares.argmax(1).tolist()
-    shown = shares[:, largest]
-    columns = [names[j] for j in largest]
-    if len(largest) < len(names):
-        columns.append("others")
-        shown = torch.cat([shown, 1 - shown.sum(1, keepdim=True)], dim=1).clamp_min(0)
-    rows = [Row(i, None if rates is None else rates[i], names[main[i]], row) for i, row in enumerate(shown.tolist())]
-    return columns, rows
-
-
-@torch.no_grad()
-def _shares(d: Decomposition) -> torch.Tensor:
-    """Return the share of its squared norm that each subnetwork has in each tensor: [K, tensors]."""
-    factors = ([factor.double() for factor in piece.factors()] for _, piece in d.decoder.items())
-    squares = torch.stack([((u @ u.mT) * (v @ v.mT)).sum((1, 2)) for u, v in factors], dim=1)
-    return squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+    model = str(named.get("model") or "")  # "hf:folder/name", "python:package.module:factory"
+    return text, str(named.get("name") or re.split("[:/]", model.rstrip("/"))[-1])
 
 
 def _diagrams(
@@ -247,10 +200,9 @@ def _curve_summary(history: Mapping[str, Sequence[float]]) -> str:
     return f"The error goes from {percent(first)} to {percent(last)} over {history['step'][-1]:,.0f} steps."
 
 
-def _common_prefix(names: Sequence[str]) -> str:
-    """Return the dotted prefix that all names share, with its last dot."""
-    modules = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, modules))
+def _in_script(described: Mapping[str, Any]) -> str:
+    """Return JSON that may stand inside a <script>: no text in it can end the element or begin a tag."""
+    return json.dumps(described, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _compact(value: Any) -> str:

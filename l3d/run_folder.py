@@ -1,6 +1,7 @@
-"""What a run folder holds beside the decomposition: config.yaml (settings) and metrics.json (figures).
+"""What a run folder holds beside the decomposition: config.yaml (settings), metrics.json (figures) and
+subnetworks.json (what each subnetwork does, see `l3d.description`).
 
-Both are written beside their place first and then renamed, so that a reader finds the old file or the new
+All are written beside their place first and then renamed, so that a reader finds the old file or the new
 one, never half of one.
 """
 
@@ -17,7 +18,9 @@ from l3d.files import read_json, replace_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+SUBNETWORKS = "subnetworks.json"
 REPORT = "report.html"
+SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
 
 
 def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
@@ -64,6 +67,22 @@ def read_metrics(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     return read_json(path)
+
+
+def write_subnetworks(run: Path, described: Mapping[str, Any]) -> Path:
+    """Write RUN/subnetworks.json and return its path."""
+    return replace_text(run / SUBNETWORKS, json.dumps(described, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def read_subnetworks(run: Path) -> dict[str, Any]:
+    """Read RUN/subnetworks.json; an empty dict where there is none. Raises ValueError for a broken or foreign one."""
+    path = run / SUBNETWORKS
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if found.get("format") != SUBNETWORKS_FORMAT or not isinstance(found.get("subnetworks"), list):
+        raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {found.get('format')!r}")
+    return found
 
 
 def last_checkpoint(run: Path) -> Path | None:

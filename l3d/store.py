@@ -181,8 +181,10 @@ def _remove_run(folder: Path) -> None:
     ours = ours or any((folder / "checkpoints").glob("step*/decomposition.json"))
     if not ours:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite will not touch it; choose another folder")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("decomposition.safetensors", "decomposition.json", "config.yaml", "metrics.json", "report.html"):
+    for name in ("checkpoints", "tensorboard", "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    files = ("config.yaml", "metrics.json", "subnetworks.json", "report.html")
+    for name in ("decomposition.safetensors", "decomposition.json", *files):
         (folder / name).unlink(missing_ok=True)
     if is_card(folder / CARD):
         (folder / CARD).unlink()

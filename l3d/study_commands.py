@@ -53,7 +53,8 @@ def sweep(settings: Settings) -> None:
         with control if point.random_weights else nullcontext():
             d = l3d.decompose(job.model, job.data, **chosen, out=folder, resume=resume)
             toy = None if point.random_weights else job.toy  # redrawn weights have no true circuits
-            return commands.evaluate_run(d, job._replace(toy=toy)) | {"seconds": float(d.timing["seconds"])}
+            found = commands.evaluate_run(d, job._replace(toy=toy), commands.evaluation_data(job))
+            return found | {"seconds": float(d.timing["seconds"])}
 
     try:
         found = run_sweep(out, base, runs, train)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from l3d import store
 from l3d.cache import Cache, contents
+from l3d.callbacks import Callback, ProgressBar
 from l3d.chunks import Chunks, objective_in_chunks
 from l3d.controls import shuffled
 from l3d.data import Batches, count_rows, mix
@@ -32,7 +33,7 @@ from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
 from l3d.optimizer import RelativeAdam
 from l3d.processes import Ranks
-from l3d.progress import DEAD_AFTER, Kept, Progress, Recorder, progress_bar
+from l3d.progress import DEAD_AFTER, Kept, Recorder
 from l3d.ranks import ranks_from_gradients
 from l3d.settings import Settings, kept_fraction, learning_rate, resolve
 from l3d.start import draw_samples, set_from_samples
@@ -76,6 +77,7 @@ def decompose(
     recompute: bool = False,
     on_start: Callable[[Path], None] | None = None,
     model_name: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Decomposition:
     """Decompose a model into K sparsely active low-rank subnetworks of its parameters.
 
@@ -126,6 +128,7 @@ def decompose(
         recompute: extract every micro-batch twice rather than hold its gradients in between.
         on_start: called with the run folder once everything has been checked and before training starts.
         model_name: what the saved decomposition calls the model; default its folder or hub ID, else its class.
+        callbacks: told of the run as it goes, such as `l3d.callbacks.TensorBoard`; left open.
 
     Where torch.distributed is initialised with several processes (torchrun), they train one decomposition together,
     each its share of the subnetworks (`l3d.processes`); every process must call this alike, with the same data.
@@ -189,8 +192,9 @@ def decompose(
         if folder is not None and resume:
             run.restore(folder)
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
-        with progress_bar(settings.steps, label, progress and run.is_first()) as bar:
-            run.train(bar, folder, every)
+        heard = (ProgressBar(label) if progress else Callback(), *callbacks) if run.is_first() else ()
+        with heard[0] if heard else Callback():
+            run.train(heard, folder, every)
         if run.cache is not None and progress and run.is_first():
             print(run.cache.choice(), file=sys.stderr)
     finally:
@@ -198,6 +202,8 @@ def decompose(
     best = run.best()
     if folder is not None and run.is_first():
         best.save(folder.path)
+    for callback in heard[1:]:
+        callback.on_end({name: values[-1] for name, values in best.history.items() if values})
     return best
 
 
@@ -337,14 +343,17 @@ class Run:
         d = self.decomposition
         return objective(gradients, d.encoder, d.decoder, k, n_groups=self.n_restarts, backend=self.settings.backend)
 
-    def train(self, bar: Progress, folder: store.RunFolder | None, checkpoint_every: int) -> None:
+    def train(self, callbacks: Sequence[Callback], folder: store.RunFolder | None, checkpoint_every: int) -> None:
         """Train to the last step."""
+        for callback in callbacks:
+            callback.on_start(self.settings.as_dict())
         started = time.perf_counter() - self.seconds
         while self.step < self.settings.steps:
             with naming_step(self.step):
                 recorded = self.take_step(self.gradients(self.step))
             if recorded:
-                bar.update(self.step, self.recorder.latest())
+                for callback in callbacks:
+                    callback.on_step(self.step, self.recorder.latest())
             if self.step % checkpoint_every == 0 or self.step == self.settings.steps:
                 self.seconds = time.perf_counter() - started
                 with naming_step(self.step - 1):

@@ -9,8 +9,11 @@ import torch
 
 import l3d
 
+from browser import Browser, find_chromium
+
 NO_DATA = "data absent"
 NO_GPU = "no GPU"
+NO_BROWSER = "no browser"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -62,12 +65,22 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    counts = {NO_DATA: 0, NO_GPU: 0, "other": 0}
+    counts = {NO_DATA: 0, NO_GPU: 0, NO_BROWSER: 0, "other": 0}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")
-        counts[next((kind for kind in (NO_DATA, NO_GPU) if reason.startswith(kind)), "other")] += 1
+        counts[next((kind for kind in (NO_DATA, NO_GPU, NO_BROWSER) if reason.startswith(kind)), "other")] += 1
     terminalreporter.write_line("skips: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium; skips the test where there is none."""
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip(f"{NO_BROWSER}: chromium is not installed; apt-get install chromium, or set CHROMIUM")
+    with Browser(executable, tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture

@@ -212,6 +212,14 @@ def _broken_config(run):
     (run / "config.yaml").write_text("name: [")
 
 
+def _foreign_description(run):
+    (run / "subnetworks.json").write_text('{"format": "other", "subnetworks": []}')
+
+
+def _description_of_another_run(run):
+    (run / "subnetworks.json").write_text('{"format": "l3d-subnetworks-1", "subnetworks": [{}]}')
+
+
 def _no_decomposition(run):
     for path in run.rglob("*"):
         if path.is_file() and path.name not in ("metrics.json", "config.yaml", "report.html"):
@@ -225,6 +233,8 @@ def _no_decomposition(run):
         (_wrong_kind, r"metrics\.json: expected a JSON object, got list"),
         (_wrong_length, r"metrics\.json: activation_rate: expected 4 rates, got 1"),
         (_broken_config, r"config\.yaml: not readable as YAML"),
+        (_foreign_description, r"subnetworks\.json: expected format 'l3d-subnetworks-1', got 'other'"),
+        (_description_of_another_run, r"subnetworks\.json: expected 4 subnetworks, got 1"),
         (_no_decomposition, "run"),
     ],
 )

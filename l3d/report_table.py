@@ -1,0 +1,116 @@
+"""The report's table: a row per subnetwork, from the decomposition and from what it was seen to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from l3d import Decomposition
+
+MAX_COLUMNS = 8  # more tensors than this: the largest ones by name, the others summed
+N_WORDS = 4  # that say what a subnetwork acts on
+N_MOVES = 2  # entries of the output in each direction
+
+
+class Row(NamedTuple):
+    """One subnetwork in the table; what is not known is None or empty."""
+
+    subnetwork: int
+    rate: float | None  # share of the samples it is kept for
+    impact: float | None  # mean over the samples looked at
+    ratio: float | None  # output change on the samples it is active for against the rest
+    acts: list[str]  # tokens, predicted classes or inputs at the places of largest impact
+    raised: list[str]  # entries of the output
+    lowered: list[str]
+    main: str  # the tensor that holds most of it
+    shares: list[float]  # share of its squared norm per column
+
+
+class Table(NamedTuple):
+    """The rows, and which of their values there are."""
+
+    columns: list[str]  # names of tensors, of `Row.shares`
+    rows: list[Row]
+    has_ratio: bool
+    acts: str  # what `Row.acts` holds, "" for nothing
+
+
+def make_table(
+    d: Decomposition, rates: Sequence[float] | None, described: Mapping[str, Any], prefix: str = ""
+) -> Table:
+    """Return one row per subnetwork.
+
+    rates: [K] activation rates. described: what `l3d.describe` returned, empty where nothing was described. prefix: to
+    be left out of the tensors' names.
+    """
+    names = [name.removeprefix(prefix) for name in d.parameter_names]
+    shares = squared_shares(d)
+    largest = sorted(shares.sum(0).argsort(descending=True, stable=True)[:MAX_COLUMNS].tolist())
+    main = shares.argmax(1).tolist()
+    shown = shares[:, largest]
+    columns = [names[j] for j in largest]
+    if len(largest) < len(names):
+        columns.append("others")
+        shown = torch.cat([shown, 1 - shown.sum(1, keepdim=True)], dim=1).clamp_min(0)
+    rows = []
+    each = described.get("subnetworks") or [{}] * d.n_subnetworks
+    for i, (seen, row) in enumerate(zip(each, shown.tolist(), strict=True)):
+        raised, lowered = (
+            [entry_name(described, entry) for entry, _ in seen.get(side, ())[:N_MOVES]]
+            for side in ("raised", "lowered")
+        )
+        ratio = seen.get("intervention_ratio")
+        rate = None if rates is None else rates[i]
+        words = acts_on(described, seen)
+        rows.append(Row(i, rate, seen.get("impact"), ratio, words, raised, lowered, names[main[i]], row))
+    has_ratio = any(row.ratio is not None for row in rows)
+    label = {"text": "acts after", "image": "acts on images of", "point": "acts on"}
+    return Table(columns, rows, has_ratio, label.get(described.get("kind", ""), ""))
+
+
+def acts_on(described: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
+    """Return a few words for what a subnetwork acts on, most telling first."""
+    places, kind = seen.get("top", ()), described.get("kind")
+    if kind == "text":
+        marked = [place["tokens"][place["position"] - place["first"]] for place in places]
+        return list(dict.fromkeys(visible(described["tokens"][str(token)]) for token in marked))[:N_WORDS]
+    if kind == "image":
+        counts = Counter(place["predicted"] for place in places if "predicted" in place)
+        return [entry_name(described, entry) for entry, _ in counts.most_common(2)]
+    if kind == "point" and places:
+        points = torch.tensor([described["rows"][str(place["row"])]["point"] for place in places]).abs().mean(0)
+        return [f"input {i}" for i in points.argsort(descending=True).tolist() if points[i] >= 0.5 * points.max() > 0][
+            :2
+        ]
+    return []
+
+
+def entry_name(described: Mapping[str, Any], entry: int) -> str:
+    """Return the name of an entry of the output: a token, a class, or its number."""
+    names = described.get("tokens" if described.get("kind") == "text" else "classes") or {}
+    name = names.get(str(entry))
+    return f"output {entry}" if name is None else visible(name)
+
+
+def visible(token: str) -> str:
+    """Return a token's text with signs for what cannot be seen in a list of words."""
+    return token.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "·"
+
+
+@torch.no_grad()
+def squared_shares(d: Decomposition) -> torch.Tensor:
+    """Return the share of its squared norm that each subnetwork has in each tensor: [K, tensors]."""
+    factors = ([factor.double() for factor in piece.factors()] for _, piece in d.decoder.items())
+    squares = torch.stack([((u @ u.mT) * (v @ v.mT)).sum((1, 2)) for u, v in factors], dim=1)
+    return squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return the dotted prefix that all names share, with its last dot."""
+    modules = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, modules))

@@ -1,0 +1,82 @@
+"""Some rows of whatever data there is, evenly spaced, and any of them again as a batch for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Subset, default_collate
+
+from l3d.data import count_rows
+from l3d.view import plain_inputs
+
+
+class ShownRows:
+    """At most so many rows of a tensor, Dataset or list of batches.
+
+    Attributes:
+        data: the rows, as the decomposition's functions take them.
+        count: how many.
+        numbers: [count] of each row in the data it came from.
+    """
+
+    def __init__(self, data: Any, most: int) -> None:
+        count = count_rows(data)
+        if count is None:  # a stream, of which the caller has taken some batches
+            batches = list(data)
+            sizes = [len(plain_inputs(batch)) for batch in batches]
+            self._row = lambda i: _row_of(batches, sizes, i)
+            self.data: Any = batches
+            self.numbers = list(range(sum(sizes)))
+        else:
+            self._row = data.__getitem__
+            self.numbers = [i * count // min(most, count) for i in range(min(most, count))]
+            self._take(data)
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self.numbers)
+
+    def limit(self, most: int) -> None:
+        """Keep the first of the rows only, if there are more than so many; a list of batches is kept whole."""
+        if not isinstance(self.data, list) and self.count > most:
+            self.numbers = self.numbers[:most]
+            self.data = self.data[:most] if isinstance(self.data, Tensor) else Subset(self.data, list(range(most)))
+
+    def _take(self, data: Any) -> None:
+        self.data = data[self.numbers] if isinstance(data, Tensor) else Subset(data, self.numbers)
+
+    def batch(self, rows: Sequence[int]) -> Any:
+        """Return rows (numbers below `count`) as the model takes them; labels and contrasts are left out."""
+        batch = default_collate([self._row(self.numbers[row]) for row in rows])
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def batches(self, rows: Sequence[Sequence[int]]) -> Any:
+        """Return C batches of m rows stacked: [C, m, ...]."""
+        flat = self.batch([row for each in rows for row in each])
+        shape = (len(rows), len(rows[0]))
+        if isinstance(flat, Mapping):
+            return {name: value.unflatten(0, shape) for name, value in flat.items()}
+        return flat.unflatten(0, shape)
+
+    def inputs(self, rows: Sequence[int] | None = None) -> Tensor:
+        """Return what a person would look at of some rows, or of all: [n, ...]."""
+        return plain_inputs(self.batch(range(self.count) if rows is None else rows))
+
+    def mask(self) -> Tensor | None:
+        """Return where rows of tokens are no padding, bool [count, T], from an `attention_mask`; None without one."""
+        if not isinstance(self.batch([0]), Mapping) or "attention_mask" not in self.batch([0]):
+            return None
+        return self.batch(range(self.count))["attention_mask"] != 0
+
+
+def _row_of(batches: list[Any], sizes: list[int], index: int) -> Any:
+    """Return one row of a list of batches."""
+    for batch, size in zip(batches, sizes, strict=True):
+        if index < size:
+            whole = batch[0] if isinstance(batch, (tuple, list)) else batch
+            return {name: v[index] for name, v in whole.items()} if isinstance(whole, Mapping) else whole[index]
+        index -= size
+    raise IndexError(index)
