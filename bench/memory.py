@@ -60,7 +60,7 @@ def main() -> None:
     if width is not None:
         print(json.dumps(measure(width)))
         return
-    from bench.training import ROOT, environment
+    from bench.environment import RESULTS, ROOT, environment
 
     rows = []
     for each in WIDTHS:
@@ -70,7 +70,7 @@ def main() -> None:
     fitted = exponent([row["width"] for row in rows], [row["peak_bytes"] for row in rows])
     sizes = {"S": S, "T": T, "K": K, "R": R}
     found = {"environment": environment(), "sizes": sizes, "rows": rows, "exponent": fitted, "aim": AIM}
-    path = ROOT / "bench" / "results" / "memory.json"
+    path = RESULTS / "memory.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"exponent in width: {fitted:.3f} (aim: at most {AIM})\nwritten: {path}")
 

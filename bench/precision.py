@@ -9,7 +9,8 @@ import json
 import statistics
 import sys
 
-from bench.training import CHOICES, ROOT, Block, environment
+from bench.environment import RESULTS, environment
+from bench.training import CHOICES, Block
 from l3d.estimate import plan
 from l3d.factors import Gradients
 
@@ -42,7 +43,7 @@ def main() -> None:
         print(rows[-1])
     found = {"environment": environment(), "steps": steps, "rows": rows}
     found["mean_difference_of_last_tenth"] = statistics.mean(differences[-max(1, steps // 10) :])
-    path = ROOT / "bench" / "results" / "precision.json"
+    path = RESULTS / "precision.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.training import ROOT, environment
+from bench.environment import RESULTS, environment
 from l3d.costs import Path, Sizes, choose_paths, coactive_is_cheaper, projection_costs
 from l3d.estimate import plan
 from l3d.factors import Gradients
@@ -92,7 +92,7 @@ def main() -> None:
         numbers = ", ".join(map(str, row["case"].values()))
         bytes_ = " ".join(f"{ratio:.2f}" for ratio in ratios[1:])
         print(f"| {numbers} | {path} | {measured['flops']:.3g} | {ratios[0]:.2f} | {bytes_} |")
-    path = ROOT / "bench" / "results" / "scale.json"
+    path = RESULTS / "scale.json"
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
 

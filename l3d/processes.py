@@ -20,6 +20,7 @@ added in the order of the ranks, so that all of them go on with the same bits.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -178,5 +179,13 @@ def start() -> Ranks | None:
 
 
 def leave() -> None:
-    """Leave the processes that `start` has joined."""
-    dist.destroy_process_group()
+    """Leave the processes that `start` has joined; all of them must. The first leaves last: with it the store goes."""
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    if rank == 0:
+        with suppress(RuntimeError):  # one that has ended meanwhile needs no waiting for
+            store.wait([f"l3d/left/{other}" for other in range(1, size)], timedelta(seconds=10))
+        dist.destroy_process_group()
+    else:
+        dist.destroy_process_group()
+        store.set(f"l3d/left/{rank}", "1")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import l3d
@@ -125,8 +124,7 @@ def main(folder: Path, names: list[str]) -> None:
     except ValueError as error:
         refused = str(error)
     assert "is not empty" in refused
-    dist.barrier()
-    dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":
