@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.steps import MARKS, table
 from l3d.cli import main
 from l3d.toys.suite import to_markdown
 
@@ -60,3 +61,9 @@ def test_the_table_of_the_toys_is_what_the_suite_wrote() -> None:
     table = README.read_text(encoding="utf-8").split("<!-- toys -->\n")[1].split("<!-- /toys -->")[0]
     assert table == to_markdown(written["results"])
     assert len(written["seeds"]) == 10
+
+
+def test_the_table_of_steps_is_what_the_bench_wrote() -> None:
+    """The README's table of steps is the one that `python -m bench.steps` makes of the committed results."""
+    written = json.loads((README.parent / "bench" / "results" / "steps.json").read_text(encoding="utf-8"))
+    assert README.read_text(encoding="utf-8").split(MARKS[0] + "\n")[1].split(MARKS[1])[0] == table(written["rows"])
