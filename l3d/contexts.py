@@ -37,11 +37,12 @@ def _shared_beginnings(impacts: Tensor, tokens: Tensor) -> Tensor:
     for column in tokens.cpu().to(torch.int64).unbind(1):  # a rolling hash of 64 bits, which wraps around
         code = (code ^ (column + 0x9E3779B9)) * 6364136223846793005 + 1442695040888963407
         codes.append(code)
-    flat = torch.stack(codes, 1).flatten()
-    _, group, count = flat.unique(return_inverse=True, return_counts=True)
     values = impacts.flatten(0, 1)
-    mean = values.new_zeros(len(count), values.shape[1]).index_add_(0, group, values) / count[:, None]
+    real = (values > -torch.inf).any(1).nonzero()[:, 0]  # padding may look like the end of another row
+    flat = torch.stack(codes, 1).flatten()[real]
+    _, group, count = flat.unique(return_inverse=True, return_counts=True)
+    mean = values.new_zeros(len(count), values.shape[1]).index_add_(0, group, values[real]) / count[:, None]
     first = torch.full((len(count),), len(flat)).scatter_reduce_(0, group, torch.arange(len(flat)), "amin")
     out = torch.full_like(values, -torch.inf)
-    out[first] = mean
+    out[real[first]] = mean
     return out.view(impacts.shape)

@@ -29,7 +29,8 @@ def flat_residual(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
 ) -> tuple[lk.SparseCoefficients, Tensor, Tensor]:
     """Return what is kept, ‖g_s − ĝ_s‖² [S, groups] (differentiable) and ‖g_s‖² [S]; see `l3d.objective`."""
-    flat = torch.cat([gradients.matrix(name).flatten(1) for name in gradients.shapes], 1)  # [S, P]
+    # in the directions' order: the gradients' own may be another
+    flat = torch.cat([gradients.matrix(name).flatten(1) for name, _ in encoder.items()], 1)  # [S, P]
     coefficients = flat @ multiplied_out(encoder).mT
     kept = lk.batch_topk(coefficients, n, n_groups, backend="torch")
     mask = torch.zeros_like(coefficients)

@@ -28,7 +28,7 @@ class ImageRows(Dataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> Tensor:
-        image = self.images[row : row + 1].to(torch.float32) / 255
+        image = self.images[row][None].to(torch.float32) / 255
         image = F.interpolate(image, self.size, mode="bilinear", align_corners=False, antialias=True)
         return (image[0] - self.mean) / self.std
 

@@ -15,7 +15,7 @@ from l3d.chunks import Chunks
 from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.processes import Ranks
-from l3d.samples import Share
+from l3d.samples import Share, padding_mask
 
 
 class Microbatches:
@@ -41,6 +41,8 @@ class Microbatches:
         self.whole = size is None and ranks is None
         self.n_rows = 1 if self.whole else count_rows_of(batch)
         self.size = self.n_rows if size is None else size
+        mask = None if self.whole else padding_mask(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        self.padded = mask is not None and bool((mask == 0).any())
         self.outputs: Tensor | None = None  # the samples' outputs of the whole batch, where they are needed
         if len(self) > 1 and extractor.needs_whole():
             self.outputs = torch.cat([self._outputs(i) for i in range(len(self))])
@@ -59,7 +61,7 @@ class Microbatches:
 
     def _outputs(self, index: int) -> Tensor:
         rows, split = self._rows(index)
-        share = Share(rows.start, self.n_rows, lambda own: own)
+        share = Share(rows.start, self.n_rows, lambda own: own, self.padded)
         outputs = self.extractor.outputs(rows_of(self.batch, rows), self.generator(), share)
         return self.ranks.gather(outputs) if self.ranks is not None and split else outputs
 
@@ -74,10 +76,10 @@ class Microbatches:
     def _share(self, rows: slice, split: bool) -> Share | None:
         if self.outputs is not None:
             outputs = self.outputs
-            return Share(rows.start, self.n_rows, lambda own: outputs)
+            return Share(rows.start, self.n_rows, lambda own: outputs, self.padded)
         if self.ranks is not None and split:
-            return Share(rows.start, self.n_rows, self.ranks.gather)
-        return None if len(self) == 1 else Share(rows.start, self.n_rows, lambda own: own)
+            return Share(rows.start, self.n_rows, self.ranks.gather, self.padded)
+        return None if len(self) == 1 else Share(rows.start, self.n_rows, lambda own: own, self.padded)
 
 
 def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients], Gradients]) -> Chunks:

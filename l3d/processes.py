@@ -93,6 +93,7 @@ class Ranks:
         if self.rank == 0:
             like = torch.empty(0, dtype=next(share.parameters()).dtype)
             whole = Decomposition.empty(share.shapes, n_subnetworks, share.ranks, share.settings, like)
+            whole.base_model = share.base_model
         for name, parameter in share.named_parameters():
             collected = self.collect(parameter)
             if whole is not None and collected is not None:

@@ -21,7 +21,7 @@ from l3d.extract import Extractor
 from l3d.intervention import shifted
 from l3d.model import Params, check_fixed, model_output, select_parameters, to_device
 from l3d.objective import n_kept
-from l3d.samples import Samples
+from l3d.samples import Samples, padding_mask
 
 # Default δ, as shares of the norm of the decomposed weights: small, for a decomposition says what is so nearby. On
 # stories260k the largest moves outputs by .3 nats, the next (.01) would by 2, as far as another text's are.
@@ -84,6 +84,7 @@ def intervention_ratios(
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
     seed: int | None = None,
+    any_weights: bool = False,
 ) -> InterventionRatios:
     """Measure how much more an intervention changes the samples a subnetwork is active for than the rest.
 
@@ -103,6 +104,7 @@ def intervention_ratios(
         params: glob or globs of the parameters to move; None moves all that were decomposed.
         divergence, reference: what the subnetworks are chosen by, in the place of the trained ones.
         seed: of references, samples and random directions; default the decomposition's.
+        any_weights: go on where the model's weights are others than those decomposed.
 
     Cost: a forward pass of at most 2·n_samples rows per subnetwork, δ and direction.
     Raises ValueError where no subnetwork can be measured, and for arguments out of range.
@@ -111,7 +113,7 @@ def intervention_ratios(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
-    extractor = extractor_of(decomposition, model, divergence, reference)
+    extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
     chosen = {name for name in select_parameters(model, params) if name in decomposition.shapes}
     if not chosen:
         raise ValueError(f"params: {params!r} matches none of the decomposed parameters")
@@ -186,9 +188,10 @@ def fill_pool(decomposition: Decomposition, extractor: Extractor, data: Any, n_r
         with torch.no_grad():  # the generator draws positions first, the same as above
             output = model_output(model, rows)
         drawn = torch.Generator().manual_seed(mix(seed, 7, i))
-        samples = Samples(output, extractor.positions, extractor.is_kl, drawn)
-        row = torch.arange(samples.n_rows).repeat_interleave(samples.per_row) + filled
-        position = None if samples.positions is None else samples.positions.flatten().cpu()
+        samples = Samples(output, extractor.positions, extractor.is_kl, drawn, padding_mask(rows))
+        row = torch.arange(samples.n_rows, device=device).repeat_interleave(samples.per_row)
+        row = samples.of(row).cpu() + filled
+        position = None if samples.positions is None else samples.of(samples.positions.flatten()).cpu()
         found.append(Pool(rows, row, position, kept))
         filled += samples.n_rows
         if filled >= n_rows:

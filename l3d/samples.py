@@ -16,6 +16,7 @@ class Share(NamedTuple):
     start: int  # the first of them
     n_rows: int  # of the whole batch
     whole: Callable[[Tensor], Tensor]  # their samples' outputs [s, ...] -> those of the whole batch [S, ...]
+    padded: bool = False  # whether there is padding anywhere in the whole batch: then all processes refuse it alike
 
 
 class Samples:
@@ -52,7 +53,7 @@ class Samples:
             self.width = output.shape[-1:] if is_kl else output.shape[2:]
             self.n_positions = output.shape[1:].numel() // self.width.numel()
             real = None if mask is None else self._real(mask)
-            if share is not None and real is not None:
+            if share is not None and (real is not None or share.padded):
                 raise ValueError(
                     "attention_mask: a batch with padding cannot be split over micro-batches or processes; "
                     "cut texts to one length"

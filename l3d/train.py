@@ -308,17 +308,22 @@ class Run:
         """Return the gradients of a step's batch, from the cache where there is one."""
         whole = self.micro_batch_size is None and self.ranks is None
         if self.cache is None:
-            return self.extract(step) if whole else in_chunks(self._batch(step), not self.recompute, self._held)
+            if not whole:
+                return in_chunks(self._batch(step), not self.recompute, self._held)
+            return self._shuffled(self.extract(step), step)
         gradients = self._held(self.cache[step])  # a stored batch lies on the CPU
         if whole:
-            return gradients
+            return self._shuffled(gradients, step % self.cache.n_steps)
         size = self.micro_batch_size
         return Chunks.of(gradients, gradients.n_samples if size is None else size * gradients.per_sequence())
 
     def extract(self, step: int) -> Gradients:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
         batch = self._batch(step)
-        gradients = concatenate([self._held(batch(i)) for i in range(len(batch))])
+        return concatenate([self._held(batch(i)) for i in range(len(batch))])
+
+    def _shuffled(self, gradients: Gradients, step: int) -> Gradients:
+        """Tear a batch's samples apart where that is asked for; a cache holds them whole."""
         return shuffled(gradients, self._generator(step, 7)) if self.settings.shuffle else gradients
 
     def _batch(self, step: int) -> Microbatches:

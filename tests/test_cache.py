@@ -223,3 +223,11 @@ def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
     """A first batch that is refused is refused before the store is made."""
     with pytest.raises(ValueError, match="gradients: NaN or infinity"):
         train(model=Root(), data=torch.zeros(16, 4), cache=tmp_path / "c")
+
+
+def test_a_control_neither_reads_shuffled_gradients_for_others_nor_theirs_as_they_are(tmp_path: Path) -> None:
+    """A store holds what was extracted: a shuffled run and a plain one share it, and end as without it."""
+    for first in (True, False):  # each writes what the other then reads
+        store = {"cache": tmp_path / str(first), "cache_reads": "on", "steps": 5}
+        for shuffle in (first, not first):
+            assert same(train(steps=5, shuffle=shuffle), train(**store, shuffle=shuffle))

@@ -113,3 +113,13 @@ def test_rows_that_are_all_the_same_are_shown_once() -> None:
     found = top_contexts(torch.rand(4, 3, 2), 4, tokens)
     assert found.rows[:, 0].tolist() == [0, 0]
     assert found.impacts[:, 1:].eq(-torch.inf).all()
+
+
+def test_padding_hides_no_other_rows_context() -> None:
+    """Padding repeats a row's last token, and so may look like another row's beginning; that row's impact counts."""
+    tokens = torch.tensor([[1, 2, 2], [1, 2, 2]])
+    impacts = torch.tensor([[1.0, 3.0, -torch.inf], [1.0, 5.0, 8.0]])[..., None]
+    found = top_contexts(impacts, 2, tokens)
+    assert found.rows[0].tolist() == [1, 0]
+    assert found.positions[0].tolist() == [2, 1]
+    assert found.impacts[0].tolist() == [8.0, 4.0]

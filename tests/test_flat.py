@@ -5,6 +5,7 @@ import torch
 
 from l3d import flat
 from l3d.decomposition import Decomposition
+from l3d.extract import extract_gradients
 from l3d.objective import Objective, objective
 
 from helpers import assert_relative
@@ -48,3 +49,16 @@ def test_what_is_small() -> None:
     assert not flat.is_small(gradients, d.encoder, "triton")
     many = Decomposition(gradients.shapes, flat.SMALL // (gradients.n_samples * n_entries) + 1, 1).encoder
     assert not flat.is_small(gradients, many)
+
+
+def test_parameters_may_stand_in_another_order_than_the_gradients() -> None:
+    """Directions that hold bias before weight meet gradients of weight before bias: the loss is the same."""
+    gradients = extract_gradients(torch.nn.Linear(3, 2), torch.randn(8, 3), reference="mean")
+    d = Decomposition(gradients.shapes, 3, 1)
+    turned = Decomposition(dict(reversed(d.shapes.items())), 3, 1)
+    for turned_side, side in ((turned.encoder, d.encoder), (turned.decoder, d.decoder)):
+        for name, piece in turned_side.items():
+            piece.load_state_dict(dict(side.items())[name].state_dict())
+    assert list(turned.shapes) == ["bias", "weight"] != list(gradients.shapes)
+    assert flat.is_small(gradients, turned.encoder)
+    assert_relative(turned.loss(gradients, 0.5), d.loss(gradients, 0.5), 1e-6)

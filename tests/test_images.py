@@ -131,3 +131,11 @@ def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
         assert "\n" not in str(refusal.value)
     with pytest.raises(ValueError, match="size: expected a whole number of pixels from 32, got 8"):
         load_model("python:l3d.zoo:efficientnet_lite0", size=8)
+
+
+def test_images_are_counted_from_the_end_too_and_end() -> None:
+    """As any sequence's: -1 is the last, and there is none after it."""
+    rows = array_rows(PIXELS, None, None, 5)
+    assert torch.equal(rows[-1], rows[2])
+    with pytest.raises(IndexError):
+        rows[3]

@@ -184,3 +184,19 @@ def test_a_senseless_size_is_refused() -> None:
             ValueError, match=rf"micro_batch_size: expected a positive whole number or None, got {size}"
         ):
             l3d.decompose(model, data, micro_batch_size=size, divergence="kl", steps=1)
+
+
+def test_padding_anywhere_in_a_batch_is_refused_by_every_part_of_it() -> None:
+    """So that several processes refuse it alike, also those whose own rows have none."""
+
+    class Masked(Sequences):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids)
+
+    mask = torch.ones(4, 5, dtype=torch.int64)
+    mask[3, 4] = 0
+    batch = {"input_ids": torch.zeros(4, 5, dtype=torch.int64), "attention_mask": mask}
+    parts = Microbatches(Extractor(Masked().eval(), "kl", "uniform"), batch, torch.Generator, 2, None)
+    for index in range(2):
+        with pytest.raises(ValueError, match="attention_mask: a batch with padding cannot be split"):
+            parts(index)

@@ -116,7 +116,10 @@ def test_the_command_with_two_processes(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "metrics: run/metrics.json" in outputs[0]
     assert outputs[1] == ""
-    assert l3d.load(tmp_path / "run").n_subnetworks == 4
+    found = l3d.load(tmp_path / "run")
+    assert found.n_subnetworks == 4
+    assert found.base_model["name"] == "python:users:model"
+    assert list(found.base_model["parameters"]) == ["weight", "bias"]
 
 
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import l3d
 from l3d.cli import main
 from l3d.decomposition import Decomposition
 from l3d.ratios import InterventionRatios, alike
+from l3d.readers import TokenRows
 
 from helpers import assert_relative
 
@@ -193,3 +194,31 @@ def test_the_command_writes_what_was_measured(tmp_path: Path, capsys: pytest.Cap
         assert found["share_above_random"] == expected.share_above_random
     assert {"interventions.svg", "interventions.png"} <= {path.name for path in (tmp_path / "copy").iterdir()}
     assert not (tmp_path / "run" / "interventions.json").exists()
+
+
+class Masked(Reader):
+    """The same, of rows with an attention mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids * attention_mask)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("positions", ["all", "last", 3])
+def test_padding_is_no_sample(positions: str | int) -> None:
+    """Where every row is padded to twice its length, what is measured is what is without padding."""
+    model = Reader().eval()
+    masked = Masked().eval()
+    masked.load_state_dict(model.state_dict())
+    ids = torch.randint(1, 9, (10, 3), generator=torch.Generator().manual_seed(1))
+    padded = TokenRows(torch.cat([ids, ids], 1), torch.tensor([[1, 1, 1, 0, 0, 0]]).expand(10, -1))
+    plain, found = (
+        l3d.intervention_ratios(
+            random_decomposition(each, "mixer", 4, divergence="kl", positions=positions, k=0.5),
+            each, data, deltas=[0.3], n_samples=99, min_active=1,
+        )
+        for each, data in ((model, ids), (masked, padded))
+    )  # fmt: skip
+    assert torch.equal(plain.subnetworks, found.subnetworks)
+    for field in ("activation_rate", "active", "rest", "random_active", "random_rest"):
+        assert torch.allclose(getattr(plain, field), getattr(found, field), rtol=1e-9), field
