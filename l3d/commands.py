@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +15,11 @@ from torch import nn
 
 from l3d import options, run_folder
 from l3d.callbacks import Callback, log_to
-from l3d.card import renew_card
 from l3d.cli import read_settings
+from l3d.command_output import environment, peak_memory, write_results
 from l3d.data import count_rows
-from l3d.files import replace_text
 from l3d.sources import Data, absolute, load_data, load_model, take_rows
+from l3d.watch import is_first, together
 
 if TYPE_CHECKING:
     from l3d import Decomposition
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 Settings = dict[str, Any]
 
 TIMING = ("seconds", "steps_per_second")
-TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
 
 class Job(NamedTuple):
@@ -65,42 +63,18 @@ def toy(settings: Settings) -> None:
                 raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
     out, overwrite = _take_out(settings, f"runs/{settings['name']}")
     if settings["name"] == "all":
-        _toy_suite(settings, out, suite_only["seeds"] or 10, suite_only["readme"])
+        from l3d import study_commands
+
+        study_commands.toy_suite(settings, out, suite_only["seeds"] or 10, suite_only["readme"])
     else:
         _train(load_toy(settings), out, overwrite=overwrite)
-
-
-def _toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
-    """Run the recovery suite and write its table."""
-    from l3d.files import replace_between
-    from l3d.toys import suite
-
-    if readme is not None:
-        replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
-    names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
-    arguments = {name: settings[name] for name in names if settings[name] is not None}
-    first = settings["seed"] or 0
-    seeds = range(first, first + n_seeds)
-    results = suite.run_suite(seeds, suite.EXPERIMENTS, tell=lambda line: print(line, file=sys.stderr), **arguments)
-    table = suite.to_markdown(results, suite.EXPERIMENTS)
-    out.mkdir(parents=True, exist_ok=True)
-    holds = {"environment": _environment(nn.Linear(1, 1)), "seeds": list(seeds), "arguments": arguments}
-    paths = [
-        replace_text(out / "table.md", table),
-        replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
-    ]
-    if readme is not None:
-        paths.append(replace_between(Path(readme), TABLE_MARKS, table))
-    print(table)
-    for path in paths:
-        print(f"written: {path}")
 
 
 def resume(settings: Settings) -> None:
     """Go on with an interrupted run from its last checkpoint."""
     run, target = find_run(settings)
     job = reload(run, {})
-    if target != run:
+    if target != run and is_first():
         run_folder.copy_run(run, target)
     _train(job, target, resume=True)
 
@@ -128,7 +102,7 @@ def evaluate(settings: Settings) -> None:
     described = _describe(d, job, data, metrics, settings["any_weights"])
     if target != run:
         run_folder.copy_run(run, target)
-    _finish(target, metrics, described)
+    write_results(target, metrics, described)
 
 
 def report(settings: Settings) -> None:
@@ -177,7 +151,8 @@ def find_run(settings: Settings) -> tuple[Path, Path]:
     run_folder.read_command(run)
     if settings["out"] is None:
         return run, run
-    run_folder.check_copy(run, Path(settings["out"]))
+    if is_first():  # of several processes it alone copies, and the others may come later
+        run_folder.check_copy(run, Path(settings["out"]))
     return run, Path(settings["out"])
 
 
@@ -242,16 +217,16 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
     try:
         arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": _model_name(job)}
         arguments |= {"on_start": None if resume else write_config}
-        with log_to(job.settings.get("log"), out) if _is_first() else Callback() as log:
-            with _together(out):
+        with log_to(job.settings.get("log"), out) if is_first() else Callback() as log:
+            with together(lambda command: run_folder.interrupted(out, command)):
                 d = l3d.decompose(job.model, job.data, **arguments, callbacks=[log])
-            if not _is_first():
+            if not is_first():
                 return  # of several processes the first one writes, and reports
             data = evaluation_data(job)
             metrics = evaluate_run(d, job, data) | {name: float(d.timing[name]) for name in TIMING}
-            metrics |= _peak_memory() | {"environment": _environment(job.model)}
+            metrics |= peak_memory() | {"environment": environment(job.model)}
             log.on_end(metrics)
-        _finish(out, metrics, _describe(d, job, data, metrics))
+        write_results(out, metrics, _describe(d, job, data, metrics))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run_folder.interrupted(out)) from None
 
@@ -266,62 +241,18 @@ def _model_name(job: Job) -> str | None:
 
 def _estimate(job: Job) -> None:
     """Print what a run would take."""
-    from rich.console import Console
-    from rich.table import Table
-
     from l3d import processes
-    from l3d.estimate import estimate, path_name
-    from l3d.formats import duration, size
+    from l3d.command_output import print_estimate
+    from l3d.estimate import estimate
 
     joined = processes.start()
     names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY) if option.name in job.settings]
     found = estimate(job.model, job.data, **{name: job.settings[name] for name in names})
     if joined is not None:
         processes.leave()
-    if not _is_first():
+    if not is_first():
         return
-    tensors = Table("tensor", "shape", "rank", "path", "parameters", "factors", box=None)
-    for each in found.tensors:
-        shape, rank = "×".join(map(str, each.shape)), "×".join(map(str, each.ranks)) or "whole"
-        tensors.add_row(each.name, shape, rank, path_name(each), f"{each.parameters:,}", size(each.factor_bytes))
-    totals = Table(box=None, show_header=False)
-    for label, value in (
-        ("samples in a batch", f"{found.n_samples:,}"),
-        ("coefficients kept", f"{found.n_kept:,}"),
-        ("encoder and decoder", size(found.parameter_bytes)),
-        ("optimiser and gradients", size(found.optimizer_bytes)),
-        ("factors of a batch", size(found.factor_bytes)),
-        ("peak memory, predicted", size(found.peak_bytes)),
-        ("peak memory of the steps taken", size(found.measured_peak_bytes)),
-        ("a step", f"{found.seconds_per_step:.4f} s"),
-        ("a step while all is kept", f"{found.seconds_per_warm_step:.4f} s"),
-        ("the whole run", duration(found.seconds)),
-    ):
-        totals.add_row(label, value)
-    console = Console()
-    console.print(tensors)
-    console.print(totals)
-
-
-def _is_first() -> bool:
-    """Tell whether this is the only process, or the first of those that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def _together(out: Path) -> Iterator[None]:
-    """Where torchrun has started several processes, join them while the block runs, and end when one of them does."""
-    from l3d import processes
-    from l3d.watch import watching
-
-    joined = processes.start()
-    if joined is None:
-        yield
-        return
-    command = f"torchrun --nproc_per_node {joined.size} (or any other number) -m l3d resume"
-    with watching(joined, lambda: run_folder.interrupted(out, command)):
-        yield
-    processes.leave()
+    print_estimate(found)
 
 
 def evaluation_data(job: Job) -> Data:
@@ -350,7 +281,11 @@ def _describe(
     view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
     d = d.to(next(job.model.parameters()).device)
     with moving(list(job.model.parameters())) if any_weights else nullcontext():
-        return describe(d, job.model, data, n_rows=n_rows, view=view, activation_rate=metrics["activation_rate"])
+        try:
+            return describe(d, job.model, data, n_rows=n_rows, view=view, activation_rate=metrics["activation_rate"])
+        except ValueError as error:  # the run and its figures are good all the same
+            print(f"l3d: no descriptions of subnetworks: {error} (--describe 0 does not try)", file=sys.stderr)
+            return None
 
 
 def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
@@ -372,68 +307,3 @@ def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = Fal
     if job.toy is not None:
         figures |= job.toy.recovery(d)
     return figures
-
-
-def _environment(model: nn.Module) -> str:
-    """Say what made the figures, in one line."""
-    from l3d import __version__
-
-    device = next(model.parameters()).device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return f"l3d {__version__}, torch {torch.__version__}, {where}"
-
-
-def _peak_memory() -> dict[str, int]:
-    figures = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-        figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        figures["cuda_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return figures
-
-
-def _finish(run: Path, metrics: Mapping[str, Any], described: Mapping[str, Any] | None) -> None:
-    """Write metrics, what each subnetwork does, and the report; print the figures that matter with the paths."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from l3d.formats import duration, percent, size
-    from l3d.report import write_report
-
-    paths = {"metrics": run_folder.write_metrics(run, metrics)}
-    renew_card(run, metrics)
-    if described is not None:
-        paths["subnetworks"] = run_folder.write_subnetworks(run, described)
-    try:
-        paths["report"] = write_report(run)
-    except ImportError as error:  # the report is an extra; the figures are there without it
-        print(f"l3d: no report: {error}", file=sys.stderr)
-
-    table = Table(box=None, show_header=False)
-    shown = {
-        "error": ("error", percent),
-        "held_out_error": ("held-out error", percent),
-        "mmcs": ("match with the truth (mmcs)", "{:.4f}".format),
-        "mmcs_own": ("the same, feature's own weights", "{:.4f}".format),
-        "features_found": ("features found", "{:.0f}".format),
-        "groups_found": ("groups found", "{:.0f}".format),
-        "purity": ("purity", "{:.4f}".format),
-        "r2": ("r² with W_out W_in", "{:.4f}".format),
-        "r2_task": ("r² with the task's matrix", "{:.4f}".format),
-        "inputs_found": ("inputs found", "{:.0f}".format),
-        "kept_per_sample": ("kept per sample", "{:.3g}".format),
-        "dead_fraction": ("dead", percent),
-        "steps_per_second": ("steps per second", "{:,.4g}".format),
-        "seconds": ("training time", duration),
-        "peak_memory_bytes": ("peak memory", size),
-        "cuda_peak_memory_bytes": ("peak memory, GPU", size),
-    }
-    for name, (label, show) in shown.items():
-        if name in metrics:
-            table.add_row(label, "not finite" if metrics[name] is None else show(metrics[name]))
-    Console().print(table)
-    for name, path in paths.items():
-        print(f" {name}: {path}")  # whole, where a table would cut it to the width of the terminal

@@ -50,7 +50,10 @@ class ShownRows:
 
     def batch(self, rows: Sequence[int]) -> Any:
         """Return rows (numbers below `count`) as the model takes them; labels and contrasts are left out."""
-        batch = default_collate([self._row(self.numbers[row]) for row in rows])
+        try:
+            batch = default_collate([self._row(self.numbers[row]) for row in rows])
+        except RuntimeError as error:
+            raise ValueError(f"data: rows differ in shape, and cannot be shown together ({error})") from error
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Any:

@@ -1,20 +1,52 @@
-"""What `l3d sweep`, `l3d intervene` and `l3d paper` do: studies over many runs, of one run, and of the paper's toys."""
+"""What `l3d toy all`, `sweep`, `intervene` and `paper` do: studies over many runs, of one, of the paper's toys."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from l3d import commands, options, run_folder
+from l3d.command_output import environment
 from l3d.files import replace_text
 from l3d.sources import absolute
 
 Settings = dict[str, Any]
 
 INTERVENTIONS = "interventions.json"
+TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
+
+
+def toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
+    """Run the recovery suite and write its table."""
+    from torch import nn
+
+    from l3d.files import replace_between
+    from l3d.toys import suite
+
+    if readme is not None:
+        replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
+    names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
+    arguments = {name: settings[name] for name in names if settings[name] is not None}
+    first = settings["seed"] or 0
+    seeds = range(first, first + n_seeds)
+    results = suite.run_suite(seeds, suite.EXPERIMENTS, tell=lambda line: print(line, file=sys.stderr), **arguments)
+    table = suite.to_markdown(results, suite.EXPERIMENTS)
+    out.mkdir(parents=True, exist_ok=True)
+    holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds), "arguments": arguments}
+    paths = [
+        replace_text(out / "table.md", table),
+        replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
+    ]
+    if readme is not None:
+        paths.append(replace_between(Path(readme), TABLE_MARKS, table))
+    print(table)
+    for path in paths:
+        print(f"written: {path}")
 
 
 def sweep(settings: Settings) -> None:

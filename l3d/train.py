@@ -4,12 +4,10 @@ model + batch ─ extract ─► per-sample gradients ─ project ─► coeffic
 loss ─ Adam, unit norm ─► decomposition
 """
 
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from torch import Tensor, nn
 from l3d import store
 from l3d.cache import Cache, contents
 from l3d.callbacks import Callback, ProgressBar
+from l3d.checkpoints import restore, save
+from l3d.checks import check_finite, dtype_of_sums, finite_losses, naming_step
 from l3d.chunks import Chunks, objective_in_chunks
 from l3d.controls import shuffled
 from l3d.data import Batches, count_rows, mix
@@ -27,7 +27,7 @@ from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients, concatenate
-from l3d.identity import check_identity, identity
+from l3d.identity import identity
 from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import Params, to_device
 from l3d.objective import Objective, objective
@@ -190,7 +190,7 @@ def decompose(
         run.check()
         folder = run.open(out, overwrite, resume, on_start) if out is not None else None
         if folder is not None and resume:
-            run.restore(folder)
+            restore(run, folder)
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
         heard = (ProgressBar(label) if progress else Callback(), *callbacks) if run.is_first() else ()
         with heard[0] if heard else Callback():
@@ -254,7 +254,9 @@ class Run:
             restarts.append(
                 Decomposition(shapes, n_subnetworks, settings.rank, settings.as_dict(), start, self.columns)
             )
-        self.decomposition = Decomposition.side_by_side(restarts).to(device, self._dtype())
+        self.decomposition = Decomposition.side_by_side(restarts).to(
+            device, dtype_of_sums(settings.dtype, extractor.parameters)
+        )
         self.decomposition.base_model = identity(extractor.model, extractor.parameters, model_name)
         if settings.start == "data":
             self._start_from_data()
@@ -263,16 +265,6 @@ class Run:
         )
         if self.ranks is not None and settings.relative_lr:
             self.optimizer.scales = self.ranks.root_mean_squares(self.optimizer.parameters)
-
-    def _dtype(self) -> torch.dtype:
-        if self.settings.dtype is None:
-            return torch.promote_types(next(iter(self.extractor.parameters.values())).dtype, torch.float32)
-        dtype = getattr(torch, self.settings.dtype, None)
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype: expected a floating dtype such as 'float32', got {self.settings.dtype!r}")
-        if dtype == torch.float16:
-            raise ValueError("dtype: float16 cannot hold the gradients' range; use float32 or bfloat16")
-        return torch.promote_types(dtype, torch.float32)  # bfloat16 is for what is held, not for sums
 
     def _held(self, gradients: Gradients) -> Gradients:
         """Hold gradients as asked: on the run's device, in bfloat16 if the decomposition is to be."""
@@ -364,7 +356,7 @@ class Run:
                 with naming_step(self.step - 1):
                     check_finite(self.decomposition)
                 if folder is not None:
-                    self._save(folder)
+                    save(self, folder)
 
     def _differentiated(self, gradients: Gradients | Chunks, k: float) -> tuple[Objective, Sequence[Tensor]]:
         """Compute the loss of a batch and its derivatives by the decomposition's parameters."""
@@ -448,76 +440,9 @@ class Run:
         best.restart_errors = errors
         best.history = self.recorder.history_of(index)
         best.threshold = self.recorder.thresholds[index]
-        best.timing = self._timing()
+        best.timing = self.timing()
         return best
 
-    def _timing(self) -> dict[str, float]:
+    def timing(self) -> dict[str, float]:
+        """Return the seconds spent training, and the steps per second."""
         return {"seconds": self.seconds, "steps_per_second": self.step / max(self.seconds, 1e-9)}
-
-    def _save(self, folder: store.RunFolder) -> None:
-        tensors, values = self.optimizer.state()
-        state = {"optimizer": values, "recorder": self.recorder.state()}
-        decomposition: Decomposition | None = self.decomposition
-        if self.ranks is not None:
-            decomposition = self.ranks.whole(self.decomposition, self.settings.n_subnetworks)
-            collected = {name: t if name.startswith("scale") else self.ranks.collect(t) for name, t in tensors.items()}
-            tensors = {name: tensor for name, tensor in collected.items() if tensor is not None}
-        if decomposition is None:
-            return  # another process writes
-        decomposition.history = self.recorder.history
-        decomposition.timing = self._timing()
-        decomposition.threshold = self.recorder.thresholds[0]  # that of a lone restart
-        folder.save_checkpoint(self.step, decomposition, tensors, state)
-
-    def restore(self, folder: store.RunFolder) -> None:
-        """Continue from the last checkpoint, if there is one."""
-        found = folder.load_checkpoint(self.columns)
-        if found is None:
-            return
-        decomposition, tensors, state = found
-        changed = [
-            name
-            for name, value in self.decomposition.settings.items()
-            if json.dumps(value) != json.dumps(decomposition.settings.get(name))
-        ]
-        if decomposition.n_subnetworks != self.decomposition.n_subnetworks and "n_subnetworks" not in changed:
-            changed.append("n_restarts")
-        if changed:
-            raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
-        if decomposition.shapes != self.decomposition.shapes or decomposition.ranks != self.decomposition.ranks:
-            raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
-        check_identity(decomposition.base_model, self.extractor.parameters)
-        self.decomposition.load_state_dict(decomposition.state_dict())
-        self.optimizer.load_state(tensors, state["optimizer"])
-        self.recorder.load_state(state["recorder"], decomposition.history)
-        self.step = state["step"]
-        self.seconds = decomposition.timing["seconds"]
-
-
-@contextmanager
-def naming_step(step: int) -> Iterator[None]:
-    """Say at which step an error was met."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"step {step}: {error}") from error
-
-
-def check_finite(decomposition: Decomposition) -> None:
-    """Refuse a decomposition that the last steps have blown up; the last checkpoint stays."""
-    for name, parameter in decomposition.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
-
-
-def finite_losses(loss: Tensor, gradients: Gradients | Chunks) -> list[float]:
-    """Return every restart's loss as a number; raises ValueError naming the tensor whose gradient is not finite."""
-    values = loss.reshape(-1).tolist()
-    if all(map(math.isfinite, values)):
-        return values
-    for name, tensor in gradients.tensors():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"gradients: NaN or infinity in those of {name!r}; the last checkpoint stays")
-    if not gradients.squared_norm().any():
-        raise ValueError("gradients: all zero in this batch, so there is nothing to reconstruct; check params and data")
-    raise ValueError("loss: not finite although the gradients are; lower lr")

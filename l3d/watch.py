@@ -18,11 +18,33 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from l3d import processes
 from l3d.processes import Ranks
 
 BEAT = 1.0  # seconds between heartbeats
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
 STATUS = 3  # the exit status of a process that ends because another has
+
+
+def is_first() -> bool:
+    """Tell whether this is the only process, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def together(advice: Callable[[str], str]) -> Iterator[None]:
+    """Where torchrun has started several processes, join them while the block runs, and end when one of them does.
+
+    advice: what to say then, given the command that goes on.
+    """
+    joined = processes.start()
+    if joined is None:
+        yield
+        return
+    command = f"torchrun --nproc_per_node {joined.size} (or any other number) -m l3d resume"
+    with watching(joined, lambda: advice(command)):
+        yield
+    processes.leave()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import l3d
+from l3d import commands
 from l3d.cli import main
 from l3d.toys import suite
 
@@ -46,6 +47,15 @@ def points(seed=0, n=60):
 
 def batches():
     return [points(0, 16), points(1, 16), points(2, 16)]
+
+
+def texts_model():
+    return torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
+
+
+def ragged():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(7, (8, length), generator=generator) for length in (3, 5, 4)]
 
 
 class Interrupting(Dataset):
@@ -157,6 +167,30 @@ def test_batches_of_the_users_own(user: list[str], capsys: pytest.CaptureFixture
     assert main([*user, "--out", "run"]) == 0
     assert 0 < read("run")["error"] < 1
     assert read("run")["n_rows"] is None
+
+
+def test_rows_that_cannot_be_shown_together_leave_the_figures(
+    user: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches of texts of several lengths are trained on and scored; only the cards are left out, and that is said."""
+    name = user[2].split(":")[1]
+    sources = ["--model", f"python:{name}:texts_model", "--data", f"python:{name}:ragged", "--divergence", "kl"]
+    assert main([*user, *sources, "--steps", "5", "--batch_size", "8", "--out", "run"]) == 0
+    assert "no descriptions of subnetworks: data: " in capsys.readouterr().err
+    assert read("run")["error"] > 0
+    assert not Path("run", "subnetworks.json").exists()
+    assert Path("run", "report.html").exists()
+
+
+def test_of_several_processes_the_first_copies_a_run(user: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others find the copy there already, and neither refuse it nor copy again."""
+    assert main([*user, "--steps", "2", "--out", "run"]) == 0
+    Path("copy").mkdir()
+    Path("copy", "config.yaml").touch()
+    with pytest.raises(ValueError, match="--out: copy exists"):
+        commands.find_run({"run": "run", "out": "copy"})
+    monkeypatch.setenv("RANK", "1")
+    assert commands.find_run({"run": "run", "out": "copy"}) == (Path("run"), Path("copy"))
 
 
 def test_evaluate_repeats_the_runs_figures(user: list[str], tmp_path: Path) -> None:
