@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from l3d.estimate import memory_now, plan
+from l3d.estimate import plan
+from l3d.memory import memory_now, peak_memory
 
 WIDTHS = (1024, 2048, 4096)
 S, T, K, R = 256, 8, 512, 4
@@ -33,11 +34,9 @@ def measure(width: int) -> dict[str, Any]:
     run = plan(model, data, n_subnetworks=K, rank=R, batch_size=S, k=0.1, steps=2, warm_start=1, revive=False)
     for step in range(2):
         run.take_step(run.gradients(step))
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     return {
         "width": width,
-        "peak_bytes": peak - before,
+        "peak_bytes": peak_memory() - before,
         "factor_bytes": run.gradients(0).nbytes(),  # type: ignore[union-attr]
         "parameter_bytes": sum(p.nbytes for p in run.decomposition.parameters()),
         "materialised_gradient_bytes": S * width * width * 4,

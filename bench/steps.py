@@ -8,7 +8,6 @@ reported is their ratio. Writes bench/results/steps.json and, with --readme, the
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from bench.cases import CASES, METHODS, Case
 from bench.environment import RESULTS, environment
 from l3d.files import replace_between, replace_text
+from l3d.memory import peak_memory
 from l3d.toys import one_thread
 
 MARKS = ("<!-- steps -->", "<!-- /steps -->")
@@ -74,12 +74,11 @@ def peak_of(name: str, method: str) -> int:
 
 
 def peak(name: str, method: str) -> None:
-    """Take two steps and print the peak resident memory of this process in bytes."""
+    """Take two steps and print this process's peak memory."""
     case = CASES[name]()
     for _ in range(2):
         case.step(method)
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(peak_memory())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

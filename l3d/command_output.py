@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from l3d import run_folder
+from l3d import memory, run_folder
 from l3d.card import renew_card
 from l3d.estimate import Estimate, path_name
 from l3d.formats import duration, percent, size
@@ -54,12 +54,7 @@ def environment(model: nn.Module) -> str:
 
 def peak_memory() -> dict[str, int]:
     """Return the most bytes this process has held, and the most of a GPU's memory."""
-    figures = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-        figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    figures = {"peak_memory_bytes": memory.peak_memory()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         figures["cuda_peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return figures

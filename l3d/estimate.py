@@ -2,7 +2,6 @@
 
 import inspect
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -17,6 +16,7 @@ from l3d.data import count_rows
 from l3d.decomposition import Decomposition
 from l3d.extract import Extractor
 from l3d.factors import Gradients
+from l3d.memory import memory_now, peak_memory
 from l3d.objective import n_kept
 from l3d.settings import Settings, kept_fraction, resolve
 from l3d.train import Run, decompose
@@ -136,24 +136,3 @@ def _factor_bytes(gradients: Gradients | Chunks) -> int:
         for chunk in chunks
         for nbytes in {tensor.data_ptr(): tensor.nbytes for _, tensor in chunk.tensors()}.values()
     )
-
-
-def memory_now() -> int:
-    """Return the bytes this process holds now; 0 where the system does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * 4096
-    except OSError:
-        return 0
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes this process has held, on a GPU of its memory; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
