@@ -49,6 +49,8 @@ def decompose(settings: Settings) -> None:
         if not settings[name]:
             raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
         settings[name] = absolute(settings[name])
+    if settings["cache"] is not None:
+        settings["cache"] = str(Path(settings["cache"]).resolve())  # a resumed run may start elsewhere
     if dry_run:
         return _estimate(load(settings))
     _train(load(settings), out, overwrite=overwrite)

@@ -121,6 +121,14 @@ def test_toy_writes_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureFix
     assert l3d.load(run).n_subnetworks == 5
 
 
+def test_a_cache_is_found_from_anywhere(user: list[str], tmp_path: Path) -> None:
+    """A relative --cache is written to config.yaml as the folder that it meant, so a run resumed elsewhere finds it."""
+    assert main([*user, "--cache", "store", "--out", "run"]) == 0
+    cache = yaml.safe_load(Path("run/config.yaml").read_text())["cache"]
+    assert Path(cache).is_absolute()
+    assert (Path(cache), Path(cache).is_dir()) == ((tmp_path / "store").resolve(), True)
+
+
 def test_a_runs_configuration_repeats_it(tmp_path: Path) -> None:
     """config.yaml gives the same figures again, and what stands after it on the command line overrides it."""
     first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
