@@ -234,20 +234,20 @@ def test_a_dry_run_goes_through_everything_and_writes_nothing(tmp_path: Path) ->
 
 
 def test_the_steps_loss_is_the_objectives() -> None:
-    """The phases together are l3d's own step: the same loss, and the parameters move."""
+    """The phases together are l3d's own step: the same loss, the parameters move, and the decoder has unit norm."""
     step = Step(BLOCK, torch.float32, CPU, "torch")
     moved = [p.detach().clone() for p in step.optimizer.parameters]
     sides = [[p.clone() for p in side.parameters()] for side in (step.encoder, step.decoder)]
     loss = step.take()
     assert all(not torch.equal(a, b) for a, b in zip(moved, step.optimizer.parameters, strict=True))
+    norms = step.decoder.squared_norm()
+    torch.testing.assert_close(norms, torch.ones_like(norms))
     with torch.no_grad():
         for side, before in zip((step.encoder, step.decoder), sides, strict=True):
             for p, value in zip(side.parameters(), before, strict=True):
                 p.copy_(value)
     expected = objective(step.gradients, step.encoder, step.decoder, BLOCK.kept, backend="torch").loss
     torch.testing.assert_close(loss, expected.detach())
-    norms = step.decoder.squared_norm()
-    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1)
 
 
 def test_the_bare_passes_are_those_that_extraction_needs() -> None:
