@@ -35,7 +35,7 @@ from l3d.settings import Settings
 
 T = TypeVar("T")
 
-FORMAT = "l3d-gradients-1"
+FORMAT = "l3d-gradients-2"
 READS = ("auto", "on", "off")
 TRIALS = 3  # batches that extraction and reading are timed on, after one to warm up
 # What of the settings decides a batch's gradients; steps, K, rank, k and the optimiser's do not.
@@ -52,6 +52,7 @@ class Cache:
         extract: returns a step's gradients.
         reads: "on" to read whatever is stored, "off" never to, "auto" for what is measured to be faster.
         ranks: the processes that train together; the first one writes, and decides for all.
+        seconds: returns what the last extraction took per batch, where several are extracted at once.
 
     Raises ValueError where the folder holds gradients of something else, naming what differs.
     """
@@ -64,10 +65,12 @@ class Cache:
         extract: Callable[[int], Gradients],
         reads: str = "auto",
         ranks: Ranks | None = None,
+        seconds: Callable[[], float] | None = None,
     ) -> None:
         if reads not in READS:
             raise ValueError(f"cache_reads: expected one of {', '.join(READS)}, got {reads!r}")
         self.path, self.n_steps, self.extract, self.ranks = Path(path), n_steps, extract, ranks
+        self.seconds = seconds
         self.identity = {"format": FORMAT, **identity}
         self.reading: bool | None = {"on": True, "off": False, "auto": None}[reads]
         self.extract_seconds: list[float] = []
@@ -136,7 +139,7 @@ class Cache:
             tensor.to(gradients.device, copy=True)  # a mapped file is read when it is touched
         _finish(gradients.device)
         self.read_seconds.append(time.perf_counter() - reopened)
-        self.extract_seconds.append(extracted - started)
+        self.extract_seconds.append(extracted - started if self.seconds is None else self.seconds())
         if stored:
             check_same(gradients, again, self._file(index))
         if len(self.read_seconds) > TRIALS:  # the first extraction also warms up what later ones find warm

@@ -9,7 +9,8 @@ The uses of a parameter are read off the autograd graph (`l3d.graph`); a rule pe
 be told apart there, else from the output.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
 from l3d.graph import Use, n_outputs, output_shape, positionwise_head, read_graph
-from l3d.inputs import check_logits, check_tokens
+from l3d.inputs import check_logits, check_tokens, count_rows_of, join, without_label
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.rules import has_rule, part_of
@@ -85,28 +86,22 @@ class Extractor:
         self.parameters = select_parameters(model, params)
         self._output_width: tuple[int, ...] | None = None
         self._batches = 0
+        self.rows_stay = False  # of the last batch: that its rows are independent was seen in the graph alone
+        self.graph_bytes = 0  # that its graph held, about
 
     def __call__(self, inputs: Any, generator: torch.Generator | None = None, share: Share | None = None) -> Gradients:
         """Return the gradients of one batch, or of the rows of a larger one: then `share` says which they are."""
-        check_fixed(self.model)
         contrast_inputs = None
         if isinstance(self.reference, str) and self.reference == "pair":
             if not (isinstance(inputs, (tuple, list)) and len(inputs) == 2):
                 raise ValueError("reference: 'pair' needs data that yields (input, contrast), got single inputs")
             inputs, contrast_inputs = inputs
-        elif isinstance(inputs, (tuple, list)) and inputs:
-            inputs = inputs[0]  # (input, label) and its like
-        with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
-            if self._batches == 0:
-                check_tokens(self.model, inputs)
+        inputs = without_label(inputs)
+        with self._recording():
             output = self._forward(inputs)
             mask = padding_mask(inputs)
             samples = Samples(output, self.positions, self.is_kl, generator, mask, share)
-            self._check_width(samples)
-            outputs = samples.gather(output.detach())
-            if self.is_kl and self._batches == 0:
-                check_logits(outputs)
-            self._batches += 1
+            outputs = self._outputs_of(samples, output)
             contrast = None
             if contrast_inputs is not None:
                 check_same_padding(mask, padding_mask(contrast_inputs))
@@ -114,20 +109,64 @@ class Extractor:
                     contrast = samples.gather(run_fixed(self.model, contrast_inputs))
             references = self._references(outputs, contrast, samples, generator, share)
             d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
-            with torch.no_grad():
-                parts = self._backward(output, samples, d_out)
+            gradients = self._gradients(output, samples, d_out)
+        return gradients if samples.kept is None else gradients.select(samples.kept)
+
+    def several(
+        self, batches: Sequence[Any], generators: Sequence[torch.Generator]
+    ) -> tuple[Gradients, list[int]] | None:
+        """Return the gradients of several batches, as one by one but for rounding, from one pass over their rows.
+
+        All samples one after the other, and how many each batch has. None where the batches cannot be joined: they are
+        pairs, have padding, or differ in more than their rows. What comes is wrong for a model that mixes rows:
+        `rows_stay` must have been seen True.
+        """
+        whole = join([without_label(batch) for batch in batches])
+        if whole is None or (isinstance(self.reference, Tensor) or self.reference == "pair"):
+            return None
+        with self._recording():
+            output = self._forward(whole)
+            pieces = output.detach().split([count_rows_of(without_label(batch)) for batch in batches])
+            each, d_outs = [], []
+            for own, generator in zip(pieces, generators, strict=True):
+                samples = Samples(own, self.positions, self.is_kl, generator)
+                outputs = self._outputs_of(samples, own)
+                references = self._references(outputs, None, samples, generator, None)
+                d_outs.append(div.output_gradient(self.divergence, outputs, references))
+                each.append(samples)
+            gradients = self._gradients(output, Samples.joined(output, each), torch.cat(d_outs))
+        return gradients, [samples.count for samples in each]
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Record the uses of the chosen parameters, whatever mode the caller is in."""
+        check_fixed(self.model)
+        with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
+            yield
+
+    def _outputs_of(self, samples: Samples, output: Tensor) -> Tensor:
+        """Return the samples' outputs, checked: [S, ...]."""
+        self._check_width(samples)
+        outputs = samples.gather(output.detach())
+        if self.is_kl and self._batches == 0:
+            check_logits(outputs)
+        self._batches += 1
+        return outputs
+
+    def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:
+        """Turn the gradient at the outputs into gradients of the parameters, padding included."""
+        with torch.no_grad():
+            parts = self._backward(output, samples, d_out)
         shapes = {name: p.shape for name, p in self.parameters.items()}
         dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
         like = torch.empty(0, dtype=dtype, device=output.device)
         compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
-        gradients = Gradients(compacted, shapes, samples.count, dtype, output.device)
-        return gradients if samples.kept is None else gradients.select(samples.kept)
+        return Gradients(compacted, shapes, samples.count, dtype, output.device)
 
     @torch.no_grad()
     def outputs(self, inputs: Any, generator: torch.Generator | None, share: Share) -> Tensor:
         """Return the samples' outputs alone, of the rows of a larger batch: [s, ...]."""
-        if isinstance(inputs, (tuple, list)) and inputs:
-            inputs = inputs[0]
+        inputs = without_label(inputs)
         output = run_fixed(self.model, inputs)
         return Samples(output, self.positions, self.is_kl, generator, padding_mask(inputs), share).gather(output)
 
@@ -158,6 +197,8 @@ class Extractor:
 
     def _forward(self, inputs: Any) -> Tensor:
         """Run the model once, with autograd recording the uses of the chosen parameters."""
+        if self._batches == 0:
+            check_tokens(self.model, inputs)
         output = run_fixed(self.model, inputs)
         if output.ndim == 0 or output.shape[0] == 0:
             raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
@@ -182,6 +223,7 @@ class Extractor:
         assert output.grad_fn is not None
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
         uses, layouts = graph.uses, find_layouts(output, graph)
+        self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
         late = {use.name for use in uses if layouts[use.node] is None}
         late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
         if graph.opaque:  # what looks unused may be used where the graph does not tell

@@ -97,6 +97,7 @@ class Gradients:
     dtype: torch.dtype
     device: torch.device
     _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def matrix(self, name: str) -> Tensor:
         """Return one parameter's gradients multiplied out as matrices [S, d0, rest], remembered for the batch."""
@@ -110,6 +111,13 @@ class Gradients:
                 total = torch.zeros(self.n_samples, *shape, dtype=self.dtype, device=self.device)
             self._matrices[name] = total
         return self._matrices[name]
+
+    def flat(self, names: Sequence[str]) -> Tensor:
+        """Return all gradients multiplied out, parameter by parameter as listed: [S, all entries], remembered."""
+        key = tuple(names)
+        if key not in self._flat:
+            self._flat[key] = torch.cat([self.matrix(name).flatten(1) for name in key], 1)
+        return self._flat[key]
 
     def fits_whole(self, name: str) -> bool:
         """Tell whether one parameter's gradients may be held multiplied out: no more than their factors, or small."""
@@ -173,7 +181,8 @@ class Gradients:
             return Rows(part.x[start // share : stop // share], part.dy[start:stop], part.x_axis)
 
         parts = {name: [cut(part) for part in parts] for name, parts in self.parts.items()}
-        return Gradients(parts, self.shapes, stop - start, self.dtype, self.device)
+        flat = {names: whole[start:stop] for names, whole in self._flat.items()}
+        return Gradients(parts, self.shapes, stop - start, self.dtype, self.device, _flat=flat)
 
     def to(self, like: Tensor) -> "Gradients":
         """Move to another tensor's device and floating dtype; itself where that changes nothing."""

@@ -2,11 +2,15 @@
 
     ‖G − C Vout‖² per sample,   C = top-k of G Vinᵀ,   G [S, P] and V [K, P] over all P entries of the parameters
 
-The same value as `l3d.objective`'s, which takes this path by `is_small`. The toys are small.
+The same value as `l3d.objective`'s, which takes this path by `is_small`. The toys are small. Its derivatives are
+written out, since walking an autograd graph of so small operations takes longer than they do.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import l3d_kernels as lk
 from l3d.directions import Directions, Whole
@@ -28,25 +32,87 @@ def is_small(gradients: Gradients, directions: Directions, backend: str = "auto"
 def flat_residual(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
 ) -> tuple[lk.SparseCoefficients, Tensor, Tensor]:
-    """Return what is kept, ‖g_s − ĝ_s‖² [S, groups] (differentiable) and ‖g_s‖² [S]; see `l3d.objective`."""
-    # in the directions' order: the gradients' own may be another
-    flat = torch.cat([gradients.matrix(name).flatten(1) for name, _ in encoder.items()], 1)  # [S, P]
-    coefficients = flat @ multiplied_out(encoder).mT
-    kept = lk.batch_topk(coefficients, n, n_groups, backend="torch")
-    mask = torch.zeros_like(coefficients)
-    mask[kept.rows, kept.columns] = 1
-    code = (coefficients * mask).unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
-    reconstruction = code @ multiplied_out(decoder).unflatten(0, (n_groups, -1))  # [groups, S, P]
-    return kept, (flat - reconstruction).square().sum(2).mT, flat.square().sum(1)
+    """Return what is kept, ‖g_s − ĝ_s‖² [S, groups] and ‖g_s‖² [S], of which only the second is differentiable."""
+    flat = gradients.flat([name for name, _ in encoder.items()])  # [S, P]
+    sides = [_factors(encoder), _factors(decoder)]
+    with torch.no_grad():
+        encoders, decoders = (_multiplied_out(side) for side in sides)
+        coefficients = flat @ encoders.mT
+        kept = lk.batch_topk(coefficients, n, n_groups, backend="torch")
+        mask = torch.zeros_like(coefficients)
+        mask[kept.rows, kept.columns] = 1
+        code = _by_group(coefficients * mask, n_groups)  # [groups, S, K]
+        decoders = decoders.unflatten(0, (n_groups, -1))  # [groups, K, P]
+        difference = flat - code @ decoders  # [groups, S, P]
+    residual = _SquaredNorm.apply(_Batch(flat, mask, code, decoders, difference, len(sides[0])), *sides[0], *sides[1])
+    return kept, residual, flat.square().sum(1)
 
 
-def multiplied_out(directions: Directions) -> Tensor:
-    """Return the directions as rows over the entries of all parameters: [K, P]."""
-    rows: list[Tensor] = []
+class _Batch(NamedTuple):
+    """What the derivatives of a batch's residuals are made of."""
+
+    flat: Tensor  # [S, P] gradients
+    mask: Tensor  # [S, groups * K] ones where a coefficient is kept
+    code: Tensor  # [groups, S, K] kept coefficients, and zeros
+    decoders: Tensor  # [groups, K, P]
+    difference: Tensor  # [groups, S, P] g − ĝ
+    n_factors: int  # of the encoder; the rest are the decoder's
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """‖g_s − ĝ_s‖² [S, groups] as a function of the factors of encoder and decoder."""
+
+    @staticmethod
+    def forward(ctx: Any, batch: _Batch, *factors: Tensor) -> Tensor:
+        ctx.batch = batch
+        ctx.save_for_backward(*factors)
+        return batch.difference.square().sum(2).mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        batch, factors = ctx.batch, list(ctx.saved_tensors)
+        slope = batch.difference * (-2 * upstream.mT[..., None])  # by ĝ: [groups, S, P]
+        by_decoder = (batch.code.mT @ slope).flatten(0, 1)  # [groups * K, P]
+        by_code = (slope @ batch.decoders.mT).transpose(0, 1).flatten(1)  # [S, groups * K]
+        by_encoder = (by_code * batch.mask).mT @ batch.flat
+        n = batch.n_factors
+        return None, *_derivatives(by_encoder, factors[:n]), *_derivatives(by_decoder, factors[n:])
+
+
+def _by_group(values: Tensor, n_groups: int) -> Tensor:
+    """Read [S, groups * K] as [groups, S, K]."""
+    return values.unflatten(1, (n_groups, -1)).transpose(0, 1)
+
+
+def _factors(directions: Directions) -> list[Tensor]:
+    """List every tensor's left and right, or its vectors."""
+    factors: list[Tensor] = []
     for _, piece in directions.items():
-        if isinstance(piece, Whole):
-            rows.append(piece.vector)
-        else:
-            left, right = piece.factors()
-            rows.append((left.mT @ right).flatten(1))
+        factors.extend([piece.vector] if isinstance(piece, Whole) else piece.factors())
+    return factors
+
+
+def _multiplied_out(factors: list[Tensor]) -> Tensor:
+    """Return directions, given as `_factors` lists them, as rows over the entries of all parameters: [K, P]."""
+    rows, rest = [], iter(factors)
+    for factor in rest:  # vectors [K, P]; or left [K, R, O], which right [K, R, I] follows
+        rows.append(factor if factor.ndim == 2 else (factor.mT @ next(rest)).flatten(1))
     return torch.cat(rows, 1)
+
+
+def _derivatives(by_direction: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """Return the derivatives by the factors from those by the directions [K, P]."""
+    found: list[Tensor] = []
+    start, rest = 0, iter(factors)
+    for factor in rest:
+        if factor.ndim == 2:
+            found.append(by_direction[:, start : start + factor.shape[1]])
+            start += factor.shape[1]
+            continue
+        right = next(rest)
+        size = factor.shape[2] * right.shape[2]
+        own = by_direction[:, start : start + size].unflatten(1, (factor.shape[2], right.shape[2]))  # [K, O, I]
+        found += [right @ own.mT, factor @ own]
+        start += size
+    return found

@@ -68,6 +68,7 @@ class Graph(NamedTuple):
     uses: list[Use]  # every use, in a fixed order
     opaque: bool  # a custom autograd.Function may use parameters without an edge to them: `uses` may lack some
     rows_stay: bool  # in every tensor dimension 0 is the batch, or blocks of it: no operation moves or mixes rows
+    n_entries: int  # of all operations' outputs, which is about what the graph holds
 
 
 def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Graph:
@@ -79,6 +80,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
     uses: list[Use] = []
     opaque = _source(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
     rows_stay = True
+    n_entries = 0
     seen = {root}
     stack = [root]
     while stack:
@@ -86,6 +88,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
         kind = operation(node)
         if kind == "AccumulateGrad":
             continue
+        n_entries += output_shape(node).numel()
         if kind == "CheckpointFunction":
             raise ValueError(
                 "model: reentrant checkpointing hides parameters; use checkpoint(..., use_reentrant=False)"
@@ -104,7 +107,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             if below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return Graph(uses, opaque, rows_stay)
+    return Graph(uses, opaque, rows_stay, n_entries)
 
 
 def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:

@@ -1,6 +1,6 @@
 """What can be told wrong with inputs and outputs before a gradient is taken, in one line each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +59,46 @@ def describe(inputs: Any) -> str:
     if isinstance(inputs, Mapping):
         return ", ".join(f"{key} {describe(value)}" for key, value in inputs.items())
     return type(inputs).__name__
+
+
+def count_rows_of(batch: Any) -> int:
+    """Count a batch's rows: the length of its first tensor. Raises ValueError where it has none."""
+    first = next((tensor for tensor in tensors_of(batch) if tensor.ndim), None)
+    if first is None:
+        raise ValueError(f"data: a batch can only be split by rows where it holds tensors, got {type(batch).__name__}")
+    return len(first)
+
+
+def without_label(batch: Any) -> Any:
+    """Return the inputs of a batch that may be (input, label) or its like."""
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+def join(batches: Sequence[Any]) -> Any:
+    """Append the rows of several batches: tensors, or mappings of tensors. None where they are not so, or padded.
+
+    >>> join([torch.zeros(2, 3), torch.zeros(1, 3)]).shape
+    torch.Size([3, 3])
+    """
+    first = batches[0]
+    if isinstance(first, Mapping):
+        if any(batch.keys() != first.keys() for batch in batches):
+            return None
+        if any(bool((batch["attention_mask"] == 0).any()) for batch in batches if "attention_mask" in batch):
+            return None
+        joined = {key: join([batch[key] for batch in batches]) for key in first}
+        n_rows = {None if value is None else len(value) for value in joined.values()}
+        return joined if len(n_rows) == 1 and None not in n_rows else None
+    if not all(isinstance(batch, Tensor) and batch.ndim for batch in batches):
+        return None
+    alike = all(batch.shape[1:] == first.shape[1:] and batch.dtype == first.dtype for batch in batches)
+    return torch.cat(list(batches)) if alike else None
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """List the tensors of a batch: itself, or those of a mapping or tuple."""
+    if isinstance(batch, Mapping):
+        return [tensor for value in batch.values() for tensor in tensors_of(value)]
+    if isinstance(batch, (tuple, list)):
+        return [tensor for value in batch for tensor in tensors_of(value)]
+    return [batch] if isinstance(batch, Tensor) else []

@@ -14,6 +14,7 @@ from torch import Tensor
 from l3d.chunks import Chunks
 from l3d.extract import Extractor
 from l3d.factors import Gradients
+from l3d.inputs import count_rows_of
 from l3d.processes import Ranks
 from l3d.samples import Share, padding_mask
 
@@ -89,14 +90,6 @@ def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients]
     return Chunks(lambda i: held(microbatches(i)), len(microbatches))
 
 
-def count_rows_of(batch: Any) -> int:
-    """Count a batch's rows: the length of its first tensor. Raises ValueError where it has none."""
-    first = next((value for value in _values(batch) if isinstance(value, Tensor) and value.ndim), None)
-    if first is None:
-        raise ValueError(f"data: a batch can only be split by rows where it holds tensors, got {type(batch).__name__}")
-    return len(first)
-
-
 def rows_of(batch: Any, rows: slice) -> Any:
     """Take neighbouring rows of a tensor, of a mapping's tensors, or of a tuple's."""
     n_rows = count_rows_of(batch)
@@ -109,11 +102,3 @@ def rows_of(batch: Any, rows: slice) -> Any:
         return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
 
     return batch if rows == slice(0, n_rows) else cut(batch)
-
-
-def _values(batch: Any) -> list[Any]:
-    if isinstance(batch, Mapping):
-        return [leaf for value in batch.values() for leaf in _values(value)]
-    if isinstance(batch, (tuple, list)):
-        return [leaf for value in batch for leaf in _values(value)]
-    return [batch]

@@ -1,6 +1,6 @@
 """Which entries of a model's output are samples: its rows, or chosen positions of every row."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,17 @@ class Samples:
             if real is not None and not (found := real.gather(1, chosen).flatten()).all():
                 self.kept = found.nonzero()[:, 0].to(output.device)
         self.count = self.n_rows * self.per_row
+
+    @classmethod
+    def joined(cls, output: Tensor, each: Sequence["Samples"]) -> "Samples":
+        """Put the samples of batches together whose rows, one batch after the other, make up `output`; no padding."""
+        whole = cls(output, None, False, None)
+        if each[0].positions is not None:
+            whole.positions = torch.cat([samples.positions for samples in each if samples.positions is not None])
+            whole.per_row, whole.width, whole.n_positions = each[0].per_row, each[0].width, each[0].n_positions
+            whole._row = torch.arange(whole.n_rows, device=output.device)[:, None]
+            whole.count = whole.n_rows * whole.per_row
+        return whole
 
     def _real(self, mask: Tensor) -> Tensor | None:
         """Return where the positions are no padding, bool [B, T] on the CPU; None: everywhere."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d import store
+from l3d.ahead import Ahead
 from l3d.cache import Cache, contents
 from l3d.callbacks import Callback, ProgressBar
 from l3d.checkpoints import restore, save
@@ -238,6 +239,9 @@ class Run:
         self.columns = None if self.ranks is None else self.ranks.share(n_subnetworks)  # this process's subnetworks
         self.cache: Cache | None = None
         self.batches = Batches(data, settings.batch_size, settings.seed)
+        self.ahead: Ahead | None = None
+        if micro_batch_size is None and self.ranks is None and self.batches.per_epoch is not None:
+            self.ahead = Ahead(extractor, self.batches, device, self._generator)
         self.step = 0
         self.seconds = 0.0  # spent training, over interruptions
         self.recorder = Recorder(settings.steps, n_restarts)
@@ -294,7 +298,8 @@ class Run:
             raise ValueError(f"n_references: expected a positive whole number, got {n_references!r}")
         own = contents(self.extractor.model, self.extractor, self.batches.data, self.settings, n_references)
         assert self.batches.per_epoch is not None
-        self.cache = Cache(path, own, n_references * self.batches.per_epoch, self.extract, reads, self.ranks)
+        seconds = None if self.ahead is None else self.ahead.seconds
+        self.cache = Cache(path, own, n_references * self.batches.per_epoch, self.extract, reads, self.ranks, seconds)
 
     def gradients(self, step: int) -> Gradients | Chunks:
         """Return the gradients of a step's batch, from the cache where there is one."""
@@ -311,6 +316,8 @@ class Run:
 
     def extract(self, step: int) -> Gradients:
         """Extract the gradients of a step's batch; what is drawn depends on the seed and the step alone."""
+        if self.ahead is not None:
+            return self._held(self.ahead[step])
         batch = self._batch(step)
         return concatenate([self._held(batch(i)) for i in range(len(batch))])
 

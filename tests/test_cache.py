@@ -15,6 +15,7 @@ import l3d
 from l3d import cache as cache_module
 from l3d.cache import Cache, pack, unpack
 from l3d.decomposition import Decomposition
+from l3d.extract import Extractor
 from l3d.factors import Dense, Gradients, Rows
 
 from helpers import Root
@@ -201,17 +202,18 @@ def test_the_faster_way_is_measured(
     """By a clock that only slow work moves: the first batches decide, it is said, and a loser's store stays small."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    original, read = l3d.train.Run.extract, Cache.read
+    monkeypatch.setattr("l3d.ahead.MOST", 1)
+    original, read = Extractor.__call__, Cache.read
 
-    def extract(run: Any, step: int) -> Gradients:
+    def extract(extractor: Extractor, *given: Any) -> Gradients:
         now[0] += 1.0 if slow == "extract" else 0.25
-        return original(run, step)
+        return original(extractor, *given)
 
     def slowly(store: Cache, index: int) -> Gradients:
         now[0] += 0.5
         return read(store, index)
 
-    monkeypatch.setattr(l3d.train.Run, "extract", extract)
+    monkeypatch.setattr(Extractor, "__call__", extract)
     monkeypatch.setattr(Cache, "read", slowly)
     train(cache=tmp_path, progress=True)
     words = "0.5000 s to read; reading" if reading else "0.2500 s to extract, 0.5000 s to read; extracting"

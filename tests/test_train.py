@@ -44,6 +44,12 @@ class Net(nn.Module):
         return self.act(y) if self.calls == self.at and self.act is not None else y
 
 
+@pytest.fixture(autouse=True)
+def one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each step run the model once, so that tests can interrupt a step by a call of the model's."""
+    monkeypatch.setattr("l3d.ahead.MOST", 1)
+
+
 def interrupt(_: Tensor) -> Tensor:
     raise KeyboardInterrupt
 

@@ -1,0 +1,96 @@
+"""Extract the gradients of several steps' batches in one pass, where they are so small that calls cost more than work.
+
+Gradients depend on the model and the data, not on the decomposition: nothing keeps the next steps' from being extracted
+with this one's. References and positions are drawn batch by batch, as they would be alone.
+"""
+
+import time
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+
+import torch
+
+from l3d.data import Batches
+from l3d.extract import Extractor
+from l3d.factors import Gradients
+from l3d.inputs import tensors_of
+from l3d.model import to_device
+
+# Bytes that may be held at once: of inputs, of what the graph keeps, and of the gradients in factors. And batches.
+BYTES = 48 << 20
+MOST = 64
+
+
+class Ahead:
+    """The gradients of a run's batches by step, extracted some steps at a time.
+
+    Which steps go together depends on the step alone, so a resumed run and one that reads a cache see the same bits.
+
+    Args:
+        extractor: of the model.
+        batches: that can be read in any order.
+        device: of the model.
+        generator: makes the generator that draws a step's positions and references.
+    """
+
+    def __init__(
+        self, extractor: Extractor, batches: Batches, device: torch.device, generator: Callable[[int], torch.Generator]
+    ) -> None:
+        self.extractor, self.batches, self.device, self.generator = extractor, batches, device, generator
+        self.width = 0  # steps extracted at once; 0: not known yet
+        self._held: dict[int, Gradients] = {}
+        self._seconds = 0.0
+
+    def seconds(self) -> float:
+        """Return what the last pass took, per batch."""
+        return self._seconds
+
+    def __getitem__(self, step: int) -> Gradients:
+        """Return the gradients of a step's batch."""
+        if self.width == 0:
+            first = self._alone(0)
+            self.width = self._choose_width(first)
+            if self.width == 1 and step == 0:
+                return first
+        if self.width == 1:
+            return self._alone(step)
+        if step not in self._held:
+            start = step - step % self.width
+            self._held = {}
+            self._held = self._together(range(start, start + self.width))
+        return self._held[step] if step in self._held else self._alone(step)
+
+    def _choose_width(self, first: Gradients) -> int:
+        """Decide by the first batch how many go together: one where a row may depend on others."""
+        if not self.extractor.rows_stay:
+            return 1
+        inputs = sum(tensor.nbytes for tensor in tensors_of(self.batches[0]))
+        return max(1, min(MOST, BYTES // max(1, inputs + self.extractor.graph_bytes + first.nbytes())))
+
+    def _alone(self, step: int) -> Gradients:
+        started = time.perf_counter()
+        gradients = self.extractor(to_device(self.batches[step], self.device), self.generator(step))
+        self._seconds = self._since(started)
+        return gradients
+
+    def _together(self, steps: range) -> dict[int, Gradients]:
+        """Extract the batches of some steps at once; nothing where they cannot be, or one of them is at fault."""
+        started = time.perf_counter()
+        batches = [to_device(self.batches[step], self.device) for step in steps]
+        try:
+            found = self.extractor.several(batches, [self.generator(step) for step in steps])
+        except ValueError:  # met again by the step that it is about, which is then named
+            return {}
+        if found is None:
+            return {}
+        whole, counts = found
+        if whole.n_samples * sum(shape.numel() for shape in whole.shapes.values()) * whole.dtype.itemsize <= BYTES:
+            whole.flat(list(whole.shapes))  # once for all, as `l3d.flat` wants them
+        self._seconds = self._since(started) / len(steps)
+        ends = [0, *accumulate(counts)]
+        return {step: whole.between(*between) for step, between in zip(steps, pairwise(ends), strict=True)}
+
+    def _since(self, started: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
