@@ -1,6 +1,6 @@
 """What is timed: a model, a batch and a decomposition's start, with the loss of a step by three methods.
 
-* l3d: ours;
+* l3d: ours, a step of the run that `l3d.decompose` trains;
 * published: bench/published.py, the method as published;
 * afternoon: bench/afternoon.py, vmap(grad) and dense products.
 """
@@ -13,24 +13,32 @@ from torch import Tensor, nn
 
 from bench import afternoon, published
 from l3d.data import mix
-from l3d.decomposition import Decomposition
 from l3d.divergence import kl, mse, reference_outputs
-from l3d.extract import Extractor
+from l3d.estimate import plan
 from l3d.model import run_fixed
 from l3d.objective import n_kept, objective
-from l3d.optimizer import RelativeAdam
 from l3d.toys import make
 
 METHODS = ("l3d", "afternoon", "published")
+STEPS = 1_000_000  # of a run that is never finished
 
 
 class Case:
-    """A model, a batch and a decomposition's start; `chunk` is how many gradients a baseline computes at once."""
+    """A model, data and a decomposition's start; each method trains a copy of its own.
+
+    Args:
+        model: to decompose.
+        data: rows; a batch is the first `batch_size` of them, ours draws its own.
+        batch_size: rows in a step.
+        n_subnetworks, rank, k, divergence, params: as in `l3d.decompose`.
+        chunk: how many gradients a baseline computes at once.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor,
+        data: Tensor,
+        batch_size: int,
         n_subnetworks: int,
         rank: int,
         k: float,
@@ -38,30 +46,53 @@ class Case:
         params: str | None = None,
         chunk: int | None = None,
     ) -> None:
-        self.model, self.inputs, self.k, self.chunk = model, inputs, k, chunk
+        self.model, self.inputs, self.k, self.chunk = model, data[:batch_size], k, chunk
         self.kl = divergence == "kl"
-        self.extractor = Extractor(model, divergence, "sample", params)
+        choices = {"n_subnetworks": n_subnetworks, "rank": rank, "k": k, "divergence": divergence, "params": params}
+        # every step is one after the warm start, in which everything is kept
+        self.run = plan(model, data, batch_size=batch_size, steps=STEPS, warm_start=0, **choices)
+        self.extractor = self.run.extractor
         self.shapes = {name: p.shape for name, p in self.extractor.parameters.items()}
-        start = torch.Generator().manual_seed(0)
-        self.decomposition = Decomposition(self.shapes, n_subnetworks, rank, generator=start)
-        self.optimizer = RelativeAdam(self.decomposition.parameters())
+        self.decomposition = self.run.decomposition
+        sides = self.decomposition.encoder, self.decomposition.decoder
+        self.as_published, self.by_afternoon = published.Training(*sides), afternoon.Training(*sides)
 
     def loss(self, method: str) -> Tensor:
-        """Return the batch's loss by one of METHODS, on the same references."""
-        d = self.decomposition
-        if method == "l3d":
-            gradients = self.extractor(self.inputs, torch.Generator().manual_seed(mix(0)))
-            return objective(gradients, d.encoder, d.decoder, self.k).loss
-        gradient = self.by_afternoon() if method == "afternoon" else self.as_published()
-        return published.loss(gradient, d.encoder, d.decoder, n_kept(self.k, len(gradient), d.n_subnetworks))
+        """Return the first batch's loss by one of METHODS, on the same references, at the start of our decomposition.
+
+        Differentiable in its parameters.
+        """
+        sides = self.decomposition.encoder, self.decomposition.decoder
+        if method == "published":
+            return published.loss(self.jacobian(), *map(published.factors_of, sides), self.n_kept())
+        if method == "afternoon":
+            return afternoon.loss(self.vectors(), *map(afternoon.pairs_of, sides), self.n_kept())
+        gradients = self.extractor(self.inputs, torch.Generator().manual_seed(mix(0)))
+        return objective(gradients, *sides, self.k).loss
 
     def step(self, method: str) -> None:
         """Take one training step."""
-        self.optimizer.step(torch.autograd.grad(self.loss(method), self.optimizer.parameters), 0.01)
-        self.decomposition.normalize_()
+        if method == "published":
+            self.as_published.step(self.jacobian(), self.n_kept())
+        elif method == "afternoon":
+            self.by_afternoon.step(self.vectors(), self.n_kept())
+        else:
+            self.run.take_step(self.run.gradients(self.run.step))
 
-    def as_published(self) -> Tensor:
-        """Return the materialised gradients by jacrev over the batch's losses."""
+    def together(self, method: str) -> int:
+        """Return over how many steps a method spreads its work: a time must be that of so many, from a multiple on."""
+        if method != "l3d" or self.run.ahead is None:
+            return 1
+        self.run.gradients(0)
+        return self.run.ahead.width
+
+    def n_kept(self) -> int:
+        """Count the coefficients that a batch keeps."""
+        n_samples = len(self.inputs) * (self.inputs.shape[1] if self.kl else 1)
+        return n_kept(self.k, n_samples, self.decomposition.n_subnetworks)
+
+    def jacobian(self) -> dict[str, Tensor]:
+        """Return the materialised gradients by jacrev over the batch's losses: {name: [S, *shape]}."""
 
         def losses(output: Tensor) -> Tensor:
             flat = output.flatten(0, 1) if self.kl else output
@@ -69,8 +100,8 @@ class Case:
 
         return published.gradients(self.model, self.inputs, list(self.shapes), losses, self.chunk)
 
-    def by_afternoon(self) -> Tensor:
-        """Return the materialised gradients by vmap(grad), a sample at a time."""
+    def vectors(self) -> Tensor:
+        """Return the materialised gradients by vmap(grad), a sample at a time: [S, all parameters]."""
         with torch.no_grad():
             output = run_fixed(self.model, self.inputs)
         references = self.references(output.flatten(0, 1) if self.kl else output)
@@ -98,7 +129,7 @@ class Case:
 def tms() -> Case:
     """The toy model of superposition as published: 5 subnetworks of rank 1, 32 points a step."""
     toy = make("tms")
-    return Case(toy.model, toy.data[:32], 5, 1, 0.1, "mse")
+    return Case(toy.model, toy.data, 32, 5, 1, 0.1, "mse")
 
 
 def stories(n_texts: int = 16) -> Case:
@@ -118,7 +149,8 @@ def stories(n_texts: int = 16) -> Case:
         **_plain(),
     )
     model = LlamaForCausalLM(config).eval()
-    return Case(model, torch.randint(512, (n_texts, 16)), 100, 6, 0.1, "kl", "model.layers.2.self_attn.*", 64)
+    texts = torch.randint(512, (8 * n_texts, 16))
+    return Case(model, texts, n_texts, 100, 6, 0.1, "kl", "model.layers.2.self_attn.*", 64)
 
 
 def tinystories(n_texts: int = 16) -> Case:
@@ -136,7 +168,8 @@ def tinystories(n_texts: int = 16) -> Case:
         **_plain(),
     )
     model = GPTNeoForCausalLM(config).eval()
-    return Case(model, torch.randint(50257, (n_texts, 16)), 100, 25, 0.1, "kl", "transformer.h.4.attn.*", 16)
+    texts = torch.randint(50257, (2 * n_texts, 16))
+    return Case(model, texts, n_texts, 100, 25, 0.1, "kl", "transformer.h.4.attn.*", 16)
 
 
 def _plain() -> dict[str, Any]:

@@ -54,17 +54,24 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def take_turns(case: Case) -> dict[str, list[float]]:
-    """Time steps of all methods, one of each per round."""
+    """Time steps of all methods, one of each per round; of a method that spreads work over steps the mean of those."""
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     for method in METHODS:
-        case.step(method)
+        several_steps(case, method)
     started = time.perf_counter()
     while len(times["l3d"]) < ROUNDS or time.perf_counter() - started < SECONDS:
         for method, seconds in times.items():
-            before = time.perf_counter()
-            case.step(method)
-            seconds.append(time.perf_counter() - before)
+            seconds.append(several_steps(case, method))
     return times
+
+
+def several_steps(case: Case, method: str) -> float:
+    """Take as many steps as share work and return the seconds per step."""
+    n = case.together(method)
+    before = time.perf_counter()
+    for _ in range(n):
+        case.step(method)
+    return (time.perf_counter() - before) / n
 
 
 def peak_of(name: str, method: str) -> int:
@@ -77,7 +84,7 @@ def peak(name: str, method: str) -> None:
     """Take two steps and print this process's peak memory."""
     case = CASES[name]()
     for _ in range(2):
-        case.step(method)
+        several_steps(case, method)
     print(peak_memory())
 
 

@@ -9,7 +9,7 @@ once the core and all modes but the first are contracted into `right`. Vectors a
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class Directions(nn.Module):
                 else:  # one tensor's start at a time is drawn for all
                     parameter.copy_(torch.empty(drawn, *parameter.shape[1:]).normal_(generator=generator)[columns])
             for piece in self.pieces:  # every tensor starts with the same share of the norm
-                _rescale(piece, _squared_norm(piece))
+                _rescale([piece], _squared_norm(piece))
         self.normalize_()
 
     def items(self) -> list[tuple[str, Piece]]:
@@ -172,9 +172,7 @@ class Directions(nn.Module):
     @torch.no_grad()
     def normalize_(self) -> None:
         """Rescale every direction to unit norm, the factor spread evenly over the factors of each tensor."""
-        squared = self.squared_norm()
-        for piece in self.pieces:
-            _rescale(piece, squared)
+        _rescale(self.pieces, self.squared_norm())
 
     def gram(self, chosen: slice = slice(None)) -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
@@ -212,13 +210,21 @@ def _squared_norm(piece: nn.Module) -> Tensor:
         return piece.vector.square().sum(1)
     left, right = piece.factors()  # type: ignore[operator]
     if left.shape[1] == 1:
-        return left.square().sum((1, 2)) * right.square().sum((1, 2))
+        return (torch.linalg.vector_norm(left, dim=(1, 2)) * torch.linalg.vector_norm(right, dim=(1, 2))).square()
     return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
 
 
-def _rescale(piece: nn.Module, squared: Tensor) -> None:
-    """Divide one tensor's directions by sqrt(squared) [K], an equal share per factor."""
-    parameters = list(piece.parameters())
-    shares = squared.clamp_min(torch.finfo(squared.dtype).tiny).pow(-0.5 / len(parameters))
-    for parameter in parameters:
-        parameter.mul_(shares.view(-1, *[1] * (parameter.ndim - 1)))
+def _rescale(pieces: Iterable[nn.Module], squared: Tensor) -> None:
+    """Divide some tensors' directions by sqrt(squared) [K], an equal share per factor."""
+    squared = squared.clamp_min(torch.finfo(squared.dtype).tiny)
+    shares: dict[int, Tensor] = {}  # by how many factors share
+    scaled: list[Tensor] = []
+    scales: list[Tensor] = []
+    for piece in pieces:
+        parameters = list(piece.parameters())
+        n = len(parameters)
+        if n not in shares:
+            shares[n] = squared.pow(-0.5 / n)
+        scaled += parameters
+        scales += [shares[n].view(-1, *[1] * (parameter.ndim - 1)) for parameter in parameters]
+    torch._foreach_mul_(scaled, scales)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import l3d_kernels as lk
-from l3d.directions import Directions, Whole
+from l3d.directions import Directions, Tucker, Whole
 from l3d.factors import Gradients
+from l3d_kernels import reference
 
 # Multiply-adds of G Vᵀ up to which this is the faster path. Forward and backward, on one of two cores, in ms:
 #     tms, one start 4,000: 1.20 -> .53;  ten starts 40,000: 1.40 -> .68;  tms_40_10, four starts 4,300,000: 2.2 -> 2.0
@@ -33,26 +34,62 @@ def flat_residual(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
 ) -> tuple[lk.SparseCoefficients, Tensor, Tensor]:
     """Return what is kept, ‖g_s − ĝ_s‖² [S, groups] and ‖g_s‖² [S], of which only the second is differentiable."""
-    flat = gradients.flat([name for name, _ in encoder.items()])  # [S, P]
     sides = [_factors(encoder), _factors(decoder)]
     with torch.no_grad():
-        encoders, decoders = (_multiplied_out(side) for side in sides)
-        coefficients = flat @ encoders.mT
+        batch, coefficients, _ = _reconstruct(gradients, encoder, sides, n, n_groups)
         kept = lk.batch_topk(coefficients, n, n_groups, backend="torch")
-        mask = torch.zeros_like(coefficients)
-        mask[kept.rows, kept.columns] = 1
-        code = _by_group(coefficients * mask, n_groups)  # [groups, S, K]
-        decoders = decoders.unflatten(0, (n_groups, -1))  # [groups, K, P]
-        difference = flat - code @ decoders  # [groups, S, P]
-    residual = _SquaredNorm.apply(_Batch(flat, mask, code, decoders, difference, len(sides[0])), *sides[0], *sides[1])
-    return kept, residual, flat.square().sum(1)
+    residual = _SquaredNorm.apply(batch, *sides[0], *sides[1])  # type: ignore[no-untyped-call]
+    return kept, residual, batch.flat.square().sum(1)
+
+
+def has_pairs_only(directions: Directions) -> bool:
+    """Tell whether every tensor is held as a pair of factors or a vector, none as a Tucker product."""
+    return not any(isinstance(piece, Tucker) for piece in directions.pieces)
+
+
+class Differentiated(NamedTuple):
+    """A batch's loss and its derivatives, neither with a graph."""
+
+    loss: Tensor  # [] or [groups]
+    residual: Tensor  # [S, groups] ‖g_s − ĝ_s‖²
+    chosen: Tensor  # [S, groups * K] bool: which coefficients are kept
+    thresholds: Tensor  # [groups]
+    derivatives: list[Tensor]  # of the sum of the losses, by the decoder's parameters and then the encoder's
+
+
+@torch.no_grad()
+def flat_differentiated(
+    gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
+) -> Differentiated:
+    """Return loss and derivatives at once. No tensor may be held as a Tucker product: `l3d.objective` does those."""
+    sides = [_factors(encoder), _factors(decoder)]
+    batch, _, thresholds = _reconstruct(gradients, encoder, sides, n, n_groups)
+    residual = batch.difference.square().sum(2).mT
+    squared_norm = batch.flat.square().sum()
+    by_encoder, by_decoder = _by_directions(batch, batch.difference * (-2 / squared_norm))
+    derivatives = [*_derivatives(by_decoder, sides[1]), *_derivatives(by_encoder, sides[0])]
+    loss = residual.sum(0) / squared_norm
+    return Differentiated(loss if n_groups > 1 else loss[0], residual, batch.mask, thresholds, derivatives)
+
+
+def _reconstruct(
+    gradients: Gradients, encoder: Directions, sides: list[list[Tensor]], n: int, n_groups: int
+) -> tuple["_Batch", Tensor, Tensor]:
+    """Encode and reconstruct a batch; return it, all its coefficients [S, groups * K], and the thresholds."""
+    flat = gradients.flat([name for name, _ in encoder.items()])  # [S, P]
+    encoders, decoders = (_multiplied_out(side) for side in sides)
+    coefficients = flat @ encoders.mT
+    mask, thresholds = reference.largest(coefficients, n, n_groups)
+    code = (coefficients * mask).view(len(flat), n_groups, -1).transpose(0, 1)  # [groups, S, K]
+    decoders = decoders.view(n_groups, -1, flat.shape[1])  # [groups, K, P]
+    return _Batch(flat, mask, code, decoders, flat - code @ decoders, len(sides[0])), coefficients, thresholds
 
 
 class _Batch(NamedTuple):
     """What the derivatives of a batch's residuals are made of."""
 
     flat: Tensor  # [S, P] gradients
-    mask: Tensor  # [S, groups * K] ones where a coefficient is kept
+    mask: Tensor  # [S, groups * K] bool: where a coefficient is kept
     code: Tensor  # [groups, S, K] kept coefficients, and zeros
     decoders: Tensor  # [groups, K, P]
     difference: Tensor  # [groups, S, P] g − ĝ
@@ -72,17 +109,16 @@ class _SquaredNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         batch, factors = ctx.batch, list(ctx.saved_tensors)
-        slope = batch.difference * (-2 * upstream.mT[..., None])  # by ĝ: [groups, S, P]
-        by_decoder = (batch.code.mT @ slope).flatten(0, 1)  # [groups * K, P]
-        by_code = (slope @ batch.decoders.mT).transpose(0, 1).flatten(1)  # [S, groups * K]
-        by_encoder = (by_code * batch.mask).mT @ batch.flat
+        by_encoder, by_decoder = _by_directions(batch, batch.difference * (-2 * upstream.mT[..., None]))
         n = batch.n_factors
         return None, *_derivatives(by_encoder, factors[:n]), *_derivatives(by_decoder, factors[n:])
 
 
-def _by_group(values: Tensor, n_groups: int) -> Tensor:
-    """Read [S, groups * K] as [groups, S, K]."""
-    return values.unflatten(1, (n_groups, -1)).transpose(0, 1)
+def _by_directions(batch: _Batch, by_reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the derivatives by encoder and decoder directions [groups * K, P] from those by ĝ [groups, S, P]."""
+    by_decoder = (batch.code.mT @ by_reconstruction).flatten(0, 1)
+    by_code = (by_reconstruction @ batch.decoders.mT).transpose(0, 1).flatten(1)  # [S, groups * K]
+    return (by_code * batch.mask).mT @ batch.flat, by_decoder
 
 
 def _factors(directions: Directions) -> list[Tensor]:
@@ -112,7 +148,7 @@ def _derivatives(by_direction: Tensor, factors: list[Tensor]) -> list[Tensor]:
             continue
         right = next(rest)
         size = factor.shape[2] * right.shape[2]
-        own = by_direction[:, start : start + size].unflatten(1, (factor.shape[2], right.shape[2]))  # [K, O, I]
+        own = by_direction[:, start : start + size].view(-1, factor.shape[2], right.shape[2])  # [K, O, I]
         found += [right @ own.mT, factor @ own]
         start += size
     return found

@@ -34,6 +34,14 @@ class Kept(NamedTuple):
         return cls(counts[0], columns, kept.threshold, (n_samples, counts[1]))
 
 
+    @classmethod
+    def where(cls, chosen: torch.Tensor, thresholds: torch.Tensor) -> "Kept":
+        """Take it from a mask [S, restarts * K] of what is kept, and each restart's least kept magnitude [restarts]."""
+        counts = chosen.sum(0)
+        shape = (chosen.shape[0], chosen.shape[1])
+        return cls(int(counts.sum()), counts.nonzero()[:, 0], thresholds, shape)
+
+
 class Recorder:
     """Average what happens over a few steps at a time into a history of at most `RECORDS` rows.
 

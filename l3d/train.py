@@ -28,10 +28,11 @@ from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
 from l3d.extract import Extractor
 from l3d.factors import Gradients, concatenate
+from l3d.flat import flat_differentiated, has_pairs_only, is_small
 from l3d.identity import identity
 from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import Params, to_device
-from l3d.objective import Objective, objective
+from l3d.objective import Objective, n_kept, objective
 from l3d.optimizer import RelativeAdam
 from l3d.processes import Ranks
 from l3d.progress import DEAD_AFTER, Kept, Recorder
@@ -365,30 +366,38 @@ class Run:
                 if folder is not None:
                     save(self, folder)
 
-    def _differentiated(self, gradients: Gradients | Chunks, k: float) -> tuple[Objective, Sequence[Tensor]]:
-        """Compute the loss of a batch and its derivatives by the decomposition's parameters."""
+    def _differentiated(
+        self, gradients: Gradients | Chunks, k: float
+    ) -> tuple[Tensor, Tensor, Kept, Sequence[Tensor]]:
+        """Return a batch's losses, residuals, what was kept, and derivatives by the decomposition's parameters."""
+        d, groups, backend = self.decomposition, self.n_restarts, self.settings.backend
+        if isinstance(gradients, Gradients) and is_small(gradients, d.encoder, backend) and has_pairs_only(d.encoder):
+            n = n_kept(k, gradients.n_samples, d.encoder.n_subnetworks // groups)
+            found = flat_differentiated(gradients, d.encoder, d.decoder, n, groups)
+            return found.loss, found.residual, Kept.where(found.chosen, found.thresholds), found.derivatives
         if isinstance(gradients, Gradients):
             result = self.objective(gradients, k)
-            return result, torch.autograd.grad(result.loss.sum(), self.optimizer.parameters)
-        d, groups, backend = self.decomposition, self.n_restarts, self.settings.backend
-        return objective_in_chunks(
-            gradients, d.encoder, d.decoder, k, n_groups=groups, ranks=self.ranks, backend=backend
-        )
+            derivatives: Sequence[Tensor] = torch.autograd.grad(result.loss.sum(), self.optimizer.parameters)
+        else:
+            result, derivatives = objective_in_chunks(
+                gradients, d.encoder, d.decoder, k, n_groups=groups, ranks=self.ranks, backend=backend
+            )
+        return result.loss, result.residual, Kept.of(result.kept, self.ranks, self._first_column()), derivatives
 
     def take_step(self, gradients: Gradients | Chunks) -> bool:
         """Take one step on a batch's gradients; tell whether it completed a row of the history."""
         settings, optimizer = self.settings, self.optimizer
         k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
         for update in range(settings.updates):  # of one batch, whose extraction is what a step mostly costs
-            result, derivatives = self._differentiated(gradients, k)
-            losses = finite_losses(result.loss, gradients)
+            loss, residual, chosen, derivatives = self._differentiated(gradients, k)
+            losses = finite_losses(loss, gradients)
             if update == 0:  # what is recorded is the error of a batch before it was learned from
-                errors, kept = losses, Kept.of(result.kept, self.ranks, self._first_column())
+                errors, kept = losses, chosen
             optimizer.step(derivatives, rate)
             self.decomposition.normalize_()
         self.step += 1
         recorded = self.recorder.add(self.step, errors, kept, rate, k)
-        self._revive(gradients, result.residual)
+        self._revive(gradients, residual)
         return recorded
 
     def _start_from_data(self) -> None:

@@ -210,30 +210,35 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     that many equal blocks, n entries are kept in each, and the threshold is one per group.
     """
     shape = (coefficients.shape[0], coefficients.shape[1])
-    flat = coefficients.flatten()
-    magnitude = flat.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)  # NaN is kept and reaches the loss
-    if n_groups > 1:  # [S, groups * columns] -> [groups * S, columns]
-        magnitude = magnitude.view(shape[0], n_groups, shape[1] // n_groups).transpose(0, 1).flatten()
+    chosen, thresholds = largest(coefficients, n, n_groups)
+    index = chosen.flatten().nonzero()[:, 0]
+    rows = torch.div(index, shape[1], rounding_mode="floor")
+    threshold = thresholds[0] if n_groups == 1 else thresholds
+    return sparse_coefficients(coefficients.flatten()[index], rows, index - rows * shape[1], threshold, shape)
+
+
+def largest(coefficients: Tensor, n: int, n_groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Tell which entries `batch_topk` keeps, and the least kept magnitude of each group: bool [S, K], [groups]."""
+    n_rows, width = coefficients.shape[0], coefficients.shape[1] // n_groups
+    magnitude = coefficients.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)  # NaN is kept: the loss tells
+    if n_groups > 1:
+        magnitude = magnitude.view(n_rows, n_groups, width).transpose(0, 1)
+    by_group = magnitude.reshape(n_groups, n_rows * width)  # [groups, S * columns of a group]
     if n == 0:
-        index = torch.zeros(0, dtype=torch.int64, device=flat.device)
         thresholds = magnitude.new_full((n_groups,), torch.inf)
-    elif n * n_groups == flat.numel():
-        index = torch.arange(flat.numel(), device=flat.device)
-        thresholds = magnitude.view(n_groups, -1).amin(1)
+        chosen = torch.zeros_like(by_group, dtype=torch.bool)
+    elif n == by_group.shape[1]:
+        thresholds = by_group.amin(1)
+        chosen = torch.ones_like(by_group, dtype=torch.bool)
     else:
-        by_group = magnitude.view(n_groups, -1)  # [groups, S * columns of a group]
         thresholds = torch.topk(by_group, n, sorted=False).values.amin(1)
         chosen = by_group >= thresholds[:, None]
         if int(chosen.sum()) > n * n_groups:  # ties at the threshold: the surplus of highest flat index goes
             tied = by_group == thresholds[:, None]
             surplus = chosen.sum(1, keepdim=True) - n
             chosen &= ~(tied & (tied.flip(1).cumsum(1).flip(1) <= surplus))
-        if n_groups > 1:
-            chosen = chosen.view(n_groups, shape[0], -1).transpose(0, 1)
-        index = chosen.flatten().nonzero()[:, 0]
-    rows = torch.div(index, shape[1], rounding_mode="floor")
-    threshold = thresholds[0] if n_groups == 1 else thresholds
-    return sparse_coefficients(flat[index], rows, index - rows * shape[1], threshold, shape)
+    chosen = chosen.view(n_groups, n_rows, width).transpose(0, 1)  # [S, groups, columns of a group]
+    return chosen.reshape(n_rows, n_groups * width), thresholds
 
 
 def project_topk(

@@ -17,6 +17,7 @@ def test_a_baseline_gives_our_loss_and_gradients(name, method):
     case.decomposition.double()
     case.inputs = case.inputs.double() if case.inputs.is_floating_point() else case.inputs[:2, :5]
     parameters = list(case.decomposition.parameters())
+    assert case.n_kept() == round(case.k * len(case.inputs) * (5 if case.kl else 1) * case.decomposition.n_subnetworks)
     ours, theirs = case.loss("l3d"), case.loss(method)
     assert_relative(ours, theirs, 1e-9)
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
