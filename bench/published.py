@@ -6,9 +6,9 @@ reconstructions are one `torch.einsum` a tensor over the gradients and these. Pl
 decoder direction is rescaled to unit norm. Written here from the description of the method; tests/test_bench.py holds
 loss and gradients against ours.
 
-torch.einsum contracts its operands from left to right (opt_einsum, where it is installed, is switched off). They stand in
-an order in which the gradients meet one factor after the other: with the factors multiplied out first this part would
-cost far less than the published code was measured to take for it (17 s a step of TinyStories-8M's shape).
+torch.einsum contracts its operands from left to right (opt_einsum, where it is installed, is switched off). They stand
+in an order in which the gradients meet one factor after the other: with the factors multiplied out first this part
+would cost far less than the published code was measured to take for it (17 s a step of TinyStories-8M's shape).
 """
 
 from collections.abc import Callable, Iterator

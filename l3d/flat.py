@@ -38,7 +38,7 @@ def flat_residual(
     with torch.no_grad():
         batch, coefficients, _ = _reconstruct(gradients, encoder, sides, n, n_groups)
         kept = lk.batch_topk(coefficients, n, n_groups, backend="torch")
-    residual = _SquaredNorm.apply(batch, *sides[0], *sides[1])  # type: ignore[no-untyped-call]
+    residual = _SquaredNorm.apply(batch, *sides[0], *sides[1])
     return kept, residual, batch.flat.square().sum(1)
 
 
@@ -47,21 +47,15 @@ def has_pairs_only(directions: Directions) -> bool:
     return not any(isinstance(piece, Tucker) for piece in directions.pieces)
 
 
-class Differentiated(NamedTuple):
-    """A batch's loss and its derivatives, neither with a graph."""
-
-    loss: Tensor  # [] or [groups]
-    residual: Tensor  # [S, groups] ‖g_s − ĝ_s‖²
-    chosen: Tensor  # [S, groups * K] bool: which coefficients are kept
-    thresholds: Tensor  # [groups]
-    derivatives: list[Tensor]  # of the sum of the losses, by the decoder's parameters and then the encoder's
-
-
 @torch.no_grad()
 def flat_differentiated(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
-) -> Differentiated:
-    """Return loss and derivatives at once. No tensor may be held as a Tucker product: `l3d.objective` does those."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return losses and derivatives at once. No tensor may be held as a Tucker product: `l3d.objective` does those.
+
+    That is: the losses, [] or [groups]; ‖g_s − ĝ_s‖² [S, groups]; which coefficients are kept, bool [S, groups * K];
+    each group's least kept magnitude [groups]; the derivatives by the decoder's parameters and then the encoder's.
+    """
     sides = [_factors(encoder), _factors(decoder)]
     batch, _, thresholds = _reconstruct(gradients, encoder, sides, n, n_groups)
     residual = batch.difference.square().sum(2).mT
@@ -69,7 +63,7 @@ def flat_differentiated(
     by_encoder, by_decoder = _by_directions(batch, batch.difference * (-2 / squared_norm))
     derivatives = [*_derivatives(by_decoder, sides[1]), *_derivatives(by_encoder, sides[0])]
     loss = residual.sum(0) / squared_norm
-    return Differentiated(loss if n_groups > 1 else loss[0], residual, batch.mask, thresholds, derivatives)
+    return loss if n_groups > 1 else loss[0], residual, batch.mask, thresholds, derivatives
 
 
 def _reconstruct(

@@ -22,6 +22,9 @@ class RelativeAdam:
             a scale of its own.
         weight_decay: fraction of a tensor that a step of lr 1 takes off, apart from the gradients (AdamW, Loshchilov &
             Hutter, 2019); 0 is Adam.
+        lazy: slices of the first axis, which all tensors share, rest while they have no gradient: neither do their
+            moments move them, nor fade. Otherwise a gradient that meets an empty memory moves a slice by thirty steps'
+            worth over the next steps: enough to kill a subnetwork that is seldom kept.
         betas, eps: as in Adam.
     """
 
@@ -31,6 +34,7 @@ class RelativeAdam:
         relative: bool = True,
         n_groups: int = 1,
         weight_decay: float = 0.0,
+        lazy: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -40,12 +44,24 @@ class RelativeAdam:
         self.first = [torch.zeros_like(p) for p in self.parameters]  # running mean of gradients
         self.second = [torch.zeros_like(p) for p in self.parameters]  # and of their squares
         self.count = 0
+        self.counts = self.parameters[0].new_zeros(len(self.parameters[0])) if lazy else None  # steps of each slice
 
     @torch.no_grad()
-    def step(self, gradients: Iterable[Tensor], lr: float) -> None:
-        """Take one step against the gradients, given in the parameters' order."""
+    def step(self, gradients: Iterable[Tensor], lr: float, rows: Tensor | None = None) -> None:
+        """Take one step against the gradients, given in the parameters' order.
+
+        Where lazy, `rows` [n] are the slices that have a gradient (some may be listed twice); the others' must be zero.
+        """
         grads = list(gradients)
         self.count += 1
+        if self.weight_decay:
+            torch._foreach_mul_(self.parameters, 1 - lr * self.weight_decay)
+        if self.counts is None:
+            self._step_all(grads, lr)
+        else:
+            self._step_rows(grads, lr, rows)
+
+    def _step_all(self, grads: list[Tensor], lr: float) -> None:
         beta1, beta2 = self.betas
         torch._foreach_lerp_(self.first, grads, 1 - beta1)
         torch._foreach_mul_(self.second, beta2)
@@ -53,11 +69,35 @@ class RelativeAdam:
         correction = (1 - beta2**self.count) ** 0.5
         denominators = torch._foreach_sqrt(self.second)
         torch._foreach_add_(denominators, self.eps * correction)
-        if self.weight_decay:
-            torch._foreach_mul_(self.parameters, 1 - lr * self.weight_decay)
         steps = torch._foreach_div(self.first, denominators)
         torch._foreach_mul_(steps, self.scales)
         torch._foreach_add_(self.parameters, steps, alpha=-lr * correction / (1 - beta1**self.count))
+
+    def _step_rows(self, grads: list[Tensor], lr: float, rows: Tensor | None) -> None:
+        assert self.counts is not None
+        moves = torch.ones_like(self.counts) if rows is None else torch.zeros_like(self.counts).index_fill_(0, rows, 1)
+        self.counts += moves
+        beta1, beta2 = self.betas
+        counts = self.counts.clamp_min(1)  # a slice that has never moved does not now
+        correction = (1 - beta2**counts).sqrt_()
+        torch._foreach_mul_(self.first, self._by_slice(1 - (1 - beta1) * moves))
+        torch._foreach_add_(self.first, grads, alpha=1 - beta1)
+        torch._foreach_mul_(self.second, self._by_slice(1 - (1 - beta2) * moves))
+        torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
+        denominators = torch._foreach_sqrt(self.second)
+        torch._foreach_add_(denominators, self._by_slice(self.eps * correction))
+        steps = torch._foreach_div(self.first, denominators)
+        torch._foreach_mul_(steps, self.scales)
+        torch._foreach_mul_(steps, self._by_slice(moves * correction / (1 - beta1**counts)))
+        torch._foreach_add_(self.parameters, steps, alpha=-lr)
+
+    def _by_slice(self, values: Tensor) -> list[Tensor]:
+        """Shape a value per slice [K] as each parameter needs it: [K, 1, ..]."""
+        by_order: dict[int, Tensor] = {}
+        for parameter in self.parameters:
+            if parameter.ndim not in by_order:
+                by_order[parameter.ndim] = values.view(-1, *[1] * (parameter.ndim - 1))
+        return [by_order[parameter.ndim] for parameter in self.parameters]
 
     @torch.no_grad()
     def forget(self, rows: Tensor) -> None:
@@ -65,12 +105,16 @@ class RelativeAdam:
         for moments in (self.first, self.second):
             for moment in moments:
                 moment[rows] = 0
+        if self.counts is not None:
+            self.counts[rows] = 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what a checkpoint must hold: tensors, and json-able values."""
         tensors = {f"first.{i}": t for i, t in enumerate(self.first)}
         tensors |= {f"second.{i}": t for i, t in enumerate(self.second)}
         tensors |= {f"scale.{i}": t for i, t in enumerate(self.scales)}
+        if self.counts is not None:
+            tensors["counts"] = self.counts
         return tensors, {"count": self.count}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -79,6 +123,8 @@ class RelativeAdam:
             self.first[i].copy_(tensors[f"first.{i}"])
             self.second[i].copy_(tensors[f"second.{i}"])
             self.scales[i].copy_(tensors[f"scale.{i}"])
+        if self.counts is not None:
+            self.counts.copy_(tensors["counts"])
         self.count = values["count"]
 
 

@@ -33,7 +33,6 @@ class Kept(NamedTuple):
         columns = ranks.gather(kept.columns.unique() + first)
         return cls(counts[0], columns, kept.threshold, (n_samples, counts[1]))
 
-
     @classmethod
     def where(cls, chosen: torch.Tensor, thresholds: torch.Tensor) -> "Kept":
         """Take it from a mask [S, restarts * K] of what is kept, and each restart's least kept magnitude [restarts]."""

@@ -1,8 +1,8 @@
 """Settings of a decomposition: what the user chose, completed by a preset.
 
 "published" is the paper's recipe: Adam, one absolute step size, times .8 after every tenth of the run, everything
-kept at first. "default" takes steps relative to each factor's own entries, a cosine schedule, and lets the kept
-fraction fall gradually.
+kept at first. "default" takes steps relative to each factor's own entries, leaves subnetworks alone that a batch does
+not keep, follows a cosine schedule, and lets the kept fraction fall gradually.
 """
 
 import math
@@ -32,6 +32,7 @@ class Settings:
     lr: float  # of Adam; relative to each factor's typical entry where `relative_lr`
     schedule: str  # "cosine", or "step": x .8 ten times over the run
     relative_lr: bool
+    lazy: bool  # subnetworks that a batch does not keep rest: Adam's memory neither moves them nor fades
     weight_decay: float  # of AdamW; 0 is Adam
     warm_start: int  # steps before k reaches its value
     updates: int  # of the optimiser per batch of gradients
@@ -113,6 +114,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         lr=float(lr),
         schedule="step" if published else "cosine",
         relative_lr=not published,
+        lazy=not published,
         revive=not published if revive is None else revive,
         warm_start=warm_start,
         warm_shape="hold" if published else "anneal",

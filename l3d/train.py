@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,16 @@ def decompose(
     return best
 
 
+class Differentiated(NamedTuple):
+    """A batch's losses, what was kept, and the derivatives."""
+
+    loss: Tensor  # [] or [restarts]
+    residual: Tensor  # [S] or [S, restarts] ‖g_s − ĝ_s‖²
+    kept: Kept  # of all processes
+    columns: Tensor  # [n] the subnetworks of this process that were kept, each at least once
+    derivatives: Sequence[Tensor]  # by the decomposition's parameters
+
+
 class Run:
     """One training run: the restarts side by side in one decomposition, its optimiser, and the step it has reached.
 
@@ -266,7 +276,7 @@ class Run:
         if settings.start == "data":
             self._start_from_data()
         self.optimizer = RelativeAdam(
-            self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay
+            self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay, settings.lazy
         )
         if self.ranks is not None and settings.relative_lr:
             self.optimizer.scales = self.ranks.root_mean_squares(self.optimizer.parameters)
@@ -366,38 +376,39 @@ class Run:
                 if folder is not None:
                     save(self, folder)
 
-    def _differentiated(
-        self, gradients: Gradients | Chunks, k: float
-    ) -> tuple[Tensor, Tensor, Kept, Sequence[Tensor]]:
-        """Return a batch's losses, residuals, what was kept, and derivatives by the decomposition's parameters."""
+    def _differentiated(self, gradients: Gradients | Chunks, k: float) -> "Differentiated":
         d, groups, backend = self.decomposition, self.n_restarts, self.settings.backend
         if isinstance(gradients, Gradients) and is_small(gradients, d.encoder, backend) and has_pairs_only(d.encoder):
             n = n_kept(k, gradients.n_samples, d.encoder.n_subnetworks // groups)
-            found = flat_differentiated(gradients, d.encoder, d.decoder, n, groups)
-            return found.loss, found.residual, Kept.where(found.chosen, found.thresholds), found.derivatives
+            loss, residual, mask, thresholds, derivatives = flat_differentiated(
+                gradients, d.encoder, d.decoder, n, groups
+            )
+            kept = Kept.where(mask, thresholds)
+            return Differentiated(loss, residual, kept, kept.columns, derivatives)
         if isinstance(gradients, Gradients):
             result = self.objective(gradients, k)
-            derivatives: Sequence[Tensor] = torch.autograd.grad(result.loss.sum(), self.optimizer.parameters)
+            derivatives = list(torch.autograd.grad(result.loss.sum(), self.optimizer.parameters))
         else:
             result, derivatives = objective_in_chunks(
                 gradients, d.encoder, d.decoder, k, n_groups=groups, ranks=self.ranks, backend=backend
             )
-        return result.loss, result.residual, Kept.of(result.kept, self.ranks, self._first_column()), derivatives
+        kept = Kept.of(result.kept, self.ranks, self._first_column())
+        return Differentiated(result.loss, result.residual, kept, result.kept.columns, derivatives)
 
     def take_step(self, gradients: Gradients | Chunks) -> bool:
         """Take one step on a batch's gradients; tell whether it completed a row of the history."""
         settings, optimizer = self.settings, self.optimizer
         k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
         for update in range(settings.updates):  # of one batch, whose extraction is what a step mostly costs
-            loss, residual, chosen, derivatives = self._differentiated(gradients, k)
-            losses = finite_losses(loss, gradients)
+            found = self._differentiated(gradients, k)
+            losses = finite_losses(found.loss, gradients)
             if update == 0:  # what is recorded is the error of a batch before it was learned from
-                errors, kept = losses, chosen
-            optimizer.step(derivatives, rate)
+                errors, kept = losses, found.kept
+            optimizer.step(found.derivatives, rate, found.columns)
             self.decomposition.normalize_()
         self.step += 1
         recorded = self.recorder.add(self.step, errors, kept, rate, k)
-        self._revive(gradients, residual)
+        self._revive(gradients, found.residual)
         return recorded
 
     def _start_from_data(self) -> None:

@@ -55,19 +55,34 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
 @contextmanager
 def recording(kept: list[Any]) -> Iterator[None]:
     """Note what every step keeps, by sample and subnetwork of all: [n, 2]."""
-    original = Run._differentiated
+    originals = {name: getattr(train, name) for name in ("objective", "objective_in_chunks", "is_small")}
+    differentiated = Run._differentiated
+    results: list[Any] = []
 
     def noting(run: Run, *arguments: Any) -> Any:
-        result = original(run, *arguments)
-        entries = torch.stack([result[0].kept.rows, result[0].kept.columns + run._first_column()], 1)
+        found = differentiated(run, *arguments)
+        result = results.pop()
+        result = result[0] if run.micro_batch_size is not None or run.ranks is not None else result
+        entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column()], 1)
         kept.append(entries if run.ranks is None else run.ranks.gather(entries))
-        return result
+        return found
 
+    def held(name: str) -> Any:
+        def call(*given: Any, **options: Any) -> Any:
+            results.append(originals[name](*given, **options))
+            return results[-1]
+
+        return call
+
+    train.objective, train.objective_in_chunks = held("objective"), held("objective_in_chunks")
+    train.is_small = lambda *_: False  # type: ignore[assignment]
     Run._differentiated = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Run._differentiated = original  # type: ignore[method-assign]
+        Run._differentiated = differentiated  # type: ignore[method-assign]
+        for name, original in originals.items():
+            setattr(train, name, original)
 
 
 def run(name: str, folder: Path, **changes: Any) -> tuple[Decomposition, list[set[tuple[int, int]]]]:

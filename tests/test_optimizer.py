@@ -92,6 +92,26 @@ def test_first_step_moves_every_entry_by_lr_times_scale() -> None:
         assert_relative(parameter - old, -0.05 * old.square().mean().sqrt() * grad.sign(), 1e-9)
 
 
+def test_a_state_holds_each_slice_s_count() -> None:
+    """A lazy optimiser read from its state takes the next step to the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    whole = [nn.Parameter(torch.randn(s, generator=generator)) for s in ROWS]
+    copies = [nn.Parameter(p.detach().clone()) for p in whole]
+    a, b = RelativeAdam(whole, lazy=True), RelativeAdam(copies, lazy=True)
+    grads = [torch.randn(s, generator=generator) for s in ROWS]
+    for grad in grads:
+        grad[0] = 0
+    for optimizer in (a, b):
+        optimizer.step(grads, 0.1, torch.tensor([1, 2]))
+    tensors, values = a.state()
+    resumed = RelativeAdam(copies, lazy=True)
+    resumed.load_state(from_bytes(to_bytes({name: t.contiguous() for name, t in tensors.items()})), values)
+    for optimizer in (a, resumed):
+        optimizer.step([g + 1 for g in grads], 0.1)
+    assert tensors["counts"].tolist() == [1, 2, 2]
+    assert all(torch.equal(p, q) for p, q in zip(whole, copies, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_state_survives_the_files_of_a_checkpoint(dtype: torch.dtype) -> None:
     """State written as safetensors and json and read into a new optimiser continues with the same bits."""
@@ -129,16 +149,51 @@ def test_minimises_a_quadratic_of_any_scale() -> None:
         assert parameter.abs().max() < 1e-3 * size
 
 
+ROWS = [(3, 4), (3, 2, 5), (3,)]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_lazy_slices_are_adams_of_their_own(relative: bool) -> None:
+    """Each slice is moved as by a torch Adam that steps only when the slice has a gradient, also after forgetting."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in ROWS]
+    scales = [float(p.detach().square().mean().sqrt()) if relative else 1.0 for p in ours]
+    theirs = [[nn.Parameter(row.clone()) for row in p.detach()] for p in ours]
+
+    def adam(i: int) -> torch.optim.Adam:
+        return torch.optim.Adam([{"params": [rows[i]]} for rows in theirs])
+
+    adams = [adam(i) for i in range(3)]
+    optimizer = RelativeAdam(ours, relative=relative, lazy=True)
+    for step, rows in enumerate([[1], [], [1, 1, 2], [0, 1, 2], [2], [0], None, [2, 0], [1]]):
+        grads = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ROWS]
+        if step == 5:
+            optimizer.forget(torch.tensor([2]))
+            adams[2] = adam(2)
+        for i in range(3):
+            if rows is None or i in rows:
+                for group, scale, slices, grad in zip(adams[i].param_groups, scales, theirs, grads, strict=True):
+                    group["lr"] = rate(step) * scale
+                    slices[i].grad = grad[i].clone()
+                adams[i].step()
+            else:
+                for grad in grads:
+                    grad[i] = 0
+        optimizer.step(grads, rate(step), None if rows is None else torch.tensor(rows, dtype=torch.int64))
+        for parameter, slices in zip(ours, theirs, strict=True):
+            assert_relative(parameter, torch.stack([row.detach() for row in slices]), 1e-12)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("n_groups", [1, 3])
 @pytest.mark.parametrize("rows", [[1], [0, 2], [], [2, 1, 0]], ids=str)
-def test_forgetting_rows_starts_their_moments_anew(rows: list[int], n_groups: int) -> None:
+def test_forgetting_rows_starts_their_moments_anew(rows: list[int], n_groups: int, lazy: bool) -> None:
     """The moments of those slices are zero, all others keep their bits, as do parameters, scales and count."""
-    shapes = [(3, 4), (3, 2, 5), (3,)]
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
-    optimizer = RelativeAdam(parameters, n_groups=n_groups)
+    parameters = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in ROWS]
+    optimizer = RelativeAdam(parameters, n_groups=n_groups, lazy=lazy)
     for _ in range(3):
-        optimizer.step([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes], 0.1)
+        optimizer.step([torch.randn(s, generator=generator, dtype=torch.float64) for s in ROWS], 0.1)
     values = [p.detach().clone() for p in parameters]
     tensors, state = optimizer.state()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
