@@ -61,11 +61,18 @@ class Ahead:
         return self._held[step] if step in self._held else self._alone(step)
 
     def _choose_width(self, first: Gradients) -> int:
-        """Decide by the first batch how many go together: one where a row may depend on others."""
+        """Decide by the first batch's gradients how many go together: one where a row may depend on others."""
         if not self.extractor.rows_stay:
             return 1
         inputs = sum(tensor.nbytes for tensor in tensors_of(self.batches[0]))
-        return max(1, min(MOST, BYTES // max(1, inputs + self.extractor.graph_bytes + first.nbytes())))
+        width = max(1, min(MOST, BYTES // max(1, inputs + self.extractor.graph_bytes + first.nbytes())))
+        if width > 1:
+            self._held = self._together(range(width))
+            # a model may mix rows where no graph tells, before its first parameter
+            if 0 in self._held and not _agree(first, self._held[0]):
+                self._held = {}
+                return 1
+        return width
 
     def _alone(self, step: int) -> Gradients:
         started = time.perf_counter()
@@ -94,3 +101,14 @@ class Ahead:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
+
+
+def _agree(alone: Gradients, among_others: Gradients) -> bool:
+    """Tell whether two extractions of one batch are the same but for rounding."""
+    tolerance = torch.finfo(alone.dtype).eps ** 0.5
+    for (_, one), (_, other) in zip(alone.tensors(), among_others.tensors(), strict=True):
+        if one.shape != other.shape:
+            return False
+        if one.numel() and float((one - other).abs().max()) > tolerance * float(one.abs().max()):
+            return False
+    return True

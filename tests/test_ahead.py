@@ -41,6 +41,17 @@ class Mixer(nn.Module):
         return y - y.mean(0, keepdim=True)
 
 
+class Standardises(nn.Module):
+    """Mixes rows before its first parameter, where the graph does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x - x.mean(0, keepdim=True))
+
+
 def mlp() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -159,13 +170,14 @@ def test_memory_bounds_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     ("model", "data", "choices"),
     [
         (Mixer, points, {}),
+        (Standardises, points, {}),
         (reader, lambda: Texts(True), {"divergence": "kl"}),
         (mlp, lambda: torch.utils.data.TensorDataset(points(), -points()), {"reference": "pair"}),
     ],
-    ids=["mixes rows", "padding", "pairs"],
+    ids=["mixes rows", "mixes inputs", "padding", "pairs"],
 )
 def test_what_cannot_go_together_goes_alone(model: Any, data: Any, choices: dict[str, Any]) -> None:
-    """A model that mixes rows, padding and pairs: every step's gradients are to the bit those of its own pass."""
+    """Models that mix rows, padding and pairs: every step's gradients are to the bit those of its own pass."""
     torch.manual_seed(0)
     together, batches, extractor = made(model(), data(), **choices)
     for step in (0, 3, 8):
