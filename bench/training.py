@@ -26,10 +26,10 @@ import l3d
 from bench.environment import RESULTS, environment
 from l3d.data import count_rows
 from l3d.extract import Extractor
+from l3d.run import Run
 from l3d.settings import Settings, resolve
 from l3d.sources import load_data, load_model
 from l3d.toys import make, one_thread
-from l3d.train import Run
 
 HELD_OUT = 200  # texts, the last ones
 # The defaults of `decompose` that settings are resolved from, and what is chosen otherwise for the block.

@@ -2,7 +2,7 @@
 
     decomposition = l3d.decompose(model, data, n_subnetworks=100, rank=8, k=0.1, params="h.4.attn.*", divergence="kl")
 
-Start at `l3d.train`, where the whole flow stands on one screen.
+Start at `l3d.train`; the loop is in `l3d.run`.
 """
 
 from importlib import import_module

@@ -8,7 +8,7 @@ from l3d.decomposition import Decomposition
 from l3d.identity import check_identity
 
 if TYPE_CHECKING:
-    from l3d.train import Run
+    from l3d.run import Run
 
 
 def save(run: "Run", folder: store.RunFolder) -> None:

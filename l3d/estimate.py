@@ -18,8 +18,9 @@ from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.memory import memory_now, peak_memory
 from l3d.objective import n_kept
+from l3d.run import Run
 from l3d.settings import Settings, kept_fraction, resolve
-from l3d.train import Run, decompose
+from l3d.train import decompose
 
 N_STEPS = 3  # that are timed, after one to warm up
 

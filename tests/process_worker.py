@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d import processes, progress, train
+from l3d import processes, progress
+from l3d import run as run_module
 from l3d.decomposition import Decomposition
-from l3d.train import Run
+from l3d.run import Run
 
 ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 50, "batch_size": 6, "progress": False}
 
@@ -55,7 +56,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
 @contextmanager
 def recording(kept: list[Any]) -> Iterator[None]:
     """Note what every step keeps, by sample and subnetwork of all: [n, 2]."""
-    originals = {name: getattr(train, name) for name in ("objective", "objective_in_chunks", "is_small")}
+    originals = {name: getattr(run_module, name) for name in ("objective", "objective_in_chunks", "is_small")}
     differentiated = Run._differentiated
     results: list[Any] = []
 
@@ -74,21 +75,21 @@ def recording(kept: list[Any]) -> Iterator[None]:
 
         return call
 
-    train.objective, train.objective_in_chunks = held("objective"), held("objective_in_chunks")
-    train.is_small = lambda *_: False  # type: ignore[assignment]
+    run_module.objective, run_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
+    run_module.is_small = lambda *_: False  # type: ignore[assignment]
     Run._differentiated = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
         Run._differentiated = differentiated  # type: ignore[method-assign]
         for name, original in originals.items():
-            setattr(train, name, original)
+            setattr(run_module, name, original)
 
 
 def run(name: str, folder: Path, **changes: Any) -> tuple[Decomposition, list[set[tuple[int, int]]]]:
     """Train a run by name; return it, and the set of what each step kept."""
     torch.set_default_dtype(torch.float64)
-    progress.DEAD_AFTER = train.DEAD_AFTER = 4
+    progress.DEAD_AFTER = run_module.DEAD_AFTER = 4
     make, own = RUNS[name]
     model, data = make()
     arguments = {**ARGUMENTS, **own, **changes}

@@ -62,8 +62,8 @@ def test_a_full_store_is_read_and_nothing_extracted(tmp_path: Path, monkeypatch:
     """A sweep over K, rank, k and steps reads the first run's store; the check before a run goes its own way."""
     train(cache=tmp_path, cache_reads="on", steps=5)
     calls = []
-    original = l3d.train.Run.extract
-    monkeypatch.setattr(l3d.train.Run, "extract", lambda run, step: (calls.append(step), original(run, step))[1])
+    original = l3d.run.Run.extract
+    monkeypatch.setattr(l3d.run.Run, "extract", lambda run, step: (calls.append(step), original(run, step))[1])
     for changes in ({"n_subnetworks": 7}, {"rank": 1}, {"k": 0.9}, {"lr": 0.01, "steps": 30}):
         train(cache=tmp_path, cache_reads="on", **changes)
     assert not calls
@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path)
     """Resumed in the midst of the first epoch, where the store is half full, and later."""
     whole = train(cache=tmp_path / "whole", cache_reads=reads, out=tmp_path / "a", checkpoint_every=3)
     for at in (4, 14):
-        original = l3d.train.Run.take_step
+        original = l3d.run.Run.take_step
 
         def stop(run: Any, gradients: Gradients, at: int = at, step: Callable = original) -> bool:
             if run.step == at:
@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path)
             return step(run, gradients)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(l3d.train.Run, "take_step", stop)
+            patch.setattr(l3d.run.Run, "take_step", stop)
             out = {"cache": tmp_path / f"cache{at}", "cache_reads": reads, "out": tmp_path / f"run{at}"}
             with pytest.raises(KeyboardInterrupt):
                 train(checkpoint_every=3, **out)

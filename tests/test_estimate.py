@@ -10,7 +10,7 @@ from torch import nn
 
 from l3d.cli import main
 from l3d.estimate import N_STEPS, estimate, path_name
-from l3d.train import Run
+from l3d.run import Run
 
 ARGUMENTS: dict[str, Any] = {"n_subnetworks": 5, "rank": 2, "k": 0.2, "batch_size": 8, "steps": 1000}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d import progress, train
+from l3d import progress, run
 from l3d.chunks import Chunks, objective_in_chunks
 from l3d.decomposition import Decomposition
 from l3d.extract import Extractor
@@ -110,7 +110,7 @@ def test_the_same_run(changes: dict[str, Any], tmp_path: Any, monkeypatch: pytes
     """A whole run, subnetworks revived, is that of whole batches to rounding; a cached one reads slices."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(progress, "DEAD_AFTER", 4)
-    monkeypatch.setattr(train, "DEAD_AFTER", 4)
+    monkeypatch.setattr(run, "DEAD_AFTER", 4)
     model, data = language()
     arguments = {"n_subnetworks": 12, "rank": 2, "k": 0.02, "steps": 30, "batch_size": 4, "lr": 0.01}
     arguments |= {"warm_start": 2, "divergence": "kl", "progress": False}

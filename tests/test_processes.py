@@ -27,7 +27,7 @@ def _as_before() -> Any:
     before = process_worker.progress.DEAD_AFTER
     yield
     torch.set_default_dtype(torch.float32)
-    process_worker.progress.DEAD_AFTER = process_worker.train.DEAD_AFTER = before
+    process_worker.progress.DEAD_AFTER = process_worker.run_module.DEAD_AFTER = before
 
 
 def start(n: int, command: list[str], folder: Path) -> list[subprocess.Popen[str]]:

@@ -18,9 +18,9 @@ from l3d.data import mix
 from l3d.decomposition import Decomposition
 from l3d.objective import objective
 from l3d.progress import COLUMNS
+from l3d.run import Run
 from l3d.settings import kept_fraction, learning_rate, resolve
 from l3d.sources import load_data, load_model
-from l3d.train import Run
 from l3d.zoo import resnet20
 
 from helpers import Root, assert_relative
@@ -340,7 +340,7 @@ def test_a_restart_is_the_run_it_would_be_alone(
     together = train(data=data(), n_restarts=3, k=k)
     for i, error in enumerate(together.restart_errors):
         with monkeypatch.context() as patch:  # the start of restart i, everything else that of the run
-            patch.setattr("l3d.train.mix", lambda *numbers, i=i: mix(*((i, 1) if numbers == (0, 1) else numbers)))
+            patch.setattr("l3d.run.mix", lambda *numbers, i=i: mix(*((i, 1) if numbers == (0, 1) else numbers)))
             alone = train(data=data(), k=k)
         assert alone.restart_errors == pytest.approx([error], rel=1e-9)
         if error == min(together.restart_errors):
@@ -421,7 +421,7 @@ def test_resuming_a_run_that_started_from_data(n_restarts: int, tmp_path: Path) 
 @pytest.fixture
 def dead_after(monkeypatch: pytest.MonkeyPatch) -> int:
     """A subnetwork counts as dead after five batches instead of two hundred."""
-    for module in ("l3d.progress", "l3d.train"):
+    for module in ("l3d.progress", "l3d.run"):
         monkeypatch.setattr(f"{module}.DEAD_AFTER", 5)
     return 5
 
@@ -511,7 +511,7 @@ def test_nothing_of_its_first_life_moves_what_is_revived(
 def test_a_revived_subnetwork_is_not_dead_until_it_could_be(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its revival counts as being kept: it is dead again only if none of as many batches has kept it since."""
     stillborn(monkeypatch, [2])
-    monkeypatch.setattr("l3d.train.set_from_samples", lambda *_: None)  # it stays as it was
+    monkeypatch.setattr("l3d.run.set_from_samples", lambda *_: None)  # it stays as it was
     d = train(revive=True, **STILL)
     assert d.history["dead_fraction"] == [*[0.0] * 4, *[0.25, 0.0, 0.0, 0.0, 0.0] * 3, 0.25]
 
@@ -570,7 +570,7 @@ def test_the_dead_are_looked_for_at_certain_steps(
 
     def revive(run: Run, *given: Any) -> None:
         with monkeypatch.context() as patch:  # nothing is revived, so that it stays dead
-            patch.setattr("l3d.train.set_from_samples", lambda *_: found.append(run.step))
+            patch.setattr("l3d.run.set_from_samples", lambda *_: found.append(run.step))
             original(run, *given)
 
     monkeypatch.setattr(Run, "_revive", revive)
@@ -603,8 +603,8 @@ def test_the_badly_reconstructed_are_what_it_is_revived_from(
         start.set_from_samples(sides, columns, gradients, samples, generator)
 
     monkeypatch.setattr(Run, "_revive", revive)
-    monkeypatch.setattr("l3d.train.draw_samples", draw)
-    monkeypatch.setattr("l3d.train.set_from_samples", set_from_samples)
+    monkeypatch.setattr("l3d.run.draw_samples", draw)
+    monkeypatch.setattr("l3d.run.set_from_samples", set_from_samples)
     train(revive=True, n_restarts=n_restarts, **{**STILL, "steps": 9})
     ((_, residual),) = seen
     worst = residual.argmax(0).tolist()

@@ -89,7 +89,7 @@ class Step:
         self.generator = torch.Generator().manual_seed(0)
 
     def take(self, mark: Callable[[str], Any] = lambda name: None) -> Tensor:
-        """Take a step and return its loss; `mark` is told each phase as it ends. As `l3d.train.Run.take_step` does."""
+        """Take a step and return its loss; `mark` is told each phase as it ends. As `l3d.run.Run.take_step` does."""
         from l3d.costs import choose_paths
         from l3d.objective import energy, keep, residual_norms
 
