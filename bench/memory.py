@@ -11,13 +11,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.peak import added
 from l3d.estimate import plan
-from l3d.memory import memory_now, peak_memory
+from l3d.train import Run
 
 WIDTHS = (1024, 2048, 4096)
 S, T, K, R = 256, 8, 512, 4
@@ -29,14 +29,17 @@ def measure(width: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = torch.nn.Linear(width, width, bias=False)
     data = torch.randn(S, T, width)
-    before = memory_now()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
-    run = plan(model, data, n_subnetworks=K, rank=R, batch_size=S, k=0.1, steps=2, warm_start=1, revive=False)
-    for step in range(2):
-        run.take_step(run.gradients(step))
+
+    def train() -> Run:
+        run = plan(model, data, n_subnetworks=K, rank=R, batch_size=S, k=0.1, steps=2, warm_start=1, revive=False)
+        for step in range(2):
+            run.take_step(run.gradients(step))
+        return run
+
+    peak, run = added(train)
     return {
         "width": width,
-        "peak_bytes": peak_memory() - before,
+        "peak_bytes": peak,
         "factor_bytes": run.gradients(0).nbytes(),  # type: ignore[union-attr]
         "parameter_bytes": sum(p.nbytes for p in run.decomposition.parameters()),
         "materialised_gradient_bytes": S * width * width * 4,

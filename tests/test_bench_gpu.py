@@ -121,10 +121,10 @@ def test_bytes_are_all_inputs_and_outputs_once() -> None:
     """Indices count with eight bytes; sparse_decode reads a row of the weight for every entry."""
     z, i = TINY, inputs_of("project_fused", dtype=torch.bfloat16)
     elements = z.B * z.T * z.I + z.S * z.T * z.O + z.K * z.R * (z.I + z.O) + z.S * z.K
-    assert moved_bytes("project_fused", z, i, OPS["project_fused"].run(i, "torch")) == 2 * elements
+    assert moved_bytes(OPS["project_fused"], z, i, OPS["project_fused"].run(i, "torch")) == 2 * elements
     i = inputs_of("sparse_decode")
     expected = z.A * z.k * (8 + 4) + 4 * (z.A * z.k * z.D + z.A * z.D)
-    assert moved_bytes("sparse_decode", z, i, OPS["sparse_decode"].run(i, "torch")) == expected
+    assert moved_bytes(OPS["sparse_decode"], z, i, OPS["sparse_decode"].run(i, "torch")) == expected
 
 
 def test_the_bound_is_the_larger_of_both() -> None:

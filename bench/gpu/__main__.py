@@ -27,6 +27,7 @@ from bench.gpu.measure import (
     bound,
     ceilings,
     median_seconds,
+    parts,
     percent,
     use,
     workspace_bytes,
@@ -44,13 +45,7 @@ def parts_of(
 ) -> dict[str, Callable[[], Any]]:
     """Return the calls to time: the forward pass and, where there are gradients, the backward pass alone."""
     op = OPS[name]
-    parts: dict[str, Callable[[], Any]] = {"forward": lambda: op.run(inputs, backend)}
-    if op.leaves and not forward_only:
-        leaves = {key: inputs[key].detach().requires_grad_() for key in op.leaves}
-        value = op.run({**inputs, **leaves}, backend)
-        upstream = torch.ones_like(value)
-        parts["backward"] = lambda: torch.autograd.grad(value, list(leaves.values()), upstream, retain_graph=True)
-    return parts
+    return parts(lambda i: op.run(i, backend), inputs, () if forward_only else op.leaves)
 
 
 def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Ceilings) -> list[Timing]:
@@ -63,7 +58,7 @@ def time_op(name: str, sizes: Sizes, dtype: str, device: torch.device, best: Cei
     op, done = OPS[name], []
     flops = op.flops(z, inputs)
     for part, call in parts_of(name, inputs, "triton").items():
-        moved = moved_bytes(name, z, inputs, call())
+        moved = moved_bytes(op, z, inputs, call())
         work = flops if part == "forward" else 2 * flops
         least, by = bound(work, moved, op.is_matrix, dtype, best)
         seconds = median_seconds(call, device)

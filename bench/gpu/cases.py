@@ -5,7 +5,7 @@ the cheapest route that the twin knows; bytes are every input read once and ever
 `sparse_decode` a row of the weight for every entry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -216,6 +216,13 @@ def fitting(name: str, sizes: Sizes) -> Sizes:
 
 def make(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
     """Draw an operation's inputs, scaled so that results are about one."""
+    return draw(OPS[name].takes, sizes, dtype, device, generator)
+
+
+def draw(
+    takes: Iterable[str], sizes: Sizes, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    """Draw the inputs named, scaled so that results are about one."""
     z = sizes
 
     def normal(*shape: int, fan: int = 1) -> Tensor:
@@ -240,7 +247,7 @@ def make(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, gene
         "code": lambda: normal(z.A, z.k, fan=z.k),
         "weight": lambda: normal(z.L, z.D),
     }
-    return {key: recipes[key]() for key in OPS[name].takes}
+    return {key: recipes[key]() for key in takes}
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -250,8 +257,8 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for t in value if isinstance(t, Tensor)] if isinstance(value, tuple) else []
 
 
-def moved_bytes(name: str, sizes: Sizes, inputs: Inputs, output: Any) -> int:
+def moved_bytes(op: Op, sizes: Sizes, inputs: Inputs, output: Any) -> int:
     """Count the bytes of all inputs and outputs, each once, and what the operation must read more than once."""
     tensors = [t for value in (*inputs.values(), output) for t in tensors_of(value)]
     itemsize = next(t.element_size() for t in tensors if t.is_floating_point())
-    return sum(t.numel() * t.element_size() for t in tensors) + OPS[name].extra_bytes(sizes, itemsize)
+    return sum(t.numel() * t.element_size() for t in tensors) + op.extra_bytes(sizes, itemsize)

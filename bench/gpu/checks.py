@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +60,15 @@ def check(name: str, sizes: Sizes, dtype: str, device: torch.device, generator: 
 
 
 def results(name: str, inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """Return an operation's value, and its gradients for an upstream gradient of alternating signs."""
+    """Return an operation's value and its gradients, as compared."""
     op = OPS[name]
-    leaves = {key: inputs[key].detach().requires_grad_() for key in op.leaves}
-    value = op.compared(op.run({**inputs, **leaves}, backend))
+    return outcome(lambda i: op.compared(op.run(i, backend)), inputs, op.leaves)
+
+
+def outcome(run: Callable[[Inputs], Tensor], inputs: Inputs, wanted: Sequence[str]) -> dict[str, Tensor]:
+    """Return a function's value, and its gradients to the inputs wanted for an upstream gradient from -1 to 1."""
+    leaves = {key: inputs[key].detach().requires_grad_() for key in wanted}
+    value = run({**inputs, **leaves})
     if not leaves:
         return {"value": value.detach()}
     upstream = torch.linspace(-1, 1, value.numel(), device=value.device, dtype=value.dtype).view_as(value)

@@ -2,10 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 FLUSH = 1 << 28  # bytes written between two timed runs, more than any cache holds
 SECONDS = 0.25  # of repetitions for one figure
@@ -46,6 +47,17 @@ def median_seconds(function: Callable[[], Any], device: torch.device, seconds: f
         pairs.append((start, stop))
     synchronize(device)
     return statistics.median(start.elapsed_time(stop) / 1e3 for start, stop in pairs)
+
+
+def parts(run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """Return the calls to time: the forward pass and, where gradients are wanted, the backward pass alone."""
+    calls: dict[str, Callable[[], Any]] = {"forward": lambda: run(inputs)}
+    if wanted:
+        leaves = {key: inputs[key].detach().requires_grad_() for key in wanted}
+        value = run({**inputs, **leaves})
+        upstream = torch.ones_like(value)
+        calls["backward"] = lambda: torch.autograd.grad(value, list(leaves.values()), upstream, retain_graph=True)
+    return calls
 
 
 def _host_seconds(function: Callable[[], Any]) -> float:
