@@ -1,34 +1,48 @@
-"""One training step by each method, and restarts side by side: `make bench`.
+"""One training step by each provider; on a GPU also our own step by torch and by kernels.
 
-The losses agree before anything is timed. `python -m bench.steps` measures the same cases with peak memory, for the
-README.
+The losses agree before anything is timed. `python -m bench.steps` measures the same cases, methods taking turns, with
+TinyStories-8M's shape, of which a published step takes half a minute, for the README.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from bench.cases import CASES, METHODS
-from l3d.toys import make, one_thread
-from l3d.train import decompose
+from bench import gate, peak
+from bench.cases import CASES
+from bench.gpu.block import BLOCKS, Step
+from bench.providers import BACKENDS
+from bench.suite import METHODS, QUICK, device_of, timed
+from l3d.toys import one_thread
+
+pytestmark = QUICK
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", ["tms", "stories"])
-def test_step(benchmark, case, method):
-    """Time one step; the method's loss agrees with ours first."""
-    benchmark.group = f"one step: {case}"
-    made = CASES[case]()
-    assert torch.allclose(made.loss("l3d"), made.loss(method), rtol=1e-4)
-    rounds = 3 if (case, method) == ("stories", "published") else 20
-    benchmark.pedantic(lambda: made.step(method), rounds=rounds, warmup_rounds=1)
+def prepared(name: str, provider: str) -> Callable[[], None]:
+    """Return a step, for `bench.peak.of`."""
+    return partial(CASES[name]().step, METHODS[provider])
 
 
-@pytest.mark.parametrize("n_restarts", [1, 10])
-def test_restarts(benchmark, n_restarts):
-    """Time 200 steps of the toy model of superposition, alone and as ten restarts side by side."""
-    benchmark.group = "200 steps: tms"
-    toy = make("tms")
-    own = {**toy.settings, "steps": 200, "n_restarts": n_restarts}
+@pytest.mark.parametrize("provider", METHODS)
+@pytest.mark.parametrize("name", ["tms", "stories"])
+def test_step(benchmark, name, provider):
+    """Time one step; the provider's loss agrees with ours first."""
+    sizes = {} if benchmark.enabled or name == "tms" else {"n_texts": 2}
+    case, method = CASES[name](**sizes), METHODS[provider]
+    gate.check_loss(f"a step of {name} by {provider}", case.loss(method), case.loss("l3d"))
     with one_thread():
-        d = benchmark.pedantic(lambda: decompose(toy.model, toy.data, progress=False, **own), rounds=3, warmup_rounds=1)
-    assert len(d.restart_errors) == n_restarts
+        memory = partial(peak.of, prepared, name, provider)
+        timed(benchmark, f"one step, {name}", provider, partial(case.step, method), peak=memory)
+
+
+@pytest.mark.parametrize("provider", BACKENDS)
+def test_step_of_a_block(benchmark, provider):
+    """Time one step of an attention block of TinyStories-8M's shape on a GPU; both backends give the same loss."""
+    device_of("l3d triton")
+    sizes, device = BLOCKS[0], torch.device("cuda")
+    losses = [Step(sizes, torch.float32, device, backend).take() for backend in (BACKENDS[provider], "torch")]
+    gate.check_loss(f"a step of a block by {provider}", *losses)
+    step = Step(sizes, torch.float32, device, BACKENDS[provider])
+    timed(benchmark, f"one step, block of {sizes.name}", provider, step.take)

@@ -1,0 +1,56 @@
+"""Whole decompositions: 200 steps of the toy model of superposition, by each provider from its first step to its last.
+
+A baseline is its step in a loop over batches of the same points. Each must have learned, or its time is not reported.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from bench import gate, peak
+from bench.cases import CASES
+from bench.suite import METHODS, timed
+from l3d.toys import make, one_thread
+from l3d.train import decompose
+
+STEPS, BATCH = 200, 32
+
+
+def loop(method: str) -> tuple[float, float]:
+    """Train by one of bench.cases.METHODS; return the loss of the first batch before and after."""
+    case, data = CASES["tms"](), make("tms").data
+    first = case.inputs
+    before = float(case.loss(method).detach())
+    order = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        case.inputs = data[torch.randperm(len(data), generator=order)[:BATCH]]
+        case.step(method)
+    case.inputs = first
+    return before, float(case.loss(method).detach())
+
+
+def ours(n_restarts: int) -> tuple[float, float]:
+    """Train by `l3d.decompose`; return the error of the first steps and of the last."""
+    toy = make("tms")
+    own = toy.settings | {"steps": STEPS, "batch_size": BATCH, "n_restarts": n_restarts}
+    d = decompose(toy.model, toy.data, progress=False, **own)
+    assert len(d.restart_errors) == n_restarts
+    return d.history["error"][0], d.history["error"][-1]
+
+
+def run_of(provider: str, n_restarts: int) -> Callable[[], tuple[float, float]]:
+    """Return a whole decomposition by a provider."""
+    return partial(ours, n_restarts) if provider == "l3d torch" else partial(loop, provider)
+
+
+@pytest.mark.parametrize("provider, n_restarts", [*((each, 1) for each in METHODS), ("l3d torch", 10)])
+def test_decomposition(benchmark, provider, n_restarts):
+    """Time a whole run, or ten restarts in one."""
+    group = f"{STEPS} steps, tms" + (f", {n_restarts} restarts" if n_restarts > 1 else "")
+    with one_thread():
+        memory = partial(peak.of, run_of, provider, n_restarts)
+        before, after = timed(benchmark, group, provider, run_of(provider, n_restarts), peak=memory, rounds=3)
+    if not after < gate.LEARNED * before:
+        raise gate.Refused(f"{group} by {provider}: the error went from {before:.3f} to {after:.3f}; not reported")
