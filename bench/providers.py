@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
+from bench import published
 from bench.gpu.cases import OPS as KERNELS
 from bench.gpu.cases import Inputs, Op, Sizes, draw, kept_of
 from bench.gpu.checks import outcome, widened
@@ -56,10 +57,10 @@ class Compared(NamedTuple):
 # --- the formulas ---------------------------------------------------------------------------------------------------
 
 
-def _tucker(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _tucker(i: Inputs) -> list[Tensor]:
     """The directions as published: a core, which is the identity here, and a factor per mode."""
     n_subnetworks, rank, _ = i["left"].shape
-    return torch.eye(rank).to(i["left"]).expand(n_subnetworks, -1, -1), i["left"], i["right"]
+    return [torch.eye(rank).to(i["left"]).expand(n_subnetworks, -1, -1), i["left"], i["right"]]
 
 
 def _flat_directions(i: Inputs) -> Tensor:
@@ -67,8 +68,8 @@ def _flat_directions(i: Inputs) -> Tensor:
 
 
 def _published_project(i: Inputs) -> Tensor:
-    core, left, right = _tucker(i)
-    return torch.einsum("soi,kpo,kqi,kpq->sk", i["grad"], left, right, core)
+    with published.left_to_right():
+        return published.encode(i["grad"], _tucker(i))
 
 
 def _afternoon_project(i: Inputs) -> Tensor:
@@ -97,7 +98,8 @@ def _true_topk(i: Inputs) -> Tensor:
 
 
 def _published_reconstruct(i: Inputs) -> Tensor:
-    return torch.einsum("sk,kpq,kpo,kqi->soi", kept_of(i).dense(), *_tucker(i))
+    with published.left_to_right():
+        return published.reconstruct(kept_of(i).dense(), _tucker(i))
 
 
 def _flat_reconstruct(i: Inputs) -> Tensor:

@@ -12,11 +12,7 @@ import torch
 
 from bench.providers import PROVIDERS
 
-METHODS = {
-    "published": "published",
-    "afternoon": "afternoon",
-    "l3d torch": "l3d",
-}  # provider -> method of bench/cases.py
+METHODS = {"published": "published", "afternoon": "afternoon", "l3d torch": "l3d"}  # as bench.cases names them
 QUICK = pytest.mark.benchmark(max_time=0.3, min_rounds=3)
 
 
@@ -36,12 +32,13 @@ def timed(
     call: Callable[[], Any],
     peak: Callable[[], int] | None = None,
     rounds: int | None = None,
+    iterations: int = 1,
     **counted: Any,
 ) -> Any:
     """Time a call as one provider's figure of a group, and return what it returned.
 
-    peak: measures the call's memory; asked only where times are taken. rounds: so many, after one to warm up; else
-    as many as fit into the time of the suite's mark.
+    peak: measures the call's memory; asked only where times are taken. rounds: so many, after one to warm up, each of
+    so many iterations; else as many as fit into the time of the suite's mark.
     """
     assert provider in PROVIDERS, provider
     benchmark.group = group
@@ -57,4 +54,4 @@ def timed(
 
     if rounds is None:
         return benchmark(finished)
-    return benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
+    return benchmark.pedantic(finished, rounds=rounds, iterations=iterations, warmup_rounds=1)

@@ -9,32 +9,42 @@ from functools import partial
 import pytest
 import torch
 
-from bench import gate, peak
-from bench.cases import CASES
+from bench import afternoon, gate, peak, published
+from bench.cases import CASES, Case
 from bench.suite import METHODS, timed
 from l3d.toys import make, one_thread
 from l3d.train import decompose
 
-STEPS, BATCH = 200, 32
+STEPS = 200
 
 
 def loop(method: str) -> tuple[float, float]:
-    """Train by one of bench.cases.METHODS; return the loss of the first batch before and after."""
+    """Train by a baseline of bench.cases.METHODS; return the loss of the first batch before and after."""
     case, data = CASES["tms"](), make("tms").data
     first = case.inputs
-    before = float(case.loss(method).detach())
+    before = loss_of(case, method)
     order = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
-        case.inputs = data[torch.randperm(len(data), generator=order)[:BATCH]]
+        case.inputs = data[torch.randperm(len(data), generator=order)[: len(first)]]
         case.step(method)
     case.inputs = first
-    return before, float(case.loss(method).detach())
+    return before, loss_of(case, method)
+
+
+@torch.no_grad()
+def loss_of(case: Case, method: str) -> float:
+    """Return the loss of a batch by what a baseline has trained."""
+    if method == "published":
+        trained = case.as_published
+        return float(published.loss(case.jacobian(), trained.encoder, trained.decoder, case.n_kept()))
+    pairs = case.by_afternoon
+    return float(afternoon.loss(case.vectors(), pairs.encoder, pairs.decoder, case.n_kept()))
 
 
 def ours(n_restarts: int) -> tuple[float, float]:
     """Train by `l3d.decompose`; return the error of the first steps and of the last."""
     toy = make("tms")
-    own = toy.settings | {"steps": STEPS, "batch_size": BATCH, "n_restarts": n_restarts}
+    own = toy.settings | {"steps": STEPS, "n_restarts": n_restarts}
     d = decompose(toy.model, toy.data, progress=False, **own)
     assert len(d.restart_errors) == n_restarts
     return d.history["error"][0], d.history["error"][-1]

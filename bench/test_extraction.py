@@ -1,6 +1,7 @@
 """Per-sample gradients by each provider: jacrev over the batch, vmap of grad, and ours, which stay in factors.
 
-All are held to one `torch.autograd.grad` per sample, in float64, before they are timed.
+All are held to one `torch.autograd.grad` per sample, in float64, before they are timed. One batch by itself: a run on
+small batches extracts several together, which is part of a step's time in bench/test_step.py.
 """
 
 from functools import lru_cache, partial
@@ -24,9 +25,9 @@ FLOAT32 = 1e-4  # of the largest true element: a model's forward and backward pa
 def extracted(case: Case, provider: str) -> Gradients | dict[str, Tensor] | Tensor:
     """Return the batch's gradients as a provider leaves them."""
     if provider == "published":
-        return case.as_published()
+        return case.jacobian()
     if provider == "afternoon":
-        return case.by_afternoon()
+        return case.vectors()
     return case.extractor(case.inputs, torch.Generator().manual_seed(mix(0)))
 
 

@@ -14,27 +14,38 @@ from bench import gate, peak
 from bench.cases import CASES
 from bench.gpu.block import BLOCKS, Step
 from bench.providers import BACKENDS
-from bench.suite import METHODS, QUICK, device_of, timed
+from bench.suite import METHODS, device_of, timed
 from l3d.toys import one_thread
-
-pytestmark = QUICK
 
 
 def prepared(name: str, provider: str) -> Callable[[], None]:
-    """Return a step, for `bench.peak.of`."""
-    return partial(CASES[name]().step, METHODS[provider])
+    """Return the steps that share work, for `bench.peak.of`."""
+    case, method = CASES[name](), METHODS[provider]
+
+    def steps() -> None:
+        for _ in range(case.together(method)):
+            case.step(method)
+
+    return steps
 
 
 @pytest.mark.parametrize("provider", METHODS)
 @pytest.mark.parametrize("name", ["tms", "stories"])
 def test_step(benchmark, name, provider):
-    """Time one step; the provider's loss agrees with ours first."""
+    """Time one step, the mean of those that share work; the provider's loss agrees with ours first."""
     sizes = {} if benchmark.enabled or name == "tms" else {"n_texts": 2}
     case, method = CASES[name](**sizes), METHODS[provider]
     gate.check_loss(f"a step of {name} by {provider}", case.loss(method), case.loss("l3d"))
     with one_thread():
-        memory = partial(peak.of, prepared, name, provider)
-        timed(benchmark, f"one step, {name}", provider, partial(case.step, method), peak=memory)
+        timed(
+            benchmark,
+            f"one step, {name}",
+            provider,
+            partial(case.step, method),
+            peak=partial(peak.of, prepared, name, provider),
+            rounds=40 if name == "tms" else 5,
+            iterations=case.together(method),
+        )
 
 
 @pytest.mark.parametrize("provider", BACKENDS)
@@ -45,4 +56,4 @@ def test_step_of_a_block(benchmark, provider):
     losses = [Step(sizes, torch.float32, device, backend).take() for backend in (BACKENDS[provider], "torch")]
     gate.check_loss(f"a step of a block by {provider}", *losses)
     step = Step(sizes, torch.float32, device, BACKENDS[provider])
-    timed(benchmark, f"one step, block of {sizes.name}", provider, step.take)
+    timed(benchmark, f"one step, block of {sizes.name}", provider, step.take, rounds=20)
