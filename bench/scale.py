@@ -15,6 +15,7 @@ from bench.environment import RESULTS, environment
 from l3d.costs import Path, Sizes, choose_paths, coactive_is_cheaper, projection_costs
 from l3d.estimate import plan
 from l3d.factors import Gradients
+from l3d.train import Run
 
 
 class Case(NamedTuple):
@@ -31,19 +32,27 @@ CASES = (Case(128, 64, 4, 64, 2), Case(512, 64, 4, 64, 2), Case(512, 32, 8, 192,
 KEPT = 0.1  # the fraction k
 
 
+def sizes_of(case: Case) -> Sizes:
+    """Return what the cost of projecting depends on; every sample has a sequence of its own."""
+    return Sizes(case.S, case.S, case.T, case.width, case.width, case.K, case.R, int(KEPT * case.S * case.K + 0.5))
+
+
+def gram_cost(case: Case) -> int:
+    """Count the multiply-adds of ‖ĝ‖² from the Gram matrix: by the directions' factors or from tiles of them."""
+    gram = min(case.K**2 * case.R**2 * 2 * case.width, case.K * (case.K + case.R) * case.width**2)
+    return gram + case.S * case.K**2
+
+
 def predict(case: Case, path: Path, pairs: int | None) -> dict[str, float]:
     """Predict one step's FLOPs, without extraction, and the bytes it holds (float32).
 
     pairs: of subnetworks kept in the same sample, where the energy is taken over them and not from the Gram matrix.
     """
-    n_kept = int(KEPT * case.S * case.K + 0.5)
-    sizes = Sizes(case.S, case.S, case.T, case.width, case.width, case.K, case.R, n_kept)
     widths, area = 2 * case.width, case.width**2
-    gram = min(case.K**2 * case.R**2 * widths, case.K * (case.K + case.R) * area)
-    by_gram, by_pairs = gram + case.S * case.K**2, (pairs or 0) * case.R**2 * widths
+    by_pairs = (pairs or 0) * case.R**2 * widths
     multiply_adds = {
-        "projections": projection_costs(sizes)[path],
-        "energy": 3 * (by_gram if pairs is None else by_pairs),  # forward, and backward to both of its sides
+        "projections": projection_costs(sizes_of(case))[path],
+        "energy": 3 * (gram_cost(case) if pairs is None else by_pairs),  # forward, and backward to both of its sides
         "norms": case.S * (area if path.materialised else case.T**2 * widths),
     }
     parameters = 2 * case.K * case.R * widths
@@ -55,21 +64,37 @@ def predict(case: Case, path: Path, pairs: int | None) -> dict[str, float]:
     }
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Count one step's FLOPs and the bytes it holds."""
+class Planned(NamedTuple):
+    """A run that is ready for its first step, with what this step will do."""
+
+    run: Run
+    gradients: Gradients
+    path: Path
+    pairs: int | None  # of subnetworks kept in the same sample, where ‖ĝ‖² is taken over them
+
+
+def planned(case: Case, steps: int = 1) -> Planned:
+    """Plan a run of so many steps, and look at its first batch."""
     torch.manual_seed(0)
     model = torch.nn.Linear(case.width, case.width, bias=False)
     data = torch.randn(case.S, case.T, case.width)
-    choices = {"n_subnetworks": case.K, "rank": case.R, "batch_size": case.S, "k": KEPT, "steps": 1, "warm_start": 0}
-    run = plan(model, data, **choices)
+    choices = {"n_subnetworks": case.K, "rank": case.R, "batch_size": case.S, "k": KEPT}
+    run = plan(model, data, **choices, steps=steps, warm_start=0, revive=False)
     gradients = run.gradients(0)
     assert isinstance(gradients, Gradients)
-    (path,) = choose_paths(gradients, run.decomposition.encoder, int(KEPT * case.S * case.K + 0.5)).values()
+    (path,) = choose_paths(gradients, run.decomposition.encoder, sizes_of(case).n_kept).values()
+    result = run.objective(gradients, KEPT)
+    coactive = coactive_is_cheaper(run.decomposition.decoder, result.kept)
+    pairs = int(result.kept.row_offsets.diff().square().sum()) if coactive else None
+    return Planned(run, gradients, path, pairs)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Count one step's FLOPs and the bytes it holds."""
+    run, gradients, path, pairs = planned(case)
     with FlopCounterMode(display=False) as counter:
         result = run.objective(gradients, KEPT)
         torch.autograd.grad(result.loss, run.optimizer.parameters)
-    coactive = coactive_is_cheaper(run.decomposition.decoder, result.kept)
-    pairs = int(result.kept.row_offsets.diff().square().sum()) if coactive else None
     measured = {
         "flops": counter.get_total_flops(),
         "parameter_bytes": sum(p.nbytes for p in run.decomposition.parameters()),
@@ -77,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
         "factor_bytes": gradients.nbytes(),
     }
     predicted = predict(case, path, pairs)
-    chosen = {**path._asdict(), "coactive": coactive}
+    chosen = {**path._asdict(), "coactive": pairs is not None}
     return {"case": case._asdict(), "path": chosen, "measured": measured, "predicted": predicted}
 
 
