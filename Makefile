@@ -39,7 +39,7 @@ test: $(STAMP)  ## run the whole test suite, docstring examples included
 test-kernels: $(STAMP)  ## run the longer form of the kernels' tests: every launch configuration, larger sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow_kernels or not slow_kernels" tests/kernels $(PYTEST_ARGS)
 
-bench: $(STAMP)  ## time a training step, ours beside the published method
+bench: $(STAMP)  ## time operations, extraction, steps and whole runs, ours beside two others (minutes)
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
 lint: $(STAMP)  ## check style, format and types; changes nothing

@@ -1,9 +1,17 @@
-"""What pytest-benchmark's JSON says of the machine: our own account, beside its own."""
+"""What pytest-benchmark's JSON says of the machine: our own account, taken at the start, beside its own."""
 
 from typing import Any
 
+import pytest
+
 from bench.environment import environment
 
+ACCOUNT = pytest.StashKey[dict[str, Any]]()
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info["l3d"] = environment()
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[ACCOUNT] = environment()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["l3d"] = config.stash[ACCOUNT]

@@ -1,4 +1,4 @@
-"""What a call does, counted as torch runs it: FLOPs of products, bytes read and written, operations; and the time it bounds.
+"""What a call does, counted as torch runs it: FLOPs of products, bytes read and written, operations; and their time.
 
 Every operation reads its tensors once and writes its results once. Views move nothing; what is gathered or scattered is
 counted by the elements that are taken, not by the tensor they come from.
@@ -83,11 +83,8 @@ def rates() -> Rates:
     """Measure this machine's rates in processor time, with the threads that torch has."""
     a, b, one = torch.randn(512, 512), torch.empty(1 << 24), torch.zeros(1)
     target = torch.empty_like(b)
-    return Rates(
-        2 * 512**3 / _fastest(lambda: a @ a),
-        2 * b.nbytes / _fastest(lambda: target.copy_(b)),
-        _fastest(lambda: one + 1),
-    )
+    products, copies = _fastest(lambda: a @ a), _fastest(lambda: target.copy_(b))
+    return Rates(2 * 512**3 / products, 2 * b.nbytes / copies, _fastest(lambda: one + 1))
 
 
 def _fastest(call: Callable[[], Any], rounds: int = 50) -> float:

@@ -2,12 +2,12 @@
 
     python -m bench.scaling [QUANTITY ..] [--page docs/performance.md] [--again]
 
-One thread, and its processor time rather than the clock's, which other work on the machine disturbs less; all sizes of a
-quantity take turns, and the fastest round of each counts. Two predictions stand beside it: from the FLOPs, bytes and
+One thread, and its processor time rather than the clock's, which other work on the machine disturbs less; all sizes of
+a quantity take turns, and the fastest round of each counts. Two predictions stand beside it: from the FLOPs, bytes and
 operations that torch runs, at this machine's rates (bench/counting.py), and from the multiply-adds by which paths are
 chosen (l3d/costs.py). Exponents are slopes of least squares in logarithms, over five sizes, the largest 16 times the
-smallest. Writes bench/results/scaling.json and, with --page, the table between the page's marks and scaling.svg beside it.
---again shows the file that is there.
+smallest. Writes bench/results/scaling.json and, with --page, the table between the page's marks and scaling.svg beside
+it; --again shows the file that is there.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.counting import Rates, count, rates
-from bench.environment import RESULTS, environment
+from bench.environment import RESULTS, described, environment
 from bench.memory import exponent
 from bench.scale import Case
 from bench.scaling_cases import AXES, QUANTITIES, Quantity
@@ -62,7 +62,7 @@ def measure(name: str, quantity: Quantity, best: Rates) -> list[dict[str, Any]]:
 def exponents(row: dict[str, Any]) -> dict[str, float]:
     """Fit the exponents of a row: measured, predicted from counts at the machine's rates, and by formula.
 
-    >>> exponents({"sizes": [1, 2, 4], "seconds": [1, 2, 4], "predicted_seconds": [3, 3, 3], "multiply_adds": [1, 4, 16]})
+    >>> exponents({"sizes": [1, 2], "seconds": [1, 2], "predicted_seconds": [3, 3], "multiply_adds": [1, 4]})
     {'measured': 1.0, 'predicted': 0.0, 'by_formula': 2.0}
     """
     of = {"measured": "seconds", "predicted": "predicted_seconds", "by_formula": "multiply_adds"}
@@ -89,10 +89,10 @@ def _cell(row: dict[str, Any]) -> str:
 
 def show(found: dict[str, Any], page: Path) -> list[Path]:
     """Put the table between a page's marks, with the machine it is of, and draw the curves beside the page."""
-    from bench.drawings import scaling_curves, sentence
+    from bench.drawings import scaling_curves
     from l3d.plots import to_svg
 
-    replace_between(page, MARKS, sentence(found["environment"]) + "\n\n" + table(found["rows"]))
+    replace_between(page, MARKS, described(found["environment"]) + "\n\n" + table(found["rows"]))
     return [page, replace_text(page.with_name("scaling.svg"), to_svg(scaling_curves(found["rows"])) + "\n")]
 
 
@@ -110,11 +110,10 @@ def main() -> None:
     if not arguments.again:
         rows: list[dict[str, Any]] = []
         with one_thread():
-            best = rates()
+            where, best = environment(), rates()
             for name in arguments.quantity or QUANTITIES:
                 rows += measure(name, QUANTITIES[name], best)
                 print(table([row for row in rows if row["quantity"] == name]), flush=True)
-            where = environment()
         found = {"environment": where, "rates": best._asdict(), "rows": rows}
         print(f"written: {replace_text(FILE, json.dumps(found, indent=1) + chr(10))}")
     if arguments.page is not None:

@@ -1,8 +1,8 @@
 """What is timed against S, T, K, R and width, at which sizes, and what it costs by formula, in multiply-adds.
 
-One linear layer [width, width], every sample with a sequence of its own, a tenth of the coefficients kept. Formulas are
-those by which training chooses its paths (l3d/costs.py), and bench/scale.py holds them to torch's own counts; a gathered
-element is charged as there. Selecting multiplies nothing: the numbers it reads are counted.
+One linear layer [width, width], every sample with a sequence of its own, a tenth of the coefficients kept. Formulas
+are those by which training chooses its paths (l3d/costs.py), and bench/scale.py holds them to torch's own counts; a
+gathered element is charged as there. Selecting multiplies nothing: the numbers it reads are counted.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d_kernels as lk
-from bench.scale import KEPT, Case, gram_cost, planned, predict, sizes_of
+from bench.scale import Case, gram_cost, planned, predict, sizes_of
 from l3d.costs import Path, projection_costs
 from l3d.extract import Extractor
 
