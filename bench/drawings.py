@@ -23,7 +23,7 @@ def scaling_curves(rows: list[dict[str, Any]]) -> Figure:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9.4, 1.55 * len(quantities) + 0.5), layout="constrained")
-        panels = figure.subplots(len(quantities), len(AXES), squeeze=False, sharex="col", sharey="row")
+        panels = figure.subplots(len(quantities), len(AXES), squeeze=False, sharey="row")
         for axes in panels.flat:
             axes.set_axis_off()
         for row in rows:
@@ -36,7 +36,6 @@ def scaling_curves(rows: list[dict[str, Any]]) -> Figure:
             axes.grid(color=RULE, alpha=0.25, linewidth=0.6)
             axes.minorticks_off()
             axes.set_xticks(row["sizes"][::2], map(str, row["sizes"][::2]))
-            axes.tick_params(labelbottom=True)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             slopes = f"{row['measured']:.2f} / {row['predicted']:.2f}"
             axes.text(0.04, 0.96, slopes, transform=axes.transAxes, va="top", size=8)
