@@ -77,7 +77,8 @@ def _time(own: dict[str, dict[str, Any]], provider: str) -> str:
         return ""
     row = own[provider]
     ratio = f" ({row['median'] / own[OURS]['median']:.1f})" if provider != OURS and OURS in own else ""
-    return f"{1000 * row['median']:.3g} ± {1000 * row['iqr']:.1g} ms{ratio}"
+    spread = float(f"{1000 * row['iqr']:.1g}")
+    return f"{1000 * row['median']:.3g} ± {spread:g} ms{ratio}"
 
 
 def _memory(row: dict[str, Any]) -> str:
