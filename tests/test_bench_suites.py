@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench import gate, peak, scaling, suites, test_ops
+from bench import gate, peak, scaling, suites, test_decomposition, test_ops
 from bench.counting import Counts, Rates, count
 from bench.drawings import ratios, scaling_curves
 from bench.environment import described
@@ -82,6 +82,15 @@ def test_a_refused_provider_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
     assert benchmark.group == "reconstruct, width 64, forward"
     assert benchmark.extra_info["provider"] == "afternoon"
     assert benchmark.extra_info["flops"] == 2 * TINY.n_kept * TINY.R * TINY.I * TINY.O
+
+
+def test_a_run_that_learns_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside what is timed, so that pytest-benchmark leaves its time out."""
+    monkeypatch.setattr(test_decomposition, "ours", lambda n: (0.8, 0.75))
+    with pytest.raises(gate.Refused, match=r"200 steps by l3d torch: the error went from 0\.800 to 0\.750"):
+        test_decomposition.prepared("l3d torch", 1)()
+    monkeypatch.setattr(test_decomposition, "loop", lambda method: (0.8, 0.7))
+    test_decomposition.prepared("published", 1)()
 
 
 def test_of_a_run_what_is_compared_is_kept() -> None:
