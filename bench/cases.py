@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,8 +55,16 @@ class Case:
         self.extractor = self.run.extractor
         self.shapes = {name: p.shape for name, p in self.extractor.parameters.items()}
         self.decomposition = self.run.decomposition
-        sides = self.decomposition.encoder, self.decomposition.decoder
-        self.as_published, self.by_afternoon = published.Training(*sides), afternoon.Training(*sides)
+
+    @cached_property
+    def as_published(self) -> published.Training:
+        """The published loop's state, made when it is asked for: a process that does not should not hold it."""
+        return published.Training(self.decomposition.encoder, self.decomposition.decoder)
+
+    @cached_property
+    def by_afternoon(self) -> afternoon.Training:
+        """The afternoon's."""
+        return afternoon.Training(self.decomposition.encoder, self.decomposition.decoder)
 
     def loss(self, method: str) -> Tensor:
         """Return the first batch's loss by one of METHODS, on the same references, at the start of our decomposition.

@@ -10,6 +10,7 @@ once the core and all modes but the first are contracted into `right`. Vectors a
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -221,7 +222,8 @@ def _rescale(pieces: Iterable[nn.Module], squared: Tensor) -> None:
     scaled: list[Tensor] = []
     scales: list[Tensor] = []
     for piece in pieces:
-        parameters = list(piece.parameters())
+        # of a module without others its own, at once: walking modules takes longer than scaling a small one
+        parameters: list[Any] = list(piece.parameters() if piece._modules else piece._parameters.values())
         n = len(parameters)
         if n not in shares:
             shares[n] = squared.pow(-0.5 / n)
