@@ -325,6 +325,20 @@ OVER = Option(
     "[VALUE,..]",
     "What to sweep over, each as --over.NAME '[VALUE,VALUE]': k, n_subnetworks, rank, seed; every combination is run.",
 )
+REDRAWN = Option(
+    "random_weights",
+    bool,
+    False,
+    "",
+    "A control: decompose the model with the chosen weights redrawn, normal with their mean and deviation.",
+)
+TOY_SEED = Option(
+    "toy_seed",
+    int | None,
+    None,
+    "SEED",
+    "Seed of the toy's network and points. null: that of --seed.",
+)
 RANDOM_WEIGHTS = Option(
     "random_weights",
     bool,
@@ -373,7 +387,7 @@ def unset(options: Iterable[Option]) -> list[Option]:
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
     studies = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL)
-    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG)
+    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG, TOY_SEED)
     every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN, *added)
     option = next((option for option in every if option.name == name), None)
     if option is None:
