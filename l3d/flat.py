@@ -29,8 +29,7 @@ def flat_residual(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
 ) -> tuple[lk.SparseCoefficients, Tensor, Tensor]:
     """Return what is kept, ‖g_s − ĝ_s‖² [S, groups] (differentiable) and ‖g_s‖² [S]; see `l3d.objective`."""
-    # in the directions' order: the gradients' own may be another
-    flat = torch.cat([gradients.matrix(name).flatten(1) for name, _ in encoder.items()], 1)  # [S, P]
+    flat = flattened(gradients, encoder)
     coefficients = flat @ multiplied_out(encoder).mT
     kept = lk.batch_topk(coefficients, n, n_groups, backend="torch")
     mask = torch.zeros_like(coefficients)
@@ -38,6 +37,11 @@ def flat_residual(
     code = (coefficients * mask).unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
     reconstruction = code @ multiplied_out(decoder).unflatten(0, (n_groups, -1))  # [groups, S, P]
     return kept, (flat - reconstruction).square().sum(2).mT, flat.square().sum(1)
+
+
+def flattened(gradients: Gradients, directions: Directions) -> Tensor:
+    """Return the gradients as rows over the entries of all parameters, in the directions' order: [S, P]."""
+    return torch.cat([gradients.matrix(name).flatten(1) for name, _ in directions.items()], 1)
 
 
 def multiplied_out(directions: Directions) -> Tensor:

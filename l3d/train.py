@@ -24,7 +24,9 @@ from l3d.chunks import Chunks, objective_in_chunks
 from l3d.controls import shuffled
 from l3d.data import Batches, count_rows, mix
 from l3d.decomposition import Decomposition
+from l3d.directions import default_ranks
 from l3d.divergence import Divergence
+from l3d.exchange import Probe, exchange
 from l3d.extract import Extractor
 from l3d.factors import Gradients, concatenate
 from l3d.identity import identity
@@ -43,7 +45,7 @@ def decompose(
     model: nn.Module,
     data: Any,
     n_subnetworks: int = 100,
-    rank: Any = 8,
+    rank: Any = None,
     k: float = 0.1,
     params: Params = None,
     divergence: str | Divergence = "mse",
@@ -88,7 +90,8 @@ def decompose(
             (input, contrasting input).
         n_subnetworks: K.
         rank: of every matrix, or {glob: rank or one rank per mode}; or "auto": for each tensor the least that holds
-            nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`).
+            nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`). Default: 8, or
+            as much as a smaller tensor allows; a rank that is asked for and not allowed is refused.
         k: fraction of the S·K coefficients of a batch that is kept, in (0, 1].
         params: glob, list of globs, or None for all parameters.
         divergence, reference, positions: what is differentiated; see `extract_gradients`.
@@ -111,8 +114,9 @@ def decompose(
         updates: optimiser steps per batch, on the same gradients: worth it where extracting them is what a step costs.
         start: "random", or "data": the subnetworks start as low-rank parts of single samples' gradients.
         revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
-            subnetworks anew that none of these steps has kept, from samples that are reconstructed badly. Default:
-            True, False for "published".
+            subnetworks anew that none of these steps has kept, from samples that are reconstructed badly; and every 100
+            steps exchange those that are worth less than what their place could hold (`l3d.exchange`; not where several
+            processes share the subnetworks). Default: True, False for "published".
         shuffle: learn from gradients whose parts are dealt out anew over a batch's samples, tensor by tensor: a control
             that has learned no sample's gradient (`l3d.controls.shuffled`).
         overwrite: replace an existing run folder.
@@ -241,8 +245,11 @@ class Run:
         self.step = 0
         self.seconds = 0.0  # spent training, over interruptions
         self.recorder = Recorder(settings.steps, n_restarts)
+        self.probe: Probe | None = None  # not known until a first batch has been seen
         shapes = {name: p.shape for name, p in extractor.parameters.items()}
-        if settings.rank == "auto":
+        if settings.rank is None:
+            settings = self.settings = replace(settings, rank=default_ranks(shapes))
+        elif settings.rank == "auto":
             self.batches.peek()
             with naming_step(0):
                 first = self.extractor(to_device(self.batches[0], device), self._generator(0))
@@ -331,9 +338,13 @@ class Run:
     def check(self) -> None:
         """Go through a first step without taking it, to meet bad input before anything is written."""
         self.batches.peek()
+        n_samples = 0
         with torch.no_grad():
             for gradients in in_chunks(self._batch(0), False, self._held):
                 self.objective(gradients, 1.0)
+                n_samples += gradients.n_samples
+        if self.ranks is None:  # what others hold cannot be weighed here
+            self.probe = Probe(self.settings, n_samples)
 
     def objective(self, gradients: Gradients, k: float) -> Objective:
         """Compute every restart's loss of a batch."""
@@ -341,7 +352,10 @@ class Run:
         return objective(gradients, d.encoder, d.decoder, k, n_groups=self.n_restarts, backend=self.settings.backend)
 
     def train(self, callbacks: Sequence[Callback], folder: store.RunFolder | None, checkpoint_every: int) -> None:
-        """Train to the last step."""
+        """Train to the last step; after `check`."""
+        if self.probe is not None:
+            for step in self.probe.missed(self.step):
+                self.probe.batches.append(self.gradients(step))
         for callback in callbacks:
             callback.on_start(self.settings.as_dict())
         started = time.perf_counter() - self.seconds
@@ -382,6 +396,7 @@ class Run:
         self.step += 1
         recorded = self.recorder.add(self.step, errors, kept, rate, k)
         self._revive(gradients, result.residual)
+        self._exchange(gradients)
         return recorded
 
     def _start_from_data(self) -> None:
@@ -420,6 +435,26 @@ class Run:
         own = dead - self._first_column()
         self.optimizer.forget(own[(own >= 0) & (own < self.decomposition.n_subnetworks)])
         self.recorder.revived(step, dead)
+
+    def _exchange(self, gradients: Gradients | Chunks) -> None:
+        """Exchange subnetworks that are worth little, every so often."""
+        settings, step = self.settings, self.step
+        if self.probe is None:
+            return
+        self.probe.add(step, gradients)
+        if not self.probe.due(step):
+            return
+        probe = self.probe.take()
+        for restart in range(self.n_restarts):
+            first = restart * settings.n_subnetworks
+            part = self.decomposition.part(restart, self.n_restarts)
+            generator = torch.Generator().manual_seed(mix(settings.seed, 8, step))
+            changed = first + exchange(probe, part, settings.k, generator, settings.backend)
+            with torch.no_grad():
+                for whole, own in zip(self.decomposition.parameters(), part.parameters(), strict=True):
+                    whole[changed] = own[changed - first]
+            self.optimizer.forget(changed)
+            self.recorder.revived(step, changed)
 
     def final_errors(self) -> list[float]:
         """Return each restart's mean error over the last tenth of the history; infinity before there is any."""
