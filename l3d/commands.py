@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -302,7 +301,6 @@ def _describe(
 ) -> dict[str, Any] | None:
     """Return what each subnetwork does; None where that is not wanted. data: where job.data is a stream."""
     from l3d.description import default_rows, describe
-    from l3d.identity import moving
     from l3d.view import load_view
 
     settings, count = job.settings, count_rows(job.data)
@@ -314,12 +312,12 @@ def _describe(
         n_rows = min(count, n_rows or default_rows(d.settings["steps"], d.settings["batch_size"]))
     view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
     d = d.to(next(job.model.parameters()).device)
-    with moving(list(job.model.parameters())) if any_weights else nullcontext():
-        try:
-            return describe(d, job.model, data, n_rows=n_rows, view=view, activation_rate=metrics["activation_rate"])
-        except ValueError as error:  # the run and its figures are good all the same
-            print(f"l3d: no descriptions of subnetworks: {error} (--describe 0 does not try)", file=sys.stderr)
-            return None
+    shown: Settings = {"view": view, "activation_rate": metrics["activation_rate"], "any_weights": any_weights}
+    try:
+        return describe(d, job.model, data, n_rows=n_rows, **shown)
+    except ValueError as error:  # the run and its figures are good all the same
+        print(f"l3d: no descriptions of subnetworks: {error} (--describe 0 does not try)", file=sys.stderr)
+        return None
 
 
 def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:

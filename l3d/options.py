@@ -32,13 +32,13 @@ LEARNED = (
     Option("n_subnetworks", PositiveInt, 100, "K", "Number of directions in parameter space to learn."),
     Option(
         "rank",
-        PositiveInt | Literal["auto"] | dict[str, PositiveInt | list[PositiveInt]],
-        8,
+        PositiveInt | Literal["auto"] | dict[str, PositiveInt | list[PositiveInt]] | None,
+        None,
         "R|auto|{GLOB:R}|{GLOB:[R,R]}",
         "Rank of each direction in each tensor: one number; auto, what holds nine tenths of single gradients' squared "
         "norm in each, at most 16; or one per tensor, as "
         '\'{"*.q_proj.*": 8, "*": 4}\', the first match counts and a list gives one number per axis. '
-        "Vectors are always stored whole.",
+        "Vectors are always stored whole. null: 8, or as much as a smaller tensor allows.",
     ),
     Option(
         "k",
@@ -130,8 +130,8 @@ TRAINING = (
         bool | None,
         None,
         "true|false",
-        "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples. null: true "
-        "(published: false).",
+        "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples, or that others "
+        "can stand in for. null: true (published: false).",
     ),
     Option(
         "shuffle",
