@@ -114,7 +114,11 @@ def exchange(
         torch.cat([overlaps, _projected(probe, new, backend)], 1),
         torch.cat([torch.cat([gram, between], 1), torch.cat([between.mT, new.gram()], 1)]),
     )
-    pairs = choose(code, decoder.n_subnetworks)
+    unseen = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    unseen[samples] = False
+    judged = unseen if int(unseen.sum()) >= LEARNED_FROM else torch.ones_like(unseen)
+    code = Code(code.values[judged], code.overlaps[judged], code.gram)
+    pairs = confirmed(choose(code, decoder.n_subnetworks), code, coefficients[judged], k)
     for side in (encoder, decoder):
         for parameter, found in zip(side.parameters(), new.parameters(), strict=True):
             for old, taken in pairs:
@@ -177,6 +181,32 @@ def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
         members[old], members[new] = False, True
         pairs.append((old, taken))
     return pairs
+
+
+def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k: float) -> list[tuple[int, int]]:
+    """Return those pairs, one after another, with which what the best k coefficients leave is indeed less.
+
+    coefficients [S, K]: of the encoder; a candidate's are its overlaps. What it gains may be what others lose, which
+    are no longer among the largest of the batch.
+    """
+    n_subnetworks = coefficients.shape[1]
+    held = list(range(n_subnetworks))
+    n = n_kept(k, *coefficients.shape)
+
+    def left(columns: list[int], found: Tensor) -> Tensor:
+        values = lk.batch_topk(found, n, backend="torch").dense()
+        return (((values @ code.gram[columns][:, columns]) - 2 * code.overlaps[:, columns]) * values).sum()
+
+    best, good = left(held, coefficients), []
+    for old, taken in pairs:
+        columns, found = held.copy(), coefficients.clone()
+        columns[old] = n_subnetworks + taken
+        found[:, old] = code.overlaps[:, columns[old]]
+        now = left(columns, found)
+        if now < best:
+            best, held, coefficients = now, columns, found
+            good.append((old, taken))
+    return good
 
 
 def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
