@@ -17,7 +17,7 @@ import torch
 
 from bench.peak import added
 from l3d.estimate import plan
-from l3d.train import Run
+from l3d.run import Run
 
 WIDTHS = (1024, 2048, 4096)
 S, T, K, R = 256, 8, 512, 4

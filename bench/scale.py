@@ -15,7 +15,7 @@ from bench.environment import RESULTS, environment
 from l3d.costs import Path, Sizes, choose_paths, coactive_is_cheaper, projection_costs
 from l3d.estimate import plan
 from l3d.factors import Gradients
-from l3d.train import Run
+from l3d.run import Run
 
 
 class Case(NamedTuple):

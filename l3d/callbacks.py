@@ -113,7 +113,8 @@ class TensorBoard(Callback):
         self._write("train", figures)
 
     def on_end(self, figures: Mapping[str, float]) -> None:
-        """Write the figures under end/."""
+        """Write the figures under end/, at the run's last step, which they tell where nothing was trained."""
+        self._step = int(figures.get("step", self._step))
         self._write("end", figures)
 
     def _write(self, group: str, figures: Mapping[str, float]) -> None:

@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +62,8 @@ def toy(settings: Settings) -> None:
         for name, value in suite_only.items():
             if value is not None:
                 raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
+    elif settings["random_weights"] or settings["toy_seed"] is not None:
+        raise ValueError("--random_weights and --toy_seed: for one toy, not for l3d toy all")
     out, overwrite = _take_out(settings, f"runs/{settings['name']}")
     if settings["name"] == "all":
         from l3d import study_commands
@@ -173,6 +174,7 @@ def load(settings: Settings) -> Job:
     """Load the model and the data that settings name."""
     model = _move(load_model(settings["model"], **settings["model_args"]), settings["device"])
     data = load_data(settings["data"], model_spec=settings["model"], **settings["data_args"])
+    _redraw_if_asked(model, settings)
     n_held_out = settings["held_out"]
     if n_held_out == 0:
         return Job("decompose", settings, model, data, None, None)
@@ -190,10 +192,23 @@ def load_toy(settings: Settings) -> Job:
     from l3d import toys
 
     seed = settings["seed"] or 0
-    made = toys.make(settings["name"], seed=seed)
+    own_seed = settings.get("toy_seed")
+    made = toys.make(settings["name"], seed=seed if own_seed is None else own_seed)
     given = {name: value for name, value in settings.items() if value is not None}
     resolved = {"name": made.name, "seed": seed} | made.arguments(settings["preset"]) | given
-    return Job("toy", resolved, _move(made.model, settings["device"]), made.data, None, made)
+    model = _move(made.model, settings["device"])
+    redrawn = _redraw_if_asked(model, resolved)
+    return Job("toy", resolved, model, made.data, None, None if redrawn else made)  # redrawn, it has no true circuits
+
+
+def _redraw_if_asked(model: nn.Module, settings: Settings) -> bool:
+    """Redraw the weights where the run is a control; tell whether it is."""
+    from l3d.controls import redraw_
+
+    asked: bool = settings.get("random_weights", False)
+    if asked:
+        redraw_(model, settings.get("params"), settings.get("seed") or 0)
+    return asked
 
 
 def _move(model: nn.Module, device: str | None) -> nn.Module:
@@ -217,7 +232,7 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
         run_folder.write_config(out, job.command, job.settings)
 
     try:
-        arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": _model_name(job)}
+        arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": model_name(job)}
         arguments |= {"on_start": None if resume else write_config}
         with log_to(job.settings.get("log"), out) if is_first() else Callback() as log:
             with together(lambda command: run_folder.interrupted(out, command)):
@@ -225,15 +240,31 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
             if not is_first():
                 return  # of several processes the first one writes, and reports
             data = evaluation_data(job)
-            metrics = evaluate_run(d, job, data) | {name: float(d.timing[name]) for name in TIMING}
-            metrics |= peak_memory() | {"environment": environment(job.model)}
+            metrics = evaluate_run(d, job, data) | costs(d, job.model)
             log.on_end(metrics)
         write_results(out, metrics, _describe(d, job, data, metrics))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run_folder.interrupted(out)) from None
 
 
-def _model_name(job: Job) -> str | None:
+def costs(d: Decomposition, model: nn.Module) -> dict[str, Any]:
+    """Return what a run took and where, as metrics.json holds it."""
+    return {name: float(d.timing[name]) for name in TIMING} | peak_memory() | {"environment": environment(model)}
+
+
+def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
+    """Return one run of a sweep as `l3d toy` or `l3d decompose` would make it, with the settings of such a command."""
+    settings = {name: job.settings[name] for name in ("evaluate_rows",) if name in job.settings} | chosen
+    if job.command == "toy":
+        settings |= {"name": job.settings["name"], "toy_seed": job.settings["seed"]}
+    else:
+        names = [option.name for option in (*options.MODEL, *options.DATA, options.HELD_OUT)]
+        settings |= {name: job.settings[name] for name in names}
+    settings["random_weights"] = random_weights
+    return job._replace(settings=settings, toy=None if random_weights else job.toy)
+
+
+def model_name(job: Job) -> str | None:
     """Name the model as its run does; a Hugging Face model knows its name itself."""
     if job.command == "toy":
         return f"toy:{job.settings['name']}"
@@ -270,7 +301,6 @@ def _describe(
 ) -> dict[str, Any] | None:
     """Return what each subnetwork does; None where that is not wanted. data: where job.data is a stream."""
     from l3d.description import default_rows, describe
-    from l3d.identity import moving
     from l3d.view import load_view
 
     settings, count = job.settings, count_rows(job.data)
@@ -282,12 +312,12 @@ def _describe(
         n_rows = min(count, n_rows or default_rows(d.settings["steps"], d.settings["batch_size"]))
     view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
     d = d.to(next(job.model.parameters()).device)
-    with moving(list(job.model.parameters())) if any_weights else nullcontext():
-        try:
-            return describe(d, job.model, data, n_rows=n_rows, view=view, activation_rate=metrics["activation_rate"])
-        except ValueError as error:  # the run and its figures are good all the same
-            print(f"l3d: no descriptions of subnetworks: {error} (--describe 0 does not try)", file=sys.stderr)
-            return None
+    shown: Settings = {"view": view, "activation_rate": metrics["activation_rate"], "any_weights": any_weights}
+    try:
+        return describe(d, job.model, data, n_rows=n_rows, **shown)
+    except ValueError as error:  # the run and its figures are good all the same
+        print(f"l3d: no descriptions of subnetworks: {error} (--describe 0 does not try)", file=sys.stderr)
+        return None
 
 
 def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:

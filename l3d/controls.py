@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l3d.factors import Dense, Gradients, Part
 from l3d.intervention import shifted
@@ -40,6 +40,19 @@ def redrawn(model: nn.Module, params: Params = None, seed: int = 0) -> Iterator[
 
     The very same bits return on exit. params: glob, globs or None for all; seed: of the draw.
     """
+    with shifted(model, _redraw(model, params, seed)):
+        yield model
+
+
+@torch.no_grad()
+def redraw_(model: nn.Module, params: Params = None, seed: int = 0) -> None:
+    """Replace the chosen weights for good by those that `redrawn` puts in their place."""
+    for name, move in _redraw(model, params, seed).items():
+        model.get_parameter(name).add_(move)
+
+
+def _redraw(model: nn.Module, params: Params, seed: int) -> dict[str, Tensor]:
+    """Draw new weights, and return what leads to them from the present ones."""
     generator = torch.Generator().manual_seed(seed)
     moves = {}
     for name, parameter in select_parameters(model, params).items():
@@ -47,5 +60,4 @@ def redrawn(model: nn.Module, params: Params = None, seed: int = 0) -> Iterator[
         drawn = torch.randn(values.shape, generator=generator).to(values)
         spread = values.std(correction=0) if values.numel() > 1 else values.abs().sum()
         moves[name] = values.mean() + spread * drawn - values
-    with shifted(model, moves):
-        yield model
+    return moves

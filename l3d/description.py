@@ -47,6 +47,7 @@ def describe(
     view: View | None = None,
     activation_rate: Sequence[float] | Tensor | None = None,
     intervention_ratio: Sequence[float | None] | Tensor | None = None,
+    any_weights: bool = False,
 ) -> dict[str, Any]:
     """Describe every subnetwork: its mean impact, its norm per tensor, the rows it acts on most, what it moves there.
 
@@ -57,6 +58,7 @@ def describe(
         view: how tokens, classes and images are shown; without it by number.
         activation_rate: [K] P_act, from `evaluate`.
         intervention_ratio: [K], where it was measured; None for a subnetwork without.
+        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
 
     Returns a json-able dict. Positions of a language model's rows count one by one, also where a few were drawn in
     training. What is moved is softmax(output) where the divergence is "kl", else the output; per unit of δ, the mean
@@ -73,7 +75,8 @@ def describe(
     source.limit(max(2, IMPACTS_AT_ONCE // (length * decomposition.n_subnetworks)))
     kl = decomposition.settings.get("divergence") == "kl"
     drawn = isinstance(decomposition.settings.get("positions"), int)
-    found = decomposition.impact(model, source.data, N_REFERENCES, positions="all" if drawn else None).cpu()
+    positions = "all" if drawn else None
+    found = decomposition.impact(model, source.data, N_REFERENCES, positions=positions, any_weights=any_weights).cpu()
     impacts, at = _by_place(found, source, length)
     tokens = source.inputs() if kind == "text" else None
     contexts = top_contexts(impacts, N_SHOWN, tokens if impacts.shape[1] == length else None)

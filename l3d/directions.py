@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 import l3d_kernels as lk
 from l3d.factors import matrix_shape
+from l3d.model import exact_pattern
 
 # Up to so many directions, the Gram matrices of groups are cut out of that of all: one operation beats many small ones.
 SMALL_GRAM = 256
+
+DEFAULT_RANK = 8
 
 Rank = int | Mapping[str, int | Sequence[int]]
 
@@ -102,6 +105,18 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
             raise ValueError(f"rank: no pattern matches {name!r}; add one, or '*'")
         resolved[name] = _ranks_of(name, shape, first)
     return resolved
+
+
+def default_ranks(shapes: Mapping[str, torch.Size]) -> Rank:
+    """Return `DEFAULT_RANK`, or where a tensor allows less, that tensor by tensor, as `resolve_ranks` takes it.
+
+    >>> default_ranks({"narrow": torch.Size([3, 20]), "wide": torch.Size([9, 9]), "bias": torch.Size([9])})
+    {'narrow': 3, 'wide': 8}
+    """
+    if all(min(matrix_shape(shape)) >= DEFAULT_RANK for shape in shapes.values() if len(shape) > 1):
+        return DEFAULT_RANK
+    capped = {name: [min(DEFAULT_RANK, d) for d in shape] for name, shape in shapes.items() if len(shape) > 1}
+    return {exact_pattern(name): min(each) if len(each) == 2 else each for name, each in capped.items()}
 
 
 def _ranks_of(name: str, shape: torch.Size, wanted: int | Sequence[int]) -> tuple[int, ...]:
@@ -188,6 +203,24 @@ class Directions(nn.Module):
         assert total is not None
         return total
 
+    def inner(self, other: "Directions") -> Tensor:
+        """Return <V_k, U_j> with directions U of the same tensors, over all together: [K, J]."""
+        total: Tensor | None = None
+        for (_, own), (_, theirs) in zip(self.items(), other.items(), strict=True):
+            left, right = theirs.factors()
+            if isinstance(own, Whole):
+                product = own.vector @ left[:, 0].to(own.vector).mT
+            else:  # a direction is a gradient whose positions are its ranks
+                own_left, own_right = own.factors()
+                product = lk.project(own_right, own_left, left.to(own_left), right.to(own_left))
+            total = product if total is None else total + product
+        assert total is not None
+        return total
+
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Return the ranks of every tensor, as `resolve_ranks` gives them."""
+        return {name: _ranks_held(piece) for name, piece in self.items()}
+
     def grams(self, n_groups: int) -> Tensor:
         """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
         size = self.n_subnetworks // n_groups
@@ -203,6 +236,14 @@ class Directions(nn.Module):
             left, right = piece.factors()
             result[name] = (left[index].mT @ right[index]).reshape(self.shapes[name])
         return result
+
+
+def _ranks_held(piece: Piece) -> tuple[int, ...]:
+    if isinstance(piece, Whole):
+        return ()
+    if isinstance(piece, LowRank):
+        return (piece.left.shape[1],)
+    return tuple(piece.core.shape[1:])
 
 
 def _squared_norm(piece: nn.Module) -> Tensor:

@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
 class TopSamples(NamedTuple):
     """The samples on which each subnetwork has the largest impact."""
 
-    indices: Tensor  # [K, n] int64, sample numbers in the order of the data
+    indices: Tensor  # [K, n] int64, sample numbers in the order of the data, in which padding is not counted
     impacts: Tensor  # [K, n]
 
 
@@ -169,8 +169,10 @@ def impact(
 ) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another. `divergence`, `reference` and
-    `positions` replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`.
+    Samples are numbered in the order of the data, positions of a row one after another. Padding is no sample and has no
+    number: with an `attention_mask`, number s is the s-th of the positions where the mask is not 0. `divergence`,
+    `reference` and `positions` replace the trained ones, and `any_weights` takes a model of other weights, as in
+    `evaluate`.
     """
     decomposition = _widened(decomposition)
     total: Tensor | None = None

@@ -70,7 +70,7 @@ def _reconstruct(
     gradients: Gradients, encoder: Directions, sides: list[list[Tensor]], n: int, n_groups: int
 ) -> tuple["_Batch", Tensor, Tensor]:
     """Encode and reconstruct a batch; return it, all its coefficients [S, groups * K], and the thresholds."""
-    flat = gradients.flat([name for name, _ in encoder.items()])  # [S, P]
+    flat = flattened(gradients, encoder)
     encoders, decoders = (_multiplied_out(side) for side in sides)
     coefficients = flat @ encoders.mT
     mask, thresholds = reference.largest(coefficients, n, n_groups)
@@ -113,6 +113,16 @@ def _by_directions(batch: _Batch, by_reconstruction: Tensor) -> tuple[Tensor, Te
     by_decoder = (batch.code.mT @ by_reconstruction).flatten(0, 1)
     by_code = (by_reconstruction @ batch.decoders.mT).transpose(0, 1).flatten(1)  # [S, groups * K]
     return (by_code * batch.mask).mT @ batch.flat, by_decoder
+
+
+def multiplied_out(directions: Directions) -> Tensor:
+    """Return the directions as rows over the entries of all parameters: [K, P]."""
+    return _multiplied_out(_factors(directions))
+
+
+def flattened(gradients: Gradients, directions: Directions) -> Tensor:
+    """Return the gradients as rows over the entries of all parameters, in the directions' order: [S, P]."""
+    return gradients.flat([name for name, _ in directions.items()])
 
 
 def _factors(directions: Directions) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from l3d.identity import check_identity
 from l3d.model import check_fixed, model_output, to_device
 
 if TYPE_CHECKING:
@@ -43,7 +44,14 @@ class Movement(NamedTuple):
 
 
 def top_logits(
-    model: nn.Module, decomposition: Decomposition, index: int, inputs: Any, n: int = 10, *, method: str = "forward"
+    model: nn.Module,
+    decomposition: Decomposition,
+    index: int,
+    inputs: Any,
+    n: int = 10,
+    *,
+    method: str = "forward",
+    any_weights: bool = False,
 ) -> TopLogits:
     """Return the n logits that subnetwork `index` raises and lowers most, by d softmax(f(x, W0 + δ Vout))/dδ at δ = 0.
 
@@ -55,6 +63,7 @@ def top_logits(
         n: entries in each direction.
         method: "forward" for forward-mode differentiation; "double_backward" for models that hold an operation
             which has none: the derivative of a vector-Jacobian product by its vector, at some three times the cost.
+        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
 
     Raises ValueError for arguments out of range; RuntimeError where an operation has no forward mode, naming it.
 
@@ -64,7 +73,10 @@ def top_logits(
     >>> top_logits(model, d, 0, torch.randn(5, 4), n=2).raised.shape
     torch.Size([5, 2])
     """
-    moved = softmax_movement(move(model, decomposition.subnetwork(index), inputs, method))
+    direction = decomposition.subnetwork(index)
+    if not any_weights:
+        check_identity(decomposition.base_model, dict(model.named_parameters(remove_duplicate=False)))
+    moved = softmax_movement(move(model, direction, inputs, method))
     if not 1 <= n <= moved.shape[-1]:
         raise ValueError(f"n: expected between 1 and the output's {moved.shape[-1]} entries, got {n}")
     raised, lowered = moved.topk(n), moved.topk(n, largest=False)

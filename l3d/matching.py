@@ -77,14 +77,7 @@ def consistency(first: Decomposition, second: Decomposition) -> Consistency:
         raise ValueError(
             f"first: expected no more subnetworks than second's {second.n_subnetworks}, got {first.n_subnetworks}"
         )
-    inner: Tensor | None = None
-    for (_, a), (_, b) in zip(first.decoder.items(), second.decoder.items(), strict=True):
-        (left_a, right_a), (left_b, right_b) = a.factors(), b.factors()
-        left = torch.einsum("kro,jqo->krjq", left_a, left_b.to(left_a))
-        right = torch.einsum("kri,jqi->krjq", right_a, right_b.to(right_a))
-        product = (left * right).sum((1, 3))
-        inner = product if inner is None else inner + product
-    assert inner is not None
+    inner = first.decoder.inner(second.decoder)
     norms = first.decoder.squared_norm()[:, None] * second.decoder.squared_norm().to(inner)
     cosines = (inner.abs() / norms.sqrt().clamp_min(1e-30)).clamp_max(1)
     partners = match(cosines)

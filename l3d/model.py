@@ -42,14 +42,38 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
 
 
 def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
-    """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`."""
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`.
+
+    Raises ValueError for keys that the model does not take, or lacks.
+    """
+    output = _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise ValueError(f"model: expected a tensor or something with .logits, got {type(output).__name__}")
     return output
+
+
+def _called_by_keys(model: Callable[..., Any], inputs: Mapping[Any, Any]) -> Any:
+    keys = ", ".join(map(str, inputs))
+    try:
+        return model(**inputs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '([^']+)'", str(error))
+        if unknown and unknown[1] in inputs:
+            raise ValueError(
+                f"data: its rows have the key {unknown[1]!r}, which the model does not take; leave it out "
+                f"(keys: {keys})"
+            ) from error
+        missing = re.search(r"missing \d+ required positional arguments?: (.*)", str(error))
+        if missing and "forward()" in str(error):
+            raise ValueError(f"data: its rows lack {missing[1]}, which the model needs (keys: {keys})") from error
+        if not all(isinstance(key, str) for key in inputs):
+            raise ValueError(
+                f"data: expected rows whose keys are names of the model's arguments, got {keys}"
+            ) from error
+        raise
 
 
 def exact_pattern(name: str) -> str:

@@ -32,13 +32,13 @@ LEARNED = (
     Option("n_subnetworks", PositiveInt, 100, "K", "Number of directions in parameter space to learn."),
     Option(
         "rank",
-        PositiveInt | Literal["auto"] | dict[str, PositiveInt | list[PositiveInt]],
-        8,
+        PositiveInt | Literal["auto"] | dict[str, PositiveInt | list[PositiveInt]] | None,
+        None,
         "R|auto|{GLOB:R}|{GLOB:[R,R]}",
         "Rank of each direction in each tensor: one number; auto, what holds nine tenths of single gradients' squared "
         "norm in each, at most 16; or one per tensor, as "
         '\'{"*.q_proj.*": 8, "*": 4}\', the first match counts and a list gives one number per axis. '
-        "Vectors are always stored whole.",
+        "Vectors are always stored whole. null: 8, or as much as a smaller tensor allows.",
     ),
     Option(
         "k",
@@ -130,8 +130,8 @@ TRAINING = (
         bool | None,
         None,
         "true|false",
-        "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples. null: true "
-        "(published: false).",
+        "Start subnetworks anew that no batch has kept for 200 steps, from badly reconstructed samples, or that others "
+        "can stand in for. null: true (published: false).",
     ),
     Option(
         "shuffle",
@@ -325,6 +325,20 @@ OVER = Option(
     "[VALUE,..]",
     "What to sweep over, each as --over.NAME '[VALUE,VALUE]': k, n_subnetworks, rank, seed; every combination is run.",
 )
+REDRAWN = Option(
+    "random_weights",
+    bool,
+    False,
+    "",
+    "A control: decompose the model with the chosen weights redrawn, normal with their mean and deviation.",
+)
+TOY_SEED = Option(
+    "toy_seed",
+    int | None,
+    None,
+    "SEED",
+    "Seed of the toy's network and points. null: that of --seed.",
+)
 RANDOM_WEIGHTS = Option(
     "random_weights",
     bool,
@@ -373,7 +387,7 @@ def unset(options: Iterable[Option]) -> list[Option]:
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
     studies = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL)
-    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG)
+    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG, TOY_SEED)
     every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN, *added)
     option = next((option for option in every if option.name == name), None)
     if option is None:

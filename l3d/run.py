@@ -23,6 +23,8 @@ from l3d.chunks import Chunks, objective_in_chunks
 from l3d.controls import shuffled
 from l3d.data import Batches, mix
 from l3d.decomposition import Decomposition
+from l3d.directions import default_ranks
+from l3d.exchange import Probe, exchange
 from l3d.extract import Extractor
 from l3d.factors import Gradients, concatenate
 from l3d.flat import flat_differentiated, has_pairs_only, is_small
@@ -85,8 +87,11 @@ class Run:
         self.step = 0
         self.seconds = 0.0  # spent training, over interruptions
         self.recorder = Recorder(settings.steps, n_restarts)
+        self.probe: Probe | None = None  # not known until a first batch has been seen
         shapes = {name: p.shape for name, p in extractor.parameters.items()}
-        if settings.rank == "auto":
+        if settings.rank is None:
+            settings = self.settings = replace(settings, rank=default_ranks(shapes))
+        elif settings.rank == "auto":
             self.batches.peek()
             with naming_step(0):
                 first = self.extractor(to_device(self.batches[0], device), self._generator(0))
@@ -178,9 +183,13 @@ class Run:
     def check(self) -> None:
         """Go through a first step without taking it, to meet bad input before anything is written."""
         self.batches.peek()
+        n_samples = 0
         with torch.no_grad():
             for gradients in in_chunks(self._batch(0), False, self._held):
                 self.objective(gradients, 1.0)
+                n_samples += gradients.n_samples
+        if self.ranks is None:  # what others hold cannot be weighed here
+            self.probe = Probe(self.settings, n_samples)
 
     def objective(self, gradients: Gradients, k: float) -> Objective:
         """Compute every restart's loss of a batch."""
@@ -188,7 +197,10 @@ class Run:
         return objective(gradients, d.encoder, d.decoder, k, n_groups=self.n_restarts, backend=self.settings.backend)
 
     def train(self, callbacks: Sequence[Callback], folder: store.RunFolder | None, checkpoint_every: int) -> None:
-        """Train to the last step."""
+        """Train to the last step; after `check`."""
+        if self.probe is not None:
+            for step in self.probe.missed(self.step):
+                self.probe.batches.append(self.gradients(step))
         for callback in callbacks:
             callback.on_start(self.settings.as_dict())
         started = time.perf_counter() - self.seconds
@@ -238,6 +250,7 @@ class Run:
         self.step += 1
         recorded = self.recorder.add(self.step, errors, kept, rate, k)
         self._revive(gradients, found.residual)
+        self._exchange(gradients)
         return recorded
 
     def _start_from_data(self) -> None:
@@ -276,6 +289,26 @@ class Run:
         own = dead - self._first_column()
         self.optimizer.forget(own[(own >= 0) & (own < self.decomposition.n_subnetworks)])
         self.recorder.revived(step, dead)
+
+    def _exchange(self, gradients: Gradients | Chunks) -> None:
+        """Exchange subnetworks that are worth little, every so often."""
+        settings, step = self.settings, self.step
+        if self.probe is None:
+            return
+        self.probe.add(step, gradients)
+        if not self.probe.due(step):
+            return
+        probe = self.probe.take()
+        for restart in range(self.n_restarts):
+            first = restart * settings.n_subnetworks
+            part = self.decomposition.part(restart, self.n_restarts)
+            generator = torch.Generator().manual_seed(mix(settings.seed, 8, step))
+            changed = first + exchange(probe, part, settings.k, generator, settings.backend)
+            with torch.no_grad():
+                for whole, own in zip(self.decomposition.parameters(), part.parameters(), strict=True):
+                    whole[changed] = own[changed - first]
+            self.optimizer.forget(changed)
+            self.recorder.revived(step, changed)
 
     def final_errors(self) -> list[float]:
         """Return each restart's mean error over the last tenth of the history; infinity before there is any."""

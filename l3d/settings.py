@@ -20,7 +20,7 @@ class Settings:
     """Everything that decides a training run, resolved: no None is left but in optional counts."""
 
     n_subnetworks: int  # K
-    rank: Any  # int, or {glob: int or list}; "auto" until the first batch has been seen
+    rank: Any  # int, or {glob: int or list}; None or "auto" until tensors or the first batch have been seen
     k: float  # fraction of coefficients kept
     divergence: str
     reference: str

@@ -49,11 +49,10 @@ def set_from_samples(
     over: another process holds them.
     """
     first = sides[0]
-    ranks = {name: _ranks(piece) for name, piece in first.items()}
     selected = gradients.select(samples)
     wide = torch.promote_types(selected.dtype, torch.float32)  # the decompositions take nothing narrower
     chosen = selected.to(torch.empty(0, dtype=wide, device=selected.device))
-    start = Directions(first.shapes, ranks, len(columns), generator).to(selected.device, wide)
+    start = Directions(first.shapes, first.ranks(), len(columns), generator).to(selected.device, wide)
     norms = chosen.squared_norm().sqrt().clamp_min(torch.finfo(wide).tiny)
     for name, piece in start.items():
         parts = _low_rank(chosen, name, piece, norms)
@@ -65,15 +64,6 @@ def set_from_samples(
     for side in sides:
         for parameter, value in zip(side.parameters(), start.parameters(), strict=True):
             parameter[columns[held]] = value[held].to(parameter)
-
-
-def _ranks(piece: torch.nn.Module) -> tuple[int, ...]:
-    if isinstance(piece, Whole):
-        return ()
-    if isinstance(piece, LowRank):
-        return (piece.left.shape[1],)
-    assert isinstance(piece, Tucker)
-    return tuple(piece.core.shape[1:])
 
 
 def _low_rank(gradients: Gradients, name: str, piece: torch.nn.Module, norms: Tensor) -> list[Tensor]:

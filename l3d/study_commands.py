@@ -81,12 +81,17 @@ def sweep(settings: Settings) -> None:
         chosen = {name: job.settings[name] for name in names if name in job.settings} | point.values
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
+        own = commands.standing_alone(job, chosen, point.random_weights)
         control = redrawn(job.model, chosen.get("params"), chosen.get("seed", 0))
+
+        def write_config(path: Path) -> None:
+            run_folder.write_config(path, own.command, own.settings)
+
         with control if point.random_weights else nullcontext():
-            d = l3d.decompose(job.model, job.data, **chosen, out=folder, resume=resume)
-            toy = None if point.random_weights else job.toy  # redrawn weights have no true circuits
-            found = commands.evaluate_run(d, job._replace(toy=toy), commands.evaluation_data(job))
-            return found | {"seconds": float(d.timing["seconds"])}
+            more: Settings = {"model_name": commands.model_name(own), "on_start": write_config}
+            d = l3d.decompose(job.model, job.data, **chosen, **more, out=folder, resume=resume)
+            metrics = commands.evaluate_run(d, own, commands.evaluation_data(own))
+            return metrics | commands.costs(d, own.model)
 
     try:
         found = run_sweep(out, base, runs, train)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +91,6 @@ def run_sweep(
             continue
         metrics = train(folder, point, last_checkpoint(folder) is not None)
         write_metrics(folder, metrics)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         tell(f"{where}: error {short(metrics['error'])}")
     return records(out, runs)
 

@@ -27,7 +27,7 @@ def decompose(
     model: nn.Module,
     data: Any,
     n_subnetworks: int = 100,
-    rank: Any = 8,
+    rank: Any = None,
     k: float = 0.1,
     params: Params = None,
     divergence: str | Divergence = "mse",
@@ -72,7 +72,8 @@ def decompose(
             (input, contrasting input).
         n_subnetworks: K.
         rank: of every matrix, or {glob: rank or one rank per mode}; or "auto": for each tensor the least that holds
-            nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`).
+            nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`). Default: 8, or
+            as much as a smaller tensor allows; a rank that is asked for and not allowed is refused.
         k: fraction of the S·K coefficients of a batch that is kept, in (0, 1].
         params: glob, list of globs, or None for all parameters.
         divergence, reference, positions: what is differentiated; see `extract_gradients`.
@@ -95,8 +96,9 @@ def decompose(
         updates: optimiser steps per batch, on the same gradients: worth it where extracting them is what a step costs.
         start: "random", or "data": the subnetworks start as low-rank parts of single samples' gradients.
         revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
-            subnetworks anew that none of these steps has kept, from samples that are reconstructed badly. Default:
-            True, False for "published".
+            subnetworks anew that none of these steps has kept, from samples that are reconstructed badly; and every 100
+            steps exchange those that are worth less than what their place could hold (`l3d.exchange`; not where several
+            processes share the subnetworks). Default: True, False for "published".
         shuffle: learn from gradients whose parts are dealt out anew over a batch's samples, tensor by tensor: a control
             that has learned no sample's gradient (`l3d.controls.shuffled`).
         overwrite: replace an existing run folder.

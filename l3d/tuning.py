@@ -28,10 +28,11 @@ class FineTuned:
     losses: list[float]  # of every step's batch, before the step
     model: nn.Module = field(repr=False)  # as it was before
     decomposition: Decomposition = field(repr=False)
+    any_weights: bool = field(default=False, repr=False)  # as it was given
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the model's state dict with the δ merged into its weights: copies, for `load_state_dict`."""
-        with intervene(self.model, self.decomposition, self.deltas):
+        with intervene(self.model, self.decomposition, self.deltas, any_weights=self.any_weights):
             return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def save(self, path: str | Path) -> Path:
@@ -53,6 +54,7 @@ def finetune(
     batch_size: int = 16,
     lr: float | None = None,
     seed: int = 0,
+    any_weights: bool = False,
 ) -> FineTuned:
     """Train how far to move the weights along chosen subnetworks, one number δ each, by Adam.
 
@@ -66,6 +68,7 @@ def finetune(
         steps, batch_size, seed: of the training; rows are shuffled by the seed.
         lr: Adam's step size at the start, which falls along a cosine; default `LR` times the norm of the decomposed
             weights. The δ are distances, the directions being of unit norm.
+        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
 
     Raises ValueError for arguments out of range and a loss that is not one finite number.
 
@@ -85,7 +88,7 @@ def finetune(
     if lr is not None and not lr > 0:
         raise ValueError(f"lr: expected a positive number, got {lr!r}")
     check_fixed(model)
-    with intervene(model, decomposition, {}):  # is it the decomposition's model?
+    with intervene(model, decomposition, {}, any_weights=any_weights):  # is it the decomposition's model?
         weights = {name: model.get_parameter(name) for name in decomposition.shapes}
     home = next(iter(weights.values()))
     if lr is None:
@@ -117,7 +120,7 @@ def finetune(
             optimizer.step()
             schedule.step()
             losses.append(float(value.detach()))
-    return FineTuned(dict(zip(chosen, deltas.tolist(), strict=True)), losses, model, decomposition)
+    return FineTuned(dict(zip(chosen, deltas.tolist(), strict=True)), losses, model, decomposition, any_weights)
 
 
 @torch.no_grad()

@@ -135,3 +135,14 @@ def test_the_command_line_logs_to_the_run_folder(tmp_path: Path) -> None:
     assert not (run / "subnetworks.json").exists()
     assert main([*arguments, "--out", str(run), "--overwrite"]) == 0
     assert len(list((run / "tensorboard").iterdir())) == 1  # the curve of this run only
+
+
+def test_the_end_of_a_resumed_finished_run_is_told_at_its_last_step(tmp_path: Path) -> None:
+    """No step is taken then, so none was told."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(out=tmp_path / "run")
+    with callbacks.TensorBoard(tmp_path / "log") as board:
+        train(out=tmp_path / "run", resume=True, callbacks=[board])
+    events = accumulator.EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("end/error")] == [5]

@@ -124,3 +124,44 @@ def test_weights_that_are_not_the_models(damage: str, tmp_path: Path, capsys: py
     if damage == "a tensor missing":
         assert "its file lacks 1 of the model's tensors, 'transformer.h.0.attn.c_proj.weight' first" in error
     assert not (tmp_path / "run").exists()
+
+
+class Named(nn.Module):
+    """Takes its inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.layer(x + shift)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"x": torch.zeros(3), "shift": torch.zeros(3), "label": torch.tensor(1)},
+            r"data: its rows have the key 'label', which the model does not take; .*\(keys: x, shift, label\)",
+        ),
+        ({"x": torch.zeros(3)}, r"data: its rows lack 'shift', which the model needs \(keys: x\)"),
+        ({"x": torch.zeros(3), 1: torch.zeros(3)}, r"data: expected rows whose keys are names of .*, got x, 1"),
+    ],
+)
+def test_keys_that_the_model_does_not_take_are_named(row: dict[Any, Tensor], message: str, tmp_path: Path) -> None:
+    """Rows that are mappings are the model's arguments by name."""
+    with pytest.raises(ValueError, match=message) as error:
+        l3d.decompose(Named(), [{key: value[None] for key, value in row.items()}], 2, 1, out=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_type_error_of_the_models_own_stays_one() -> None:
+    """What goes wrong inside the model is no matter of keys."""
+
+    class Broken(Named):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return self.layer(x, wrong=shift)
+
+    with pytest.raises(TypeError, match="wrong"):
+        extract_gradients(Broken(), {"x": torch.zeros(2, 3), "shift": torch.zeros(2, 3)})

@@ -1,5 +1,6 @@
 """Ranks from the gradients' own spectrum, against singular values of gradients multiplied out."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import l3d
+from l3d.cli import main
+from l3d.directions import default_ranks, resolve_ranks
 from l3d.factors import Dense, Gradients, Rows
 from l3d.ranks import ranks_from_gradients
 
@@ -87,3 +90,42 @@ def test_bad_arguments_are_named_and_no_gradient_is_rank_one() -> None:
     nothing: Tensor = torch.zeros(3, 4, 5)
     zero = Gradients({"w": [Dense(nothing)]}, {"w": torch.Size([4, 5])}, 3, torch.float32, torch.device("cpu"))
     assert ranks_from_gradients(zero) == {"w": 1}
+
+
+SMALL = {"wide": [9, 12], "narrow": [3, 12], "conv": [12, 2, 3, 3], "bias": [9]}
+
+
+def test_the_default_rank_is_what_a_small_tensor_allows() -> None:
+    """Eight, or less mode by mode; where all tensors are large it is the one number."""
+    shapes = {name: torch.Size(shape) for name, shape in SMALL.items()}
+    assert resolve_ranks(default_ranks(shapes), shapes) == {
+        "wide": (8,),
+        "narrow": (3,),
+        "conv": (8, 2, 3, 3),
+        "bias": (),
+    }
+    assert default_ranks({"wide": torch.Size([9, 12]), "bias": torch.Size([3])}) == 8
+
+
+def test_a_rank_is_capped_only_where_none_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Python and on the command line; what was taken is saved, and a run folder starts the same run again."""
+    model, data = nn.Linear(3, 2), torch.randn(16, 3)
+    d = l3d.decompose(model, data, 2, steps=3, progress=False, out=tmp_path / "run")
+    assert d.ranks == {"weight": (2,), "bias": ()}
+    assert l3d.load(tmp_path / "run").settings["rank"] == {"weight": 2}
+    l3d.decompose(model, data, 2, steps=3, progress=False, out=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="rank: 8 exceeds 2"):
+        l3d.decompose(model, data, 2, rank=8, steps=3)
+    monkeypatch.chdir(tmp_path)
+    assert main(["toy", "tms", "--steps", "3", "--describe", "0", "--rank", "8", "--out", "tms"]) == 2
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def model():\n    return torch.nn.Linear(3, 2)\n"
+        "def points():\n    return torch.randn(16, 3, generator=torch.Generator().manual_seed(0))\n"
+    )
+    arguments = ["--model", "python:mine:model", "--data", "python:mine:points", "--steps", "3", "--describe", "0"]
+    assert main(["decompose", *arguments, "--out", "one"]) == 0
+    assert main(["decompose", "--config", "one/config.yaml", "--out", "two"]) == 0
+    assert l3d.load("two").ranks == {"weight": (2,), "bias": ()}
+    assert main(["decompose", *arguments, "--rank", "8", "--out", "three"]) == 2
+    assert not (tmp_path / "three").exists()

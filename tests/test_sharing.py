@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import l3d
 from l3d.card import model_card
+from l3d.description import describe
 from l3d.identity import check_identity, fingerprint, identity
 
 import fake_hub
@@ -39,6 +41,11 @@ USES: dict[str, Callable[..., Any]] = {
     "impact": lambda d, model, **options: d.impact(model, DATA, 1, **options),
     "top_samples": lambda d, model, **options: l3d.top_samples(d, model, DATA, 2, 1, **options),
     "intervene": lambda d, model, **options: l3d.intervene(model, d, {0: 0.5}, **options).__enter__(),
+    "top_logits": lambda d, model, **options: l3d.top_logits(model, d, 0, DATA[:4], 2, **options),
+    "describe": lambda d, model, **options: describe(d, model, DATA, **options),
+    "finetune": lambda d, model, **options: l3d.finetune(
+        model, d, TensorDataset(DATA, DATA[:, :3]), nn.functional.mse_loss, [0], steps=1, **options
+    ).state_dict(),
 }
 
 

@@ -70,7 +70,6 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [name for name, _ in first.asked] == ["k=0.1,seed=0", "k=0.1,seed=1", "k=0.2,seed=0"]
     run_sweep(tmp_path / "s", {"steps": 20}, points(OVER), second)
     assert second.asked == [("k=0.2,seed=0", True), ("k=0.2,seed=1", False)]
-    assert not (tmp_path / "s" / "runs" / "k=0.2,seed=0" / "checkpoints").exists()
     run_sweep(tmp_path / "s", {"steps": 20}, points(OVER | {"seed": [0, 1, 2]}), third)
     assert [name for name, _ in third.asked] == ["k=0.1,seed=2", "k=0.2,seed=2"]
 
@@ -143,3 +142,44 @@ def test_the_command_sweeps_a_toy(
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("random_weights", [False, True], ids=["trained", "redrawn"])
+def test_a_sweeps_runs_are_run_folders_like_any(
+    random_weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every other command takes one: the toy is that of the sweep's seed, whatever the run's own is."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sweep", "--toy", "tms", "--steps", "12", "--n_restarts", "1", "--evaluate_rows", "64"]
+    assert main([*arguments, "--over.seed", "[3]", "--random_weights", "--out", "s"]) == 0
+    run = Path("s/runs") / ("seed=3,random" if random_weights else "seed=3")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"steps_per_second", "peak_memory_bytes", "environment"} <= set(metrics)
+    assert ("mmcs" in metrics) is not random_weights
+    for command in (["report"], ["resume"], ["evaluate", "--describe", "300"], ["intervene"]):
+        assert main([command[0], str(run), *command[1:]]) == 0, capsys.readouterr().err
+    again = json.loads((run / "metrics.json").read_text())
+    assert again["error"] == metrics["error"]
+    assert {"report.html", "subnetworks.json", "interventions.json"} <= {path.name for path in run.iterdir()}
+    assert main(["toy", "--config", str(run / "config.yaml"), "--out", "again"]) == 0
+    same = [l3d.load(folder) for folder in (run, "again")]
+    assert all(torch.equal(a, b) for a, b in zip(*(d.parameters() for d in same), strict=True))
+
+
+def test_a_models_runs_are_run_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model and data of one's own: what config.yaml names is loaded again, its held-out rows and control included."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        "import torch\n"
+        "def model():\n    torch.manual_seed(0)\n    return torch.nn.Linear(4, 3)\n"
+        "def points(n=60):\n    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1))\n"
+    )
+    arguments = ["sweep", "--model", "python:mine:model", "--data", "python:mine:points", "--data_args.n", "50"]
+    arguments += ["--held_out", "20", "--rank", "1", "--steps", "5", "--over.n_subnetworks", "[3]", "--random_weights"]
+    assert main([*arguments, "--out", "s"]) == 0
+    for name in ("n_subnetworks=3", "n_subnetworks=3,random"):
+        run = Path("s/runs") / name
+        before = json.loads((run / "metrics.json").read_text())
+        assert main(["evaluate", str(run), "--describe", "0"]) == 0
+        after = json.loads((run / "metrics.json").read_text())
+        assert (after["error"], after["held_out_error"]) == (before["error"], before["held_out_error"])

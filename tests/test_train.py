@@ -968,7 +968,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, r"rank: expected positive whole numbers for '\*', got 0"),
     ({"rank": 5}, r"rank: 5 exceeds 4, the most that 'first.weight' of shape \[6, 4\] allows"),
     ({"rank": {"third.*": 1, "*": 1}}, r"rank: no decomposed parameter matches 'third.\*'"),
-    ({"rank": None}, r"rank: "),
+    ({"rank": "many"}, r"rank: "),
     ({"params": "third.*"}, r"params: no parameter matches 'third.\*'; near matches: first"),
     ({"params": []}, r"params: expected at least one pattern"),
     ({"divergence": "l2"}, r"divergence: expected mse, mse_published, kl or a callable, got 'l2'"),

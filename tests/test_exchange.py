@@ -1,0 +1,88 @@
+"""Exchanges: what a subnetwork is worth, what a candidate gains, and that a run may be cut off before one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import l3d
+from l3d.exchange import EVERY, Code, Probe, choose, worths
+from l3d.settings import Settings, resolve
+
+
+def settings(**changes: object) -> Settings:
+    names = {"n_subnetworks": 4, "rank": 1, "k": 0.25, "divergence": "mse", "reference": "sample", "params": None}
+    names |= {"positions": "all", "steps": 1000, "batch_size": 16, "lr": None, "warm_start": None, "weight_decay": 0.0}
+    names |= {"updates": 1, "start": "random", "revive": None, "shuffle": False, "seed": 0, "dtype": None}
+    return resolve("default", 64, **names | {"backend": "torch"} | changes)
+
+
+def coded(directions: Tensor, gradients: Tensor, values: Tensor) -> Code:
+    return Code(values, gradients @ directions.mT, directions @ directions.mT)
+
+
+def test_worth_is_what_the_residuals_grow_by() -> None:
+    """Against residuals formed in full, each sample then left to the best single other subnetwork."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(20, 9, generator=generator, dtype=torch.float64)
+    v = nn.functional.normalize(torch.randn(5, 9, generator=generator, dtype=torch.float64), dim=1)
+    c = torch.randn(20, 5, generator=generator, dtype=torch.float64) * (torch.rand(20, 5, generator=generator) < 0.4)
+    code = coded(v, g, c)
+    found = worths(code, code.left(), torch.tensor([True] * 4 + [False]))
+    assert found[4] == torch.inf  # no member, and no help to those that are
+    r = g - c @ v
+    for k in range(4):
+        expected = 0.0
+        for s in c[:, k].nonzero()[:, 0].tolist():
+            freed = r[s] + c[s, k] * v[k]
+            help_ = max(float(freed @ v[j]) ** 2 for j in range(4) if j != k)
+            expected += float(freed @ freed - r[s] @ r[s]) - help_
+        assert float(found[k]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_double_gives_way_to_what_nothing_reconstructs() -> None:
+    """Two subnetworks share one circuit, a third circuit has none: one of the two is exchanged, and no other."""
+    e = torch.eye(3, dtype=torch.float64)
+    directions = torch.stack([e[0], e[0], e[1], e[2], e[1]])  # three subnetworks, two candidates
+    gradients = e.repeat_interleave(10, 0)
+    values = torch.zeros(30, 5, dtype=torch.float64)
+    values[:5, 0] = values[5:10, 1] = values[10:20, 2] = 1
+    pairs = choose(coded(directions, gradients, values), 3)
+    assert [new for _, new in pairs] == [0]
+    assert pairs[0][0] in (0, 1)
+
+
+def test_a_probe_is_the_last_batches_before_an_exchange() -> None:
+    """As many as give each subnetwork samples enough; a run that goes on asks for those it missed."""
+    probe = Probe(settings(), n_samples=16)  # 32 / .25 = 128 samples
+    assert probe.length == 8
+    assert [step for step in range(1001) if probe.due(step)] == list(range(200, 801, EVERY))
+    assert probe.missed(195) == range(192, 195)
+    assert not any(probe.missed(step) for step in (50, 150, 192, 200, 850, 1000))
+    assert Probe(settings(), n_samples=4096).length == 1
+    assert not any(Probe(settings(revive=False), 16).due(step) for step in range(1001))
+
+
+def test_a_run_cut_off_before_an_exchange_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """The checkpoint lies among the batches that the exchange looks at."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), torch.randn(64, 6)
+
+    def run(out: Path, resume: bool = False) -> l3d.Decomposition:
+        arguments = {"n_subnetworks": 5, "rank": 1, "k": 0.2, "steps": 160, "warm_start": 0, "checkpoint_every": 95}
+        return l3d.decompose(model, data, **arguments, progress=False, out=out, resume=resume)  # type: ignore[arg-type]
+
+    whole = run(tmp_path / "whole")
+    kept = l3d.run.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def save_and_stop(*arguments: object) -> None:
+            kept(*arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        patch.setattr(l3d.run, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    again = run(tmp_path / "cut", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
