@@ -157,7 +157,11 @@ def learn(
 
 
 def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
-    """Return pairs (subnetwork, candidate that takes its place), each of which lowers what is left of the samples."""
+    """Return pairs (subnetwork, candidate that takes its place), each of which lowers what is left of the samples.
+
+    A screening: samples are left to whichever direction suits them best, not to the batch's largest coefficients. What
+    those make of a pair is for `confirmed` to say.
+    """
     values, overlaps, gram = code
     n_candidates = len(gram) - n_subnetworks
     members = torch.arange(len(gram), device=gram.device) < n_subnetworks

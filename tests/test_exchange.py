@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.exchange import EVERY, Code, Probe, choose, worths
+from l3d.exchange import EVERY, Code, Probe, choose, confirmed, worths
 from l3d.settings import Settings, resolve
 
 
@@ -51,6 +51,30 @@ def test_a_double_gives_way_to_what_nothing_reconstructs() -> None:
     pairs = choose(coded(directions, gradients, values), 3)
     assert [new for _, new in pairs] == [0]
     assert pairs[0][0] in (0, 1)
+
+
+def test_what_the_largest_coefficients_do_not_confirm_is_dropped() -> None:
+    """Against the loss with the batch's n largest coefficients, formed in full, for every pair by itself."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(40, 9, generator=generator, dtype=torch.float64)
+    v = nn.functional.normalize(torch.randn(12, 9, generator=generator, dtype=torch.float64), dim=1)
+    encoder = v[:5] + 0.1 * torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    code = coded(v, g, torch.zeros(40, 12, dtype=torch.float64))
+
+    def left(columns: list[int], encoders: Tensor) -> float:
+        c = g @ encoders.mT
+        keep = c.abs() >= c.abs().flatten().sort(descending=True).values[49]  # a quarter of 40 x 5
+        return float((g - (c * keep) @ v[columns]).square().sum())
+
+    before, answers = left([0, 1, 2, 3, 4], encoder), set()
+    for old in range(5):
+        for taken in range(7):
+            columns, encoders = [0, 1, 2, 3, 4], encoder.clone()
+            columns[old], encoders[old] = 5 + taken, v[5 + taken]
+            helps = left(columns, encoders) < before
+            answers.add(helps)
+            assert confirmed([(old, taken)], code, g @ encoder.mT, 0.25) == ([(old, taken)] if helps else [])
+    assert answers == {True, False}
 
 
 def test_a_probe_is_the_last_batches_before_an_exchange() -> None:
