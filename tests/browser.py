@@ -100,6 +100,12 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
+    def until(self, expression: str, seconds: float = 20.0) -> None:
+        """Wait for what an event brings about, which the page is told of in its own time."""
+        ends = time.monotonic() + seconds
+        while not self.run(expression):
+            assert time.monotonic() < ends, f"{expression} did not come true in {seconds} s"
+
     def press(self, key: str, code: int, text: str = "") -> None:
         """Press a key, as Tab (9) or Enter (13, text "\\r")."""
         named = {"key": key, "code": key, "windowsVirtualKeyCode": code}

@@ -140,8 +140,8 @@ def test_the_keyboard_alone_searches_opens_a_card_and_shows_more(browser: Browse
         browser.press("Tab", 9)
         assert browser.run("document.activeElement.outerHTML") != before
     browser.press("Enter", 13, "\r")
+    browser.until("document.getElementById('card-17').classList.contains('open')")  # by the event of a new hash
     assert browser.run("document.activeElement.id") == "card-17"
-    assert browser.run("document.getElementById('card-17').classList.contains('open')")
     browser.run("(() => { const f = document.getElementById('filter'); f.value = ''; f.focus(); })()")
     browser.write("dead")
     assert column(browser, "kept for, %") == ["dead"] * len(column(browser, "#"))
