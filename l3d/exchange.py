@@ -24,7 +24,7 @@ from l3d.costs import choose_paths
 from l3d.decomposition import Decomposition
 from l3d.directions import Directions
 from l3d.factors import Gradients
-from l3d.flat import flattened, multiplied_out
+from l3d.flat import flattened, is_small, multiplied_out
 from l3d.objective import n_kept
 from l3d.optimizer import RelativeAdam
 from l3d.project import project
@@ -33,6 +33,7 @@ from l3d.start import draw_samples, set_from_samples
 from l3d_kernels.reference import pieces
 
 EVERY = 100  # steps from one exchange to the next
+AT_ONCE = 4  # restarts that are looked at in one; more take turns, or exchanges would cost more than training
 ENOUGH, MOST = 32, 512  # samples of a subnetwork that should be looked at, and of all that are, but for a last batch
 BATCHES = 20  # they come from, at most
 CANDIDATES, LEARNED_FROM = 16, 256  # directions that are learned at a time, and the samples they are learned from
@@ -58,6 +59,11 @@ class Probe:
     def due(self, step: int) -> bool:
         """Tell whether there is an exchange after so many steps."""
         return step % EVERY == 0 and self.first <= step <= self.last
+
+    def turn(self, step: int, n_restarts: int) -> list[int]:
+        """List the restarts that an exchange after so many steps looks at."""
+        first = step // EVERY * AT_ONCE
+        return sorted({(first + i) % n_restarts for i in range(min(AT_ONCE, n_restarts))})
 
     def missed(self, step: int) -> range:
         """List the batches, counted from 0, that a run which goes on after so many steps should have at hand."""
@@ -232,9 +238,12 @@ def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
 
 def _projected(probe: Chunks, directions: Directions, backend: str) -> Tensor:
     """Return <V, g_s> of all samples: [S, K]."""
+    chunks = list(probe)
+    if all(is_small(each, directions, backend) for each in chunks):
+        return torch.cat([flattened(each, directions) for each in chunks]) @ multiplied_out(directions).mT
     return torch.cat(
         [
             project(each, (directions,), choose_paths(each, directions, each.n_samples), each.shapes, backend)
-            for each in probe
+            for each in chunks
         ]
     )

@@ -299,7 +299,7 @@ class Run:
         if not self.probe.due(step):
             return
         probe = self.probe.take()
-        for restart in range(self.n_restarts):
+        for restart in self.probe.turn(step, self.n_restarts):
             first = restart * settings.n_subnetworks
             part = self.decomposition.part(restart, self.n_restarts)
             generator = torch.Generator().manual_seed(mix(settings.seed, 8, step))

@@ -88,6 +88,15 @@ def test_a_probe_is_the_last_batches_before_an_exchange() -> None:
     assert not any(Probe(settings(revive=False), 16).due(step) for step in range(1001))
 
 
+def test_many_restarts_take_turns() -> None:
+    """Up to four are all looked at every time; of ten each is within three exchanges."""
+    probe = Probe(settings(), n_samples=16)
+    assert [probe.turn(200, n) for n in (1, 2, 4)] == [[0], [0, 1], [0, 1, 2, 3]]
+    assert all(len(probe.turn(step, 10)) == 4 for step in range(200, 1000, EVERY))
+    for step in range(200, 800, EVERY):
+        assert {i for later in range(3) for i in probe.turn(step + later * EVERY, 10)} == set(range(10))
+
+
 def test_a_run_cut_off_before_an_exchange_ends_in_the_same_bits(tmp_path: Path) -> None:
     """The checkpoint lies among the batches that the exchange looks at."""
     torch.manual_seed(0)
