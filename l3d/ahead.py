@@ -39,6 +39,7 @@ class Ahead:
         self.extractor, self.batches, self.device, self.generator = extractor, batches, device, generator
         self.width = 0  # steps extracted at once; 0: not known yet
         self._held: dict[int, Gradients] = {}
+        self._tried = -1  # the first step of those last extracted together, or tried to be
         self._seconds = 0.0
 
     def seconds(self) -> float:
@@ -54,9 +55,9 @@ class Ahead:
                 return first
         if self.width == 1:
             return self._alone(step)
-        if step not in self._held:
-            start = step - step % self.width
-            self._held = {}
+        start = step - step % self.width
+        if start != self._tried:
+            self._tried, self._held = start, {}  # what was held goes before more is
             self._held = self._together(range(start, start + self.width))
         return self._held[step] if step in self._held else self._alone(step)
 
@@ -67,9 +68,10 @@ class Ahead:
         inputs = sum(tensor.nbytes for tensor in tensors_of(self.batches[0]))
         width = max(1, min(MOST, BYTES // max(1, inputs + self.extractor.graph_bytes + first.nbytes())))
         if width > 1:
-            self._held = self._together(range(width))
-            # a model may mix rows where no graph tells, before its first parameter
-            if 0 in self._held and not _agree(first, self._held[0]):
+            self._tried, self._held = 0, self._together(range(width))
+            # what cannot go together now will not later; and a model may mix rows before its first parameter, where no
+            # graph tells
+            if 0 not in self._held or not _agree(first, self._held[0]):
                 self._held = {}
                 return 1
         return width

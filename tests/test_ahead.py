@@ -186,6 +186,35 @@ def test_what_cannot_go_together_goes_alone(model: Any, data: Any, choices: dict
         assert all(torch.equal(got[name], alone[name]) for name in alone)
 
 
+def test_what_does_not_go_together_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs cost one try, a batch at fault later on one for its sixty-four: rows are not read again and again."""
+    pairs = torch.utils.data.TensorDataset(points(), -points())
+    together, batches, _ = made(mlp(), pairs, reference="pair")
+    read: list[int] = []
+    take = Batches.__getitem__
+    monkeypatch.setattr(Batches, "__getitem__", lambda self, step: read.append(step) or take(self, step))
+    for step in range(5):
+        together[step]
+    assert together.width == 1
+    assert len(read) == 2 + 64 + 4  # to measure by, all that might have gone together, and the other four
+    together, batches, extractor = made(mlp(), points())
+    several = extractor.several
+
+    def fails(*given: Any) -> Any:
+        if len(read) > 64:
+            raise ValueError("a row at fault")
+        return several(*given)
+
+    read.clear()
+    together[0]
+    monkeypatch.setattr(extractor, "several", fails)
+    read.extend([0] * 65)
+    before = len(read)
+    for step in range(64, 74):
+        together[step]
+    assert len(read) - before == 64 + 10
+
+
 ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 90, "batch_size": 8, "progress": False}
 
 
