@@ -76,6 +76,7 @@ def recording(kept: list[Any]) -> Iterator[None]:
         return call
 
     run_module.objective, run_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
+    # the path without a graph does not list what it keeps; tests/test_flat.py holds it to the one that does
     run_module.is_small = lambda *_: False  # type: ignore[assignment]
     Run._differentiated = noting  # type: ignore[method-assign]
     try:

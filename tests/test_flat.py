@@ -6,10 +6,17 @@ import torch
 from l3d import flat
 from l3d.decomposition import Decomposition
 from l3d.extract import extract_gradients
+from l3d.factors import Gradients
 from l3d.objective import Objective, n_kept, objective
 
 from helpers import assert_relative
 from test_objective import PROBLEMS, setup
+
+
+def several(name: str, n_groups: int) -> tuple[Gradients, Decomposition]:
+    """Set up a problem for so many decompositions side by side."""
+    gradients, d = setup(name)
+    return gradients, Decomposition.side_by_side([d, *(setup(name, seed)[1] for seed in range(1, n_groups))])
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])
@@ -17,8 +24,7 @@ from test_objective import PROBLEMS, setup
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_both_paths_agree(name: str, k: float, n_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, residuals, what is kept and all gradients agree to 1e-10, for one decomposition and for several."""
-    gradients, d = setup(name)
-    whole = Decomposition.side_by_side([d, *(setup(name, seed)[1] for seed in range(1, n_groups))])
+    gradients, whole = several(name, n_groups)
     taken: list[int] = []
     path = flat.flat_residual
     monkeypatch.setattr("l3d.objective.flat_residual", lambda *given: taken.append(1) or path(*given))
@@ -44,12 +50,11 @@ def test_both_paths_agree(name: str, k: float, n_groups: int, monkeypatch: pytes
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_loss_and_derivatives_at_once(name: str, k: float, n_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a graph come the losses, residuals, kept coefficients and derivatives of the path for any size."""
-    gradients, d = setup(name)
-    whole = Decomposition.side_by_side([d, *(setup(name, seed)[1] for seed in range(1, n_groups))])
+    gradients, whole = several(name, n_groups)
     assert flat.has_pairs_only(whole.encoder) == (not any(len(shape) > 2 for shape in whole.shapes.values()))
     if not flat.has_pairs_only(whole.encoder):
         return
-    n = n_kept(k, gradients.n_samples, d.n_subnetworks)
+    n = n_kept(k, gradients.n_samples, whole.n_subnetworks // n_groups)
     found = flat.flat_differentiated(gradients, whole.encoder, whole.decoder, n, n_groups)
     loss, residual, mask, thresholds, derivatives = found
     monkeypatch.setattr(flat, "SMALL", 0)
