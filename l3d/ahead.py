@@ -17,7 +17,7 @@ from l3d.inputs import tensors_of
 from l3d.model import to_device
 
 # Bytes that may be held at once: of inputs, of what the graph keeps, and of the gradients in factors. And batches.
-BYTES = 48 << 20
+BYTES = 192 << 20
 MOST = 64
 
 
@@ -93,8 +93,6 @@ class Ahead:
         if found is None:
             return {}
         whole, counts = found
-        if whole.n_samples * sum(shape.numel() for shape in whole.shapes.values()) * whole.dtype.itemsize <= BYTES:
-            whole.flat(list(whole.shapes))  # once for all, as `l3d.flat` wants them
         self._seconds = self._since(started) / len(steps)
         ends = [0, *accumulate(counts)]
         return {step: whole.between(*between) for step, between in zip(steps, pairwise(ends), strict=True)}

@@ -1,8 +1,9 @@
 """Per-sample gradients of a model: one forward pass, one backward pass of the whole batch per target position.
 
-No weight gradient is ever computed. Backward passes start at the output (for language models at the head's input,
-so that the vocabulary enters only once), stop at the first decomposed layer, and on their way leave behind, at
-each layer that uses a chosen parameter, what came back. With what the layer saw, that is the gradient in factors.
+No weight gradient is ever computed. Backward passes start at the output (for language models below the last layer's
+attention, since above it one pass serves all positions), stop at the first decomposed layer, and on their way leave
+behind, at each layer that uses a chosen parameter, what came back. With what the layer saw, that is the gradient in
+factors.
 
 The uses of a parameter are read off the autograd graph (`l3d.graph`); a rule per layer kind turns each into a part
 (`l3d.rules`). Whatever has no rule is pulled back sample by sample, exactly: through its own node if the batch can
@@ -20,10 +21,11 @@ from torch.autograd.graph import GradientEdge, Node
 
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
-from l3d.graph import Use, n_outputs, output_shape, positionwise_head, read_graph
+from l3d.graph import Use, n_outputs, output_shape, read_graph
 from l3d.inputs import check_logits, check_tokens, count_rows_of, join, without_label
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
+from l3d.positions import last_apart, positionwise_head
 from l3d.rules import has_rule, part_of
 from l3d.samples import Samples, Share, check_same_padding, padding_mask
 
@@ -239,6 +241,8 @@ class Extractor:
             at_head = [use for use in uses if use.node is node]
             if all(has_rule(use) and use.transposed is not None for use in at_head):
                 uses = [use for use in uses if use.node is not node]
+                if edge is not None:
+                    edge = last_apart(edge, samples.n_rows, samples.n_positions)
                 edges = [GradientEdge(node, 0)] + ([] if edge is None else [edge])
                 returned = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
                 starts, grad_outputs = [edge], samples.one_by_one(returned[-1])

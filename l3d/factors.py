@@ -98,6 +98,7 @@ class Gradients:
     device: torch.device
     _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
+    _within: tuple["Gradients", int, int] | None = field(default=None, repr=False)  # of more samples: from, to
 
     def matrix(self, name: str) -> Tensor:
         """Return one parameter's gradients multiplied out as matrices [S, d0, rest], remembered for the batch."""
@@ -116,7 +117,12 @@ class Gradients:
         """Return all gradients multiplied out, parameter by parameter as listed: [S, all entries], remembered."""
         key = tuple(names)
         if key not in self._flat:
-            self._flat[key] = torch.cat([self.matrix(name).flatten(1) for name in key], 1)
+            n_entries = sum(shape.numel() for shape in self.shapes.values())
+            if self._within is not None and self._within[0].n_samples * n_entries <= reference.CHUNK:
+                whole, start, stop = self._within
+                self._flat[key] = whole.flat(key)[start:stop]  # once for all neighbours, while that is little
+            else:
+                self._flat[key] = torch.cat([self.matrix(name).flatten(1) for name in key], 1)
         return self._flat[key]
 
     def fits_whole(self, name: str) -> bool:
@@ -137,7 +143,7 @@ class Gradients:
 
     def _squared_norm_of(self, name: str) -> Tensor:
         if name in self._matrices:
-            return self._matrices[name].square().sum((1, 2))
+            return torch.linalg.vector_norm(self._matrices[name], dim=(1, 2)).square()  # squares are never held
         parts = self.widened(name)
         if any(isinstance(part, Dense) for part in parts) and len(parts) > 1:
             return self.matrix(name).square().sum((1, 2))
@@ -181,8 +187,8 @@ class Gradients:
             return Rows(part.x[start // share : stop // share], part.dy[start:stop], part.x_axis)
 
         parts = {name: [cut(part) for part in parts] for name, parts in self.parts.items()}
-        flat = {names: whole[start:stop] for names, whole in self._flat.items()}
-        return Gradients(parts, self.shapes, stop - start, self.dtype, self.device, _flat=flat)
+        within = (self, start, stop)
+        return Gradients(parts, self.shapes, stop - start, self.dtype, self.device, _within=within)
 
     def to(self, like: Tensor) -> "Gradients":
         """Move to another tensor's device and floating dtype; itself where that changes nothing."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from l3d.rows import keeps_rows
 
@@ -78,7 +78,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     uses: list[Use] = []
-    opaque = _source(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
+    opaque = source_of(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
     rows_stay = True
     n_entries = 0
     seen = {root}
@@ -96,12 +96,12 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
         if getattr(node, "_saved_scale_grad_by_freq", False):
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
-        rearranges = _source(node, names, n_rows) is not None
+        rearranges = source_of(node, names, n_rows) is not None
         rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, _activations(node, names, n_rows), n_rows))
         for slot, (below, _) in enumerate(node.next_functions):
             if below is None:
                 continue
-            origin = None if rearranges else _source(below, names, n_rows)
+            origin = None if rearranges else source_of(below, names, n_rows)
             if origin is not None:
                 uses.append(Use(origin[0], node, slot, origin[1]))
             if below not in seen:
@@ -113,12 +113,12 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
 def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
     """Return the shape of each input of a node; None for parameters, and for what no gradient depends on."""
     return [
-        None if below is None or _source(below, names, n_rows) is not None else below._input_metadata[place].shape
+        None if below is None or source_of(below, names, n_rows) is not None else below._input_metadata[place].shape
         for below, place in node.next_functions
     ]
 
 
-def _source(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:
+def source_of(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:
     """Trace a node back to the parameter that it rearranges, if that is all it does: (name, operations)."""
     chain: list[str] = []
     while True:
@@ -132,50 +132,6 @@ def _source(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tupl
             return None
         chain.append(kind)
         node = node.next_functions[0][0]
-
-
-def positionwise_head(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Node, GradientEdge | None] | None:
-    """Find the head Linear of a language model and the edge of its input, where the vocabulary can be left behind.
-
-    Follows the output down through operations that treat every position by itself (scalar scale, cast, view that
-    keeps the last dimension, slice of the vocabulary, soft-capping's tanh) to a matrix product whose weight
-    is a parameter. Returns (the product's node, the edge of its first input, if anything is decomposed below), or None
-    where anything else is met.
-    """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    node = output.grad_fn
-    while node is not None:
-        kind = operation(node)
-        inputs = [below for below, _ in node.next_functions]
-        if kind in ("Mm", "Addmm"):
-            slot = 0 if kind == "Mm" else 1
-            below = inputs.pop(slot)
-            # weight and bias must be parameters as they are: what they are computed from would be left behind
-            if any(other is not None and _source(other, names, 1) is None for other in inputs):
-                return None
-            return node, None if below is None else GradientEdge(below, node.next_functions[slot][1])
-        if not inputs or inputs[0] is None or any(below is not None for below in inputs[1:]):
-            return None
-        if not _keeps_positions(kind, node):
-            return None
-        node = inputs[0]
-    return None
-
-
-def _keeps_positions(kind: str, node: Any) -> bool:
-    """Tell whether a one-input node treats every row of the last dimension by itself."""
-    if kind in ("Tanh", "ToCopy", "Alias"):
-        return True
-    if kind in ("Mul", "Div"):
-        other = node._saved_other
-        return not isinstance(other, Tensor) or other.ndim == 0
-    width = output_shape(node)[-1]
-    if kind in ("View", "UnsafeView"):
-        return node._saved_self_sym_sizes[-1] == width
-    if kind == "Slice":
-        sizes = node._saved_self_sym_sizes
-        return node._saved_dim % len(sizes) == len(sizes) - 1 and node._saved_self_sym_sizes[-1] >= width
-    return False
 
 
 def output_shape(node: Any) -> torch.Size:

@@ -68,13 +68,15 @@ def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: in
         return len(activations) == 1 and len(activations[0]) == len(shape)
     if kind == "Permute":
         return node._saved_dims[0] == 0
-    names_of_dims = ("_saved_dim0", "_saved_dim1") if kind == "Transpose" else ("_saved_dim",)
     if kind == "Squeeze" and not hasattr(node, "_saved_dim"):
         return n_rows > 1 and len(activations) == 1
     rank = max(len(size) for size in [shape, *activations])
-    dims = [dim for name in names_of_dims for dim in _as_tuple(getattr(node, name, 0))]
-    return all((dim - 2**64 if dim >= 2**63 else dim) % rank != 0 for dim in dims)
+    return all(dim % rank != 0 for dim in dims_of(node))
 
 
-def _as_tuple(value: Any) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def dims_of(node: Any) -> list[int]:
+    """List the dimensions that a node works along, negative ones counted from the end; the first where none is told."""
+    names = ("_saved_dim0", "_saved_dim1") if hasattr(node, "_saved_dim0") else ("_saved_dim",)
+    saved = [getattr(node, name, 0) for name in names]
+    dims = [dim for value in saved for dim in (value if isinstance(value, tuple) else (value,))]
+    return [dim - 2**64 if dim >= 2**63 else dim for dim in dims]

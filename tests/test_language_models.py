@@ -56,6 +56,12 @@ def build(family: str, tied: bool = False, dtype: torch.dtype = torch.float64) -
     return model.to(dtype).eval()
 
 
+def layers_of(family: str) -> str:
+    """Name the list of a family's layers."""
+    names = {"GPT2": "transformer.h", "GPTNeo": "transformer.h", "GPTNeoX": "gpt_neox.layers"}
+    return names.get(FAMILIES[family][0], "model.layers")
+
+
 def batch(*masked: tuple[int, int]) -> dict[str, Tensor]:
     """Make rows of ids, row i with masked[i] = (first, last + 1) position that is no padding."""
     generator = torch.Generator().manual_seed(1)
@@ -119,11 +125,44 @@ def test_every_tensor_of_every_family(family: str, tied: bool, slow_paths: list[
     assert slow_paths == []
 
 
+@pytest.mark.parametrize("positions", ["all", 2, "last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_mlp_goes_backward_once(family: str, positions: str | int) -> None:
+    """Of every family, decomposing a first layer's attention: one pass above the last attention, exact gradients.
+
+    But in GPT-NeoX, whose MLP lies beside the attention and not above it.
+    """
+    model = build(family)
+    stem = layers_of(family)
+    passes: dict[int, int] = {0: 0, 1: 0}
+
+    def count(layer: int) -> Callable[..., None]:
+        def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.grad_fn is not None:
+                output.grad_fn.register_prehook(lambda _: passes.update({layer: passes[layer] + 1}))
+
+        return seen
+
+    for layer in passes:
+        model.get_submodule(f"{stem}.{layer}.mlp").register_forward_hook(count(layer))
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    references = torch.randn(2, LENGTH, VOCABULARY, dtype=torch.float64)
+    params = f"{stem}.0.*att*.weight"
+    chosen = extract_gradients(
+        model, tokens, "kl", references, params, positions, torch.Generator().manual_seed(2)
+    ).materialize()
+    each = {"all": LENGTH, 2: 2, "last": 1}[positions]
+    assert passes == {0: each, 1: each if "NeoX" in family else 1}
+    if positions == "all":
+        expected = truth(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, references)
+        for name, grad in chosen.items():
+            assert_relative(grad, expected[name], 1e-9)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matrices_of_one_layer_in_bfloat16(family: str, slow_paths: list[str]) -> None:
     """One layer's matrices come by the same rules in bfloat16, to its accuracy."""
-    stem = {"GPT2": "transformer.h", "GPTNeo": "transformer.h", "GPTNeoX": "gpt_neox.layers"}
-    layers = stem.get(FAMILIES[family][0], "model.layers")
+    layers = layers_of(family)
     low = build(family, dtype=torch.bfloat16)
     exact = build(family).bfloat16().double()  # the same rounded weights
     inputs = batch((0, LENGTH), (0, LENGTH))["input_ids"]
