@@ -40,11 +40,10 @@ def check_finite(decomposition: Decomposition) -> None:
             raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
 
 
-def finite_losses(loss: Tensor, gradients: Gradients | Chunks) -> list[float]:
-    """Return every restart's loss as a number; raises ValueError naming the tensor whose gradient is not finite."""
-    values = loss.reshape(-1).tolist()
-    if all(map(math.isfinite, values)):
-        return values
+def finite_losses(losses: list[float], gradients: Gradients | Chunks) -> list[float]:
+    """Return the restarts' losses; raises ValueError where one is not finite, naming the tensor at fault."""
+    if all(map(math.isfinite, losses)):
+        return losses
     for name, tensor in gradients.tensors():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"gradients: NaN or infinity in those of {name!r}; the last checkpoint stays")

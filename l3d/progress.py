@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import l3d_kernels as lk
@@ -34,11 +35,10 @@ class Kept(NamedTuple):
         return cls(counts[0], columns, kept.threshold, (n_samples, counts[1]))
 
     @classmethod
-    def where(cls, chosen: torch.Tensor, thresholds: torch.Tensor) -> "Kept":
+    def where(cls, chosen: np.ndarray, thresholds: np.ndarray) -> "Kept":
         """Take it from a mask [S, restarts * K] of what is kept, and each restart's least kept magnitude [restarts]."""
-        counts = chosen.sum(0)
-        shape = (chosen.shape[0], chosen.shape[1])
-        return cls(int(counts.sum()), counts.nonzero()[:, 0], thresholds, shape)
+        columns = torch.from_numpy(np.flatnonzero(chosen.any(0)))
+        return cls(int(np.count_nonzero(chosen)), columns, torch.from_numpy(thresholds), chosen.shape)
 
 
 class Recorder:

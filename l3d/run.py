@@ -27,7 +27,7 @@ from l3d.directions import default_ranks
 from l3d.exchange import Probe, exchange
 from l3d.extract import Extractor
 from l3d.factors import Gradients, concatenate
-from l3d.flat import flat_differentiated, has_pairs_only, is_small
+from l3d.flat import flattened, is_small
 from l3d.identity import identity
 from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import to_device
@@ -37,17 +37,16 @@ from l3d.processes import Ranks
 from l3d.progress import DEAD_AFTER, Kept, Recorder
 from l3d.ranks import ranks_from_gradients
 from l3d.settings import Settings, kept_fraction, learning_rate
+from l3d.small import SmallSteps, has_pairs_only
 from l3d.start import draw_samples, set_from_samples
 
 
-class Differentiated(NamedTuple):
-    """A batch's losses, what was kept, and the derivatives."""
+class Update(NamedTuple):
+    """What a batch was like before it was learned from."""
 
-    loss: Tensor  # [] or [restarts]
-    residual: Tensor  # [S] or [S, restarts] ‖g_s − ĝ_s‖²
+    losses: list[float]  # [restarts]
     kept: Kept  # of all processes
-    columns: Tensor  # [n] the subnetworks of this process that were kept, each at least once
-    derivatives: Sequence[Tensor]  # by the decomposition's parameters
+    residual: Tensor  # [S] or [S, restarts] ‖g_s − ĝ_s‖²
 
 
 class Run:
@@ -112,6 +111,7 @@ class Run:
         self.optimizer = RelativeAdam(
             self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay, settings.lazy
         )
+        self.small: SmallSteps | None = None  # takes the steps on small batches, from the first of them on
         if self.ranks is not None and settings.relative_lr:
             self.optimizer.scales = self.ranks.root_mean_squares(self.optimizer.parameters)
 
@@ -217,15 +217,30 @@ class Run:
                 if folder is not None:
                     save(self, folder)
 
-    def _differentiated(self, gradients: Gradients | Chunks, k: float) -> "Differentiated":
+    def take_step(self, gradients: Gradients | Chunks) -> bool:
+        """Take one step on a batch's gradients; tell whether it completed a row of the history."""
+        settings = self.settings
+        k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
+        update = self._update(gradients, k, rate)
+        for _ in range(1, settings.updates):  # of one batch, whose extraction is what a step mostly costs
+            self._update(gradients, k, rate)
+        self.step += 1
+        recorded = self.recorder.add(self.step, update.losses, update.kept, rate, k)
+        self._revive(gradients, update.residual)
+        self._exchange(gradients)
+        return recorded
+
+    def _update(self, gradients: Gradients | Chunks, k: float, rate: float) -> Update:
+        """Step once against the derivatives of a batch's loss."""
         d, groups, backend = self.decomposition, self.n_restarts, self.settings.backend
         if isinstance(gradients, Gradients) and is_small(gradients, d.encoder, backend) and has_pairs_only(d.encoder):
+            if self.small is None:
+                self.small = SmallSteps(d, self.optimizer, groups)
             n = n_kept(k, gradients.n_samples, d.encoder.n_subnetworks // groups)
-            loss, residual, mask, thresholds, derivatives = flat_differentiated(
-                gradients, d.encoder, d.decoder, n, groups
-            )
-            kept = Kept.where(mask, thresholds)
-            return Differentiated(loss, residual, kept, kept.columns, derivatives)
+            learned = self.small.learn(flattened(gradients, d.encoder).numpy(), n)
+            losses = finite_losses(learned.losses.tolist(), gradients)
+            self.small.step(learned, rate)
+            return Update(losses, Kept.where(learned.kept, learned.thresholds), torch.from_numpy(learned.residual))
         if isinstance(gradients, Gradients):
             result = self.objective(gradients, k)
             derivatives = list(torch.autograd.grad(result.loss.sum(), self.optimizer.parameters))
@@ -233,25 +248,10 @@ class Run:
             result, derivatives = objective_in_chunks(
                 gradients, d.encoder, d.decoder, k, n_groups=groups, ranks=self.ranks, backend=backend
             )
-        kept = Kept.of(result.kept, self.ranks, self._first_column())
-        return Differentiated(result.loss, result.residual, kept, result.kept.columns, derivatives)
-
-    def take_step(self, gradients: Gradients | Chunks) -> bool:
-        """Take one step on a batch's gradients; tell whether it completed a row of the history."""
-        settings, optimizer = self.settings, self.optimizer
-        k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
-        for update in range(settings.updates):  # of one batch, whose extraction is what a step mostly costs
-            found = self._differentiated(gradients, k)
-            losses = finite_losses(found.loss, gradients)
-            if update == 0:  # what is recorded is the error of a batch before it was learned from
-                errors, kept = losses, found.kept
-            optimizer.step(found.derivatives, rate, found.columns)
-            self.decomposition.normalize_()
-        self.step += 1
-        recorded = self.recorder.add(self.step, errors, kept, rate, k)
-        self._revive(gradients, found.residual)
-        self._exchange(gradients)
-        return recorded
+        losses = finite_losses(result.loss.reshape(-1).tolist(), gradients)
+        self.optimizer.step(derivatives, rate, result.kept.columns)
+        d.normalize_()
+        return Update(losses, Kept.of(result.kept, self.ranks, self._first_column()), result.residual)
 
     def _start_from_data(self) -> None:
         """Replace the random start by gradients of the first batch, drawn in proportion to their squared norms."""
@@ -261,7 +261,7 @@ class Run:
         self.batches.peek()
         with naming_step(0):
             gradients = self.gradients(0)
-            finite_losses(gradients.squared_norm().sum(), gradients)
+            finite_losses([float(gradients.squared_norm().sum())], gradients)
         for restart in range(self.n_restarts):
             samples = draw_samples(gradients.squared_norm(), each, generator)
             columns = torch.arange(each, device=self.device) + restart * each - self._first_column()

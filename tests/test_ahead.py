@@ -12,7 +12,7 @@ from l3d import ahead
 from l3d.ahead import Ahead
 from l3d.data import Batches
 from l3d.extract import Extractor
-from l3d.optimizer import RelativeAdam
+from l3d.run import Run
 
 from helpers import assert_relative
 
@@ -221,15 +221,15 @@ ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 9
 def test_an_interrupted_run_goes_on_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is resumed in the middle of what was extracted together ends as one that was not interrupted."""
     whole = l3d.decompose(mlp(), points(), **ARGUMENTS)
-    step, taken = RelativeAdam.step, []
+    step, taken = Run.take_step, []
 
-    def stops(self: RelativeAdam, *given: Any) -> None:
+    def stops(self: Run, *given: Any) -> bool:
         taken.append(1)
         if len(taken) == 77:
             raise KeyboardInterrupt
-        step(self, *given)
+        return step(self, *given)
 
-    monkeypatch.setattr(RelativeAdam, "step", stops)
+    monkeypatch.setattr(Run, "take_step", stops)
     with pytest.raises(KeyboardInterrupt):
         l3d.decompose(mlp(), points(), out=tmp_path / "run", checkpoint_every=10, **ARGUMENTS)
     monkeypatch.undo()

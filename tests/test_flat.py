@@ -6,17 +6,10 @@ import torch
 from l3d import flat
 from l3d.decomposition import Decomposition
 from l3d.extract import extract_gradients
-from l3d.factors import Gradients
-from l3d.objective import Objective, n_kept, objective
+from l3d.objective import Objective, objective
 
 from helpers import assert_relative
-from test_objective import PROBLEMS, setup
-
-
-def several(name: str, n_groups: int) -> tuple[Gradients, Decomposition]:
-    """Set up a problem for so many decompositions side by side."""
-    gradients, d = setup(name)
-    return gradients, Decomposition.side_by_side([d, *(setup(name, seed)[1] for seed in range(1, n_groups))])
+from test_objective import PROBLEMS, setup, several
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])
@@ -43,29 +36,6 @@ def test_both_paths_agree(name: str, k: float, n_groups: int, monkeypatch: pytes
     assert_relative(small.kept.values, any_size.kept.values, 1e-10)
     for a, b in zip(small_grads, grads, strict=True):
         assert_relative(a, b, 1e-10)
-
-
-@pytest.mark.parametrize("n_groups", [1, 3])
-@pytest.mark.parametrize("k", [1e-6, 0.15, 1.0])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_loss_and_derivatives_at_once(name: str, k: float, n_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a graph come the losses, residuals, kept coefficients and derivatives of the path for any size."""
-    gradients, whole = several(name, n_groups)
-    assert flat.has_pairs_only(whole.encoder) == (not any(len(shape) > 2 for shape in whole.shapes.values()))
-    if not flat.has_pairs_only(whole.encoder):
-        return
-    n = n_kept(k, gradients.n_samples, whole.n_subnetworks // n_groups)
-    found = flat.flat_differentiated(gradients, whole.encoder, whole.decoder, n, n_groups)
-    loss, residual, mask, thresholds, derivatives = found
-    monkeypatch.setattr(flat, "SMALL", 0)
-    expected = objective(gradients, whole.encoder, whole.decoder, k, n_groups=n_groups)
-    assert_relative(loss, expected.loss, 1e-10)
-    assert_relative(residual.view(expected.residual.shape), expected.residual, 1e-10)
-    assert torch.equal(mask.nonzero(), torch.stack([expected.kept.rows, expected.kept.columns], 1))
-    assert_relative(thresholds.view(expected.kept.threshold.shape), expected.kept.threshold, 1e-12)
-    truths = torch.autograd.grad(expected.loss.sum(), list(whole.parameters()))
-    for derivative, truth in zip(derivatives, truths, strict=True):
-        assert_relative(derivative, truth, 1e-10)
 
 
 def test_what_is_small() -> None:

@@ -115,6 +115,12 @@ def setup(name: str, seed: int = 0) -> tuple[Gradients, Decomposition]:
     return gradients, decomposition
 
 
+def several(name: str, n_groups: int) -> tuple[Gradients, Decomposition]:
+    """Set up a problem for so many decompositions side by side."""
+    gradients, d = setup(name)
+    return gradients, Decomposition.side_by_side([d, *(setup(name, seed)[1] for seed in range(1, n_groups))])
+
+
 def materialised(directions: Directions) -> Tensor:
     """Multiply every direction out with one einsum per tensor: [K, parameters]."""
     flat = []
