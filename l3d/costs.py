@@ -10,6 +10,7 @@ from typing import NamedTuple
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients, Rows, matrix_shape
 from l3d_kernels import SparseCoefficients
+from l3d_kernels.reference import tiles_are_less
 
 # Multiply-adds that one gathered element costs on a CPU. Measured on 2 cores for one tensor (K=100, S=256, T=16, 10 %
 # kept; ms for factored, factored and sampled, materialised, materialised and sampled):
@@ -91,18 +92,24 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
 
 
 def coactive_is_cheaper(directions: Directions, kept: SparseCoefficients, n_groups: int = 1) -> bool:
-    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from the full Gram matrix.
+    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from all there are.
 
-    With several groups of directions, pairs lie within a group, and there is a Gram matrix for each.
+    That is, from the full Gram matrix, or for fewer samples than subnetworks from ĝ. With several groups of directions,
+    pairs lie within a group, and there is a Gram matrix for each.
     """
     n_rows, n_subnetworks = kept.shape[0] * n_groups, kept.shape[1] // n_groups
     n_kept = kept.rows.numel()
-    full = float(n_rows * n_subnetworks**2)
+    factors = [factor for _, piece in directions.items() for factor in piece.factors()]
+    by_tiles = n_groups == 1 and tiles_are_less(kept.shape, kept.values, *factors)
+    full = 0.0 if by_tiles else float(n_rows * n_subnetworks**2)
     gathered = per_pair = 0.0
     for _, piece in directions.items():
         left, right = piece.factors()
         rank, widths, area = left.shape[1], left.shape[2] + right.shape[2], left.shape[2] * right.shape[2]
-        full += n_groups * min(n_subnetworks**2 * rank**2 * widths, n_subnetworks * (n_subnetworks + rank) * area)
+        if by_tiles:
+            full += n_subnetworks * (n_rows + rank) * area
+        else:
+            full += n_groups * min(n_subnetworks**2 * rank**2 * widths, n_subnetworks * (n_subnetworks + rank) * area)
         gathered += n_kept * GATHER * rank * widths
         per_pair += rank**2 * widths
     if gathered + n_kept**2 / n_rows * per_pair >= full:  # Σ n_s² is at least N²/rows: no need to look

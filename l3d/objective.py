@@ -18,6 +18,7 @@ from l3d.directions import Directions, Whole
 from l3d.factors import Gradients
 from l3d.flat import flat_residual, is_small
 from l3d.project import project, project_at, project_topk
+from l3d_kernels import reference
 
 
 class Objective(NamedTuple):
@@ -121,6 +122,9 @@ def energy(
         coactive = coactive_is_cheaper(decoder, kept, n_groups)
     if not coactive:
         coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
+        by_tiles = n_groups == 1 and reference.tiles_are_less(kept.shape, kept.values, *decoder.parameters())
+        if by_tiles and backend != "triton":  # which has no kernel for it
+            return _energy_by_tiles(coefficients[0], decoder)[:, None]
         return ((coefficients @ decoder.grams(n_groups)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)
     total = kept.values.new_zeros(by_group.shape[0])
@@ -131,3 +135,14 @@ def energy(
         else:
             total = total + lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
     return total.unflatten(0, (-1, n_groups))
+
+
+def _energy_by_tiles(coefficients: Tensor, decoder: Directions) -> Tensor:
+    """Return ‖ĝ_s‖² over all tensors together: [S]; coefficients [S, K]."""
+    total = coefficients.new_zeros(coefficients.shape[0])
+    for _, piece in decoder.items():
+        if isinstance(piece, Whole):
+            total = total + (coefficients @ piece.vector).square().sum(1)
+        else:
+            total = total + reference.energy_by_tiles(coefficients, *piece.factors())
+    return total

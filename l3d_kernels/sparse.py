@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,13 @@ def sparse_coefficients(
 ) -> SparseCoefficients:
     """Index row-major entries (`values`, `rows`, `columns`, each [N]) of an [S, K] matrix by row and by column."""
     n_rows, n_columns = shape
-    column_order = torch.argsort(columns, stable=True)
+    if (
+        columns.device.type == "cpu" and n_columns < 1 << 15
+    ):  # numpy sorts numbers of 16 bits by radix, five times as fast
+        narrow = columns.numpy().astype(np.int16)
+        column_order = torch.from_numpy(np.argsort(narrow, kind="stable"))
+    else:
+        column_order = torch.argsort(columns, stable=True)
     return SparseCoefficients(
         values=values,
         rows=rows,
@@ -77,6 +84,8 @@ def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """Count the members of each group and return where each group starts: [n_groups + 1] int64."""
+    if groups.device.type == "cpu":
+        return torch.from_numpy(np.bincount(groups.numpy() + 1, minlength=n_groups + 1).cumsum())
     offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)
     torch.cumsum(torch.bincount(groups, minlength=n_groups), dim=0, out=offsets[1:])
     return offsets

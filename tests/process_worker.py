@@ -57,11 +57,11 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
 def recording(kept: list[Any]) -> Iterator[None]:
     """Note what every step keeps, by sample and subnetwork of all: [n, 2]."""
     originals = {name: getattr(run_module, name) for name in ("objective", "objective_in_chunks", "is_small")}
-    differentiated = Run._differentiated
+    update = Run._update
     results: list[Any] = []
 
     def noting(run: Run, *arguments: Any) -> Any:
-        found = differentiated(run, *arguments)
+        found = update(run, *arguments)
         result = results.pop()
         result = result[0] if run.micro_batch_size is not None or run.ranks is not None else result
         entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column()], 1)
@@ -76,13 +76,13 @@ def recording(kept: list[Any]) -> Iterator[None]:
         return call
 
     run_module.objective, run_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
-    # the path without a graph does not list what it keeps; tests/test_flat.py holds it to the one that does
+    # steps in numpy do not list what they keep; tests/test_small.py holds them to those that do
     run_module.is_small = lambda *_: False  # type: ignore[assignment]
-    Run._differentiated = noting  # type: ignore[method-assign]
+    Run._update = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Run._differentiated = differentiated  # type: ignore[method-assign]
+        Run._update = update  # type: ignore[method-assign]
         for name, original in originals.items():
             setattr(run_module, name, original)
 

@@ -194,6 +194,11 @@ OPS = {
         lambda i: true_reconstruction(i).square().sum((1, 2)),
         ("values", "left", "right"),
     ),
+    "energy_by_tiles": Op(
+        lambda i: reference.energy_by_tiles(kept_of(i).dense(), i["left"], i["right"]),
+        lambda i: true_reconstruction(i).square().sum((1, 2)),
+        ("values", "left", "right"),
+    ),
     "energy_from_gram": Op(
         lambda i: reference.energy_from_gram(kept_of(i), lk.gram(i["left"], i["right"])),
         lambda i: true_reconstruction(i).square().sum((1, 2)),
@@ -425,15 +430,23 @@ def test_gram_takes_the_cheaper_route(sizes: Case, route: str | None, monkeypatc
     assert taken == ([] if route is None else [route])
 
 
-@pytest.mark.parametrize("kept, coactive", [(4, True), (90, False)])
-def test_energy_takes_the_cheaper_route(kept: int, coactive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few co-active pairs are walked one by one, many met by the Gram matrix; the value is the truth's."""
+@pytest.mark.parametrize(
+    "sizes, route",
+    [
+        (Case(K=15, kept=4), "gram_energy_coactive"),
+        (Case(K=15, kept=90), "energy_by_tiles"),
+        (Case(S=18, K=15, kept=180), "energy_from_gram"),
+    ],
+)
+def test_energy_takes_the_cheaper_route(sizes: Case, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few co-active pairs are walked one by one, many met by the Gram matrix or by what few samples need of ĝ."""
     taken = []
-    original = reference.gram_energy_coactive
-    monkeypatch.setattr(reference, "gram_energy_coactive", lambda *a: (taken.append(1), original(*a))[1])
-    inputs = make(Case(K=15, kept=kept))
+    for name in ("gram_energy_coactive", "energy_by_tiles", "energy_from_gram"):
+        original = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *a, n=name, f=original: (taken.append(n), f(*a))[1])
+    inputs = make(sizes)
     assert_relative(OPS["gram_energy"].run(inputs), OPS["gram_energy"].truth(inputs), VALUES)
-    assert bool(taken) == coactive
+    assert taken == [route]
 
 
 @pytest.mark.parametrize(
