@@ -18,6 +18,7 @@ instead of the subnetworks would need a sum over ranks inside every product. Wha
 added in the order of the ranks, so that all of them go on with the same bits.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -181,6 +182,7 @@ def start() -> Ranks | None:
 
 def leave() -> None:
     """Leave the processes that `start` has joined; all of them must. The first leaves last: with it the store goes."""
+    gc.collect()  # a run that is no longer used refers to the group, whose threads must not outlive the interpreter
     store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     dist.barrier()
     if rank == 0:
