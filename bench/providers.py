@@ -20,6 +20,8 @@ from bench.gpu.cases import OPS as KERNELS
 from bench.gpu.cases import Inputs, Op, Sizes, draw, kept_of
 from bench.gpu.checks import outcome, widened
 from bench.gpu.measure import parts
+from l3d.costs import Path, projection_costs
+from l3d.costs import Sizes as CostSizes
 
 BACKENDS = {"l3d torch": "torch", "l3d triton": "triton"}
 PROVIDERS = ("published", "afternoon", *BACKENDS)
@@ -39,6 +41,7 @@ class Compared(NamedTuple):
     published: Callable[[Inputs], Tensor] | None
     afternoon: Callable[[Inputs], Tensor] | None
     trains: bool = False  # its backward pass is part of a training step
+    torch: Callable[[Inputs], Tensor] | None = None  # ours on a CPU, where it is more than `op`
 
     def providers(self) -> list[str]:
         """Name the providers that there are for this operation."""
@@ -46,6 +49,8 @@ class Compared(NamedTuple):
 
     def by(self, provider: str) -> Callable[[Inputs], Tensor]:
         """Return the operation by one of PROVIDERS."""
+        if provider == "l3d torch" and self.torch is not None:
+            return self.torch
         if provider in BACKENDS:
             return lambda i: self.op.run(i, BACKENDS[provider])
         run: Callable[[Inputs], Tensor] | None = getattr(self, provider)
@@ -67,13 +72,39 @@ def _flat_directions(i: Inputs) -> Tensor:
     return (i["left"].mT @ i["right"]).flatten(1)
 
 
+def _gradient(i: Inputs) -> Tensor:
+    return i["grad"] if "grad" in i else lk.reference.outer(i["x"], i["dy"])
+
+
 def _published_project(i: Inputs) -> Tensor:
     with published.left_to_right():
-        return published.encode(i["grad"], _tucker(i))
+        return published.encode(_gradient(i), _tucker(i))
 
 
 def _afternoon_project(i: Inputs) -> Tensor:
-    return i["grad"].flatten(1) @ _flat_directions(i).mT
+    return _gradient(i).flatten(1) @ _flat_directions(i).mT
+
+
+def _path(i: Inputs) -> Path:
+    """The path that training takes through a tensor of this size, of which a tenth is kept."""
+    (n_sequences, n_positions, n_inputs), (n_samples, _, n_outputs) = i["x"].shape, i["dy"].shape
+    n_subnetworks, rank, _ = i["left"].shape
+    n_kept = round(0.1 * n_samples * n_subnetworks)
+    sizes = n_sequences, n_samples, n_positions, n_inputs, n_outputs, n_subnetworks, rank, n_kept
+    costs = projection_costs(CostSizes(*sizes))
+    return min(costs, key=costs.__getitem__)
+
+
+def _our_project(i: Inputs) -> Tensor:
+    if _path(i).materialised:
+        return lk.project_dense(_gradient(i), *_factors(i), backend="torch")
+    return lk.project(i["x"], i["dy"], *_factors(i), backend="torch")
+
+
+def _our_project_at(i: Inputs) -> Tensor:
+    if _path(i).sampled:
+        return lk.project_at(i["x"], i["dy"], *_factors(i), i["kept"], backend="torch")
+    return _our_project(i)[_pairs(i)]
 
 
 def _published_project_at(i: Inputs) -> Tensor:
@@ -150,6 +181,7 @@ PUBLIC = {
         KERNELS["project_fused"]._replace(run=lambda i, b: lk.project(i["x"], i["dy"], *_factors(i), backend=b)),
         *(_true_project, _published_project, _afternoon_project),
         trains=True,
+        torch=_our_project,
     ),
     "project_at": Compared(
         KERNELS["project_at"],
@@ -157,6 +189,7 @@ PUBLIC = {
         _published_project_at,
         lambda i: _afternoon_project(i)[_pairs(i)],
         trains=True,
+        torch=_our_project_at,
     ),
     "project_dense": Compared(
         KERNELS["project_dense"], _true_project, _published_project, _afternoon_project, trains=True
@@ -177,7 +210,7 @@ PUBLIC = {
         trains=True,
     ),
     "squared_gradient_norm": Compared(
-        KERNELS["squared_gradient_norm"], _true_gradient_norm, lambda i: i["grad"].square().sum((1, 2)), None
+        KERNELS["squared_gradient_norm"], _true_gradient_norm, lambda i: _gradient(i).square().sum((1, 2)), None
     ),
     "reconstruct": Compared(
         KERNELS["reconstruct"],
@@ -210,11 +243,8 @@ def _factors(i: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def inputs_of(name: str, sizes: Sizes, device: torch.device) -> Inputs:
-    """Draw an operation's inputs, and the materialised gradients of the dense formulas where it takes rows."""
-    drawn = draw(PUBLIC[name].op.takes, sizes, torch.float32, device, torch.Generator(device).manual_seed(0))
-    if "x" in drawn:
-        drawn["grad"] = lk.reference.outer(drawn["x"], drawn["dy"])
-    return drawn
+    """Draw an operation's inputs."""
+    return draw(PUBLIC[name].op.takes, sizes, torch.float32, device, torch.Generator(device).manual_seed(0))
 
 
 def truth_of(name: str, inputs: Inputs) -> dict[str, Tensor]:

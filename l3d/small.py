@@ -75,7 +75,7 @@ class SmallSteps:
         directions = self._multiplied_out()
         encoders, decoders = directions[: self.n_directions], directions[self.n_directions :]
         coefficients = gradients @ encoders.T
-        kept, thresholds = largest(coefficients, n, self.n_groups)
+        kept, thresholds = _largest(coefficients, n, self.n_groups)
         code = (coefficients * kept).reshape(n_samples, self.n_groups, -1).swapaxes(0, 1)  # [groups, S, K]
         decoders = decoders.reshape(self.n_groups, -1, n_entries)  # [groups, K, P]
         difference = gradients - code @ decoders
@@ -167,17 +167,13 @@ class SmallSteps:
                 factor *= np.square(half)[:, None] if len(piece) == 1 else half[:, None, None]
 
 
-def largest(coefficients: Array, n: int, n_groups: int) -> tuple[Array, Array]:
+def _largest(coefficients: Array, n: int, n_groups: int) -> tuple[Array, Array]:
     """Tell which entries `batch_topk` keeps, and the least kept magnitude of each group: bool [S, K], [groups]."""
-    n_rows = len(coefficients)
-    magnitude = np.abs(coefficients).reshape(n_rows, n_groups, -1).swapaxes(0, 1).reshape(n_groups, -1)
-    least = magnitude.shape[1] - n
-    thresholds = np.partition(magnitude, least, 1)[:, least]
-    chosen = magnitude >= thresholds[:, None]
-    if np.count_nonzero(chosen) != n * n_groups:  # ties, or NaN, which the loss then tells
-        found = reference.largest(torch.from_numpy(coefficients), n, n_groups)
-        return found[0].numpy(), found[1].numpy()
-    return chosen.reshape(n_groups, n_rows, -1).swapaxes(0, 1).reshape(n_rows, -1), thresholds
+    found = reference.largest_of_array(coefficients, n, n_groups)
+    if found is None:
+        chosen, thresholds = reference.largest(torch.from_numpy(coefficients), n, n_groups)
+        found = chosen.numpy(), thresholds.numpy()
+    return found
 
 
 def _end_to_end(tensors: list[Tensor]) -> Array:

@@ -5,8 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import l3d
@@ -16,8 +14,7 @@ from l3d.factors import Gradients
 from l3d.flat import flattened
 from l3d.objective import n_kept, objective
 from l3d.optimizer import RelativeAdam
-from l3d.small import SmallSteps, has_pairs_only, largest
-from l3d_kernels import reference
+from l3d.small import SmallSteps, has_pairs_only
 
 from helpers import assert_relative
 from test_objective import PROBLEMS, setup, several
@@ -114,21 +111,6 @@ def test_a_decoder_of_higher_rank_has_unit_norm() -> None:
     norms = flat.multiplied_out(d.decoder).norm(dim=1)
     assert_relative(norms, torch.ones_like(norms), 1e-12)
     assert not torch.allclose(flat.multiplied_out(d.encoder).norm(dim=1), norms)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_selection(data: st.DataObject) -> None:
-    """What is kept is what the specification keeps, ties and infinities included."""
-    n_groups, n_rows, width = (data.draw(st.integers(1, high)) for high in (3, 5, 4))
-    entries = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, float("inf")])
-    values = data.draw(st.lists(entries, min_size=n_rows * n_groups * width, max_size=n_rows * n_groups * width))
-    coefficients = np.array(values).reshape(n_rows, n_groups * width)
-    n = data.draw(st.integers(1, n_rows * width))
-    chosen, thresholds = largest(coefficients, n, n_groups)
-    truth, least = reference.largest(torch.from_numpy(coefficients), n, n_groups)
-    assert np.array_equal(chosen, truth.numpy())
-    assert np.array_equal(thresholds, least.numpy())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
