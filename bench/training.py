@@ -58,6 +58,7 @@ class Block:
             settings = resolve(chosen.pop("preset"), count_rows(self.train), **chosen)
             extractor = Extractor(self.model, "kl", "sample", settings.params)
             runs[name] = Run(settings, extractor, self.train, torch.device("cpu"))
+            runs[name].check()  # which also makes ready for exchanges
         first = next(iter(runs.values()))
         seconds = dict.fromkeys(runs, 0.0)
         for step in range(steps):
