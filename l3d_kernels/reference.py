@@ -210,10 +210,9 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     """
     shape = (coefficients.shape[0], coefficients.shape[1])
     chosen, thresholds = largest(coefficients, n, n_groups)
-    index = _nonzero(chosen.flatten())
-    rows = torch.div(index, shape[1], rounding_mode="floor")
+    rows, columns = _places(chosen)
     threshold = thresholds[0] if n_groups == 1 else thresholds
-    return sparse_coefficients(coefficients.flatten()[index], rows, index - rows * shape[1], threshold, shape)
+    return sparse_coefficients(coefficients[rows, columns], rows, columns, threshold, shape)
 
 
 def largest(coefficients: Tensor, n: int, n_groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -256,11 +255,14 @@ def largest_of_array(coefficients: np.ndarray, n: int, n_groups: int) -> tuple[n
     return chosen.reshape(n_groups, n_rows, -1).swapaxes(0, 1).reshape(n_rows, -1), thresholds
 
 
-def _nonzero(chosen: Tensor) -> Tensor:
-    """List where a mask [n] is set; numpy takes a third of torch's time."""
-    if chosen.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(chosen.numpy()))
-    return chosen.nonzero()[:, 0]
+def _places(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """List the rows and columns where a mask [S, K] is set, row by row."""
+    if chosen.device.type != "cpu":
+        rows, columns = chosen.nonzero(as_tuple=True)
+        return rows, columns
+    flat = np.flatnonzero(chosen.numpy())  # a third of torch's time
+    rows_of_array = flat // max(1, chosen.shape[1])
+    return torch.from_numpy(rows_of_array), torch.from_numpy(flat - rows_of_array * chosen.shape[1])
 
 
 def project_topk(
@@ -563,6 +565,12 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: 
         n_codes, per_code = indices.shape
         row_offsets = torch.arange(n_codes + 1, device=indices.device) * per_code
         indices, values = indices.flatten(), values.flatten()
+    n_codes, n_entries = len(row_offsets) - 1, len(weight)
+    backward = torch.is_grad_enabled() and (values.requires_grad or weight.requires_grad)
+    if backward and n_codes * n_entries <= 32 * len(indices):  # dense products go backward faster than gathered rows
+        rows = torch.repeat_interleave(row_offsets.diff(), output_size=len(indices))
+        codes = values.new_zeros(n_codes * n_entries).index_add(0, rows * n_entries + indices, values)
+        return codes.view(n_codes, n_entries) @ weight
     return torch.nn.functional.embedding_bag(
         indices, weight, row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )

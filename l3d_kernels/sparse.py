@@ -85,7 +85,9 @@ def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """Count the members of each group and return where each group starts: [n_groups + 1] int64."""
     if groups.device.type == "cpu":
-        return torch.from_numpy(np.bincount(groups.numpy() + 1, minlength=n_groups + 1).cumsum())
+        whole = np.zeros(n_groups + 1, np.int64)
+        np.bincount(groups.numpy(), minlength=n_groups).cumsum(out=whole[1:])
+        return torch.from_numpy(whole)
     offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)
     torch.cumsum(torch.bincount(groups, minlength=n_groups), dim=0, out=offsets[1:])
     return offsets
