@@ -120,6 +120,11 @@ def multiplied_out(directions: Directions) -> Tensor:
     return _multiplied_out(_factors(directions))
 
 
+def pulled_back(by_direction: Tensor, directions: Directions) -> list[Tensor]:
+    """Return the derivatives by the factors, in the directions' order, from those by the directions: [K, P]."""
+    return _derivatives(by_direction, _factors(directions))
+
+
 def flattened(gradients: Gradients, directions: Directions) -> Tensor:
     """Return the gradients as rows over the entries of all parameters, in the directions' order: [S, P]."""
     return gradients.flat([name for name, _ in directions.items()])
