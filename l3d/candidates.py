@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l3d.chunks import Chunks
 from l3d.costs import choose_paths
-from l3d.directions import Directions, Tucker, Whole
+from l3d.directions import Directions, LowRank, Tucker, Whole
 from l3d.factors import Gradients, matrix_shape
 from l3d.flat import flattened, multiplied_out, pulled_back
 from l3d.project import project
@@ -103,7 +103,7 @@ def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator
     n, n_active = min(CANDIDATES, decoder.n_subnetworks, n_samples), max(1, round(k * n_samples))
     matrices = {name: torch.Size(matrix_shape(s)) if len(s) > 2 else s for name, s in decoder.shapes.items()}
     new = Directions(matrices, {name: ranks[:1] for name, ranks in decoder.ranks().items()}, n, generator)
-    new = new.to(left.values)
+    new = new.to(inverse)
     drawn = draw_samples(weights, n, generator).to(inverse.device)
     alone = nn.functional.one_hot(drawn, n_samples).mT.to(inverse)
     _set(new, list(new.parameters()), 1)
@@ -116,7 +116,7 @@ def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator
             most = (along * share).topk(n_active, dim=0).indices
             taken = torch.zeros_like(share).scatter_(0, most, share.gather(0, most))
         _set(new, left.pulled_back(taken, new), step % 2)
-    return _like(decoder, new)
+    return _finished(new, decoder)
 
 
 def _set(directions: Directions, derivatives: list[Tensor], side: int) -> None:
@@ -141,21 +141,22 @@ def _set(directions: Directions, derivatives: list[Tensor], side: int) -> None:
         other.mul_(total.view(-1, *[1] * (other.ndim - 1)))
 
 
-def _like(decoder: Directions, found: Directions) -> Directions:
+def _finished(found: Directions, decoder: Directions) -> Directions:
     """Bring directions, whose tensors are all matrices or vectors, into a decoder's form, evenly over the factors."""
-    new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks).to(next(found.parameters()))
-    for (name, piece), (_, own) in zip(new.items(), found.items(), strict=True):
-        if isinstance(own, Whole):
-            parts = [own.vector]
-        elif isinstance(piece, Tucker):
-            left, right = own.factors()
-            shape = decoder.shapes[name]
-            parts = truncated((left.mT @ right).reshape(-1, *shape), piece.core.shape[1:])
-        else:  # one side is orthonormal; neither may be nothing, or it would have no gradient, and never leave that
-            parts = list(own.factors())
-            norms = [part.flatten(1).norm(dim=1).clamp_min(NOISE)[:, None, None] for part in parts]
-            parts = [parts[0] * (norms[1] / norms[0]).sqrt(), parts[1] * (norms[0] / norms[1]).sqrt()]
-        for parameter, part in zip(piece.parameters(), parts, strict=True):
-            parameter.copy_(part)
-    new.normalize_()
-    return new
+    for _, piece in found.items():
+        if isinstance(piece, LowRank):  # neither side may be nothing: it would have no gradient, and never leave that
+            norms = [factor.flatten(1).norm(dim=1).clamp_min(NOISE)[:, None, None] for factor in piece.factors()]
+            piece.left.mul_((norms[1] / norms[0]).sqrt())
+            piece.right.mul_((norms[0] / norms[1]).sqrt())
+    if found.shapes != decoder.shapes:
+        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks).to(next(found.parameters()))
+        for (name, piece), (_, own) in zip(new.items(), found.items(), strict=True):
+            parts = list(own.parameters())
+            if isinstance(piece, Tucker):
+                whole = (parts[0].mT @ parts[1]).reshape(-1, *decoder.shapes[name])
+                parts = truncated(whole, piece.core.shape[1:])
+            for parameter, part in zip(piece.parameters(), parts, strict=True):
+                parameter.copy_(part)
+        found = new
+    found.normalize_()
+    return found

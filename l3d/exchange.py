@@ -30,8 +30,9 @@ EVERY = 100  # steps from one exchange to the next
 AT_ONCE = 4  # restarts that are looked at in one; more take turns, or exchanges would cost more than training
 ENOUGH = 64  # samples of a subnetwork that should be looked at, half of them learned from
 MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches they come from, at most
-CHEAP = 2048  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
-LEARNED_FROM = 512  # samples, at most
+CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
+NARROW = 128  # parameters up to which it is told beforehand that no direction could gain enough
+REFITS = 4  # steps in which kept values are fitted anew, before and after
 SURE = 2.0  # standard errors by which what is left must become less
 MARGIN = 1.1  # what a new direction must gain, relative to what the old one is worth
 
@@ -48,9 +49,10 @@ class Probe:
     def __init__(self, settings: Settings, n_samples: int, n_entries: int) -> None:
         self.first = settings.warm_start + EVERY if settings.revive else math.inf
         self.last = 0.8 * settings.steps
-        cheap = min(CHEAP, FLAT // (2 * n_entries))
-        most, batches = (cheap, EVERY) if cheap > MOST else (MOST, BATCHES)
-        self.length = min(batches, math.ceil(min(most, ENOUGH / settings.k) / n_samples))
+        wanted, batches = min(MOST, ENOUGH / settings.k), BATCHES
+        if CHEAP * n_entries <= FLAT // 2:
+            wanted, batches = CHEAP, EVERY
+        self.length = min(batches, math.ceil(wanted / n_samples))
         self.batches: list[Gradients | Chunks] = []
 
     def due(self, step: int) -> bool:
@@ -113,9 +115,14 @@ def exchange(samples: Samples, decomposition: Decomposition, k: float, generator
     residual = samples.squared_norm() + ((values @ gram - 2 * overlaps) * values).sum(1)
 
     order = torch.randperm(len(values), generator=generator).to(values.device)
-    half = min(LEARNED_FROM, len(order) // 2)
-    seen, unseen = order[:half], order[half:]
-    new = learn(Residuals.of(samples.select(seen), values[seen], decoder), residual[seen], k, generator)
+    seen, unseen = order.tensor_split(2)
+    left = Residuals.of(samples.select(seen), values[seen], decoder)
+    if left.flat is not None and left.flat.shape[1] <= NARROW:
+        code = Code(values, overlaps, gram).of(seen)
+        most = torch.linalg.eigvalsh(left.flat.mT @ left.flat)[-1]  # Σ <r_s, u>² over all samples, of any unit u
+        if most <= worths(code, code.left(), torch.ones_like(gram[0], dtype=torch.bool)).min():
+            return order[:0]
+    new = learn(left, residual[seen], k, generator)
     between = decoder.inner(new)
     code = Code(
         nn.functional.pad(values, (0, new.n_subnetworks)),
@@ -173,8 +180,10 @@ def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k:
     n = n_kept(k, *coefficients.shape)
 
     def left(columns: list[int], found: Tensor) -> Tensor:
-        values = found * reference.largest(found, n)[0]
-        return (((values @ code.gram[columns][:, columns]) - 2 * code.overlaps[:, columns]) * values).sum(1)
+        gram, overlaps = code.gram[columns][:, columns], code.overlaps[:, columns]
+        kept = reference.largest(found, n)[0]
+        values = refitted(found * kept, kept, overlaps, gram)
+        return ((values @ gram - 2 * overlaps) * values).sum(1)
 
     before, good = left(held, coefficients), []
     for old, taken in pairs:
@@ -187,6 +196,20 @@ def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k:
             before, held, coefficients = after, columns, found
             good.append((old, taken))
     return good
+
+
+def refitted(values: Tensor, kept: Tensor, overlaps: Tensor, gram: Tensor) -> Tensor:
+    """Take kept values [S, K] most of the way to those of least squares, by conjugate gradients."""
+    tiny = torch.finfo(values.dtype).tiny
+    left = (overlaps - values @ gram) * kept
+    along, square = left, left.square().sum(1, keepdim=True)
+    for _ in range(REFITS):
+        back = (along @ gram) * kept
+        step = square / (along * back).sum(1, keepdim=True).clamp_min(tiny)
+        values, left = values + step * along, left - step * back
+        before, square = square, left.square().sum(1, keepdim=True)
+        along = left + (square / before.clamp_min(tiny)) * along
+    return values
 
 
 def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:

@@ -301,9 +301,12 @@ class Run:
         if not self.probe.due(step):
             return
         samples = Samples.of(self.probe.take(), self.decomposition.decoder, settings.backend)
+        part = self.decomposition.part(0, self.n_restarts)
         for restart in self.probe.turn(step, self.n_restarts):
             first = restart * settings.n_subnetworks
-            part = self.decomposition.part(restart, self.n_restarts)
+            with torch.no_grad():
+                for own, whole in zip(part.parameters(), self.decomposition.parameters(), strict=True):
+                    own.copy_(whole[first : first + settings.n_subnetworks])
             generator = torch.Generator().manual_seed(mix(settings.seed, 8, step))
             changed = first + exchange(samples, part, settings.k, generator)
             with torch.no_grad():
