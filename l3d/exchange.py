@@ -33,7 +33,7 @@ MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches t
 CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
 NARROW = 128  # parameters up to which it is told beforehand that no direction could gain enough
 REFITS = 4  # steps in which kept values are fitted anew, before and after
-SURE = 2.0  # standard errors by which what is left must become less
+SURE = 1.0  # standard errors, over the samples, by which what is left must become less
 MARGIN = 1.1  # what a new direction must gain, relative to what the old one is worth
 
 
