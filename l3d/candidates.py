@@ -96,6 +96,7 @@ def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator
     """Learn candidates of the decoder's shapes and ranks from residuals, each for a share k of the samples.
 
     They start as the low-rank parts of single samples' residuals, drawn with probability proportional to weights [S].
+    A tensor of order three or more is learned as a matrix, and its Tucker product is the truncation of that.
     """
     decoder, n_samples = left.decoder, len(left.values)
     inverse = left.samples.squared_norm().to(left.values)[:, None]
@@ -116,13 +117,14 @@ def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator
             most = (along * share).topk(n_active, dim=0).indices
             taken = torch.zeros_like(share).scatter_(0, most, share.gather(0, most))
         _set(new, left.pulled_back(taken, new), step % 2)
-    return _finished(new, decoder)
+    return _finished(new, decoder, generator)
 
 
 def _set(directions: Directions, derivatives: list[Tensor], side: int) -> None:
     """Set all vectors, and each matrix's left (side 0) or right (1), to the derivatives, and norms to one.
 
-    That side is then made orthonormal, and the other one takes what that makes of it: V stays what it was.
+    That side is then made orthonormal, and the other one takes what that makes of it: V stays what it was. Where the
+    derivatives span less than the rank, what the side is completed by is arbitrary, and weighs nothing.
     """
     rest = iter(derivatives)
     others, squares = [], []
@@ -141,7 +143,7 @@ def _set(directions: Directions, derivatives: list[Tensor], side: int) -> None:
         other.mul_(total.view(-1, *[1] * (other.ndim - 1)))
 
 
-def _finished(found: Directions, decoder: Directions) -> Directions:
+def _finished(found: Directions, decoder: Directions, generator: torch.Generator) -> Directions:
     """Bring directions, whose tensors are all matrices or vectors, into a decoder's form, evenly over the factors."""
     for _, piece in found.items():
         if isinstance(piece, LowRank):  # neither side may be nothing: it would have no gradient, and never leave that
@@ -149,9 +151,10 @@ def _finished(found: Directions, decoder: Directions) -> Directions:
             piece.left.mul_((norms[1] / norms[0]).sqrt())
             piece.right.mul_((norms[0] / norms[1]).sqrt())
     if found.shapes != decoder.shapes:
-        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks).to(next(found.parameters()))
+        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks, generator)
+        new = new.to(next(found.parameters()))
         for (name, piece), (_, own) in zip(new.items(), found.items(), strict=True):
-            parts = list(own.parameters())
+            parts: list[Tensor] = list(own.parameters())
             if isinstance(piece, Tucker):
                 whole = (parts[0].mT @ parts[1]).reshape(-1, *decoder.shapes[name])
                 parts = truncated(whole, piece.core.shape[1:])

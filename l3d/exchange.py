@@ -7,8 +7,11 @@ the subnetwork that is worth least is weighed against directions learned from th
     worth of k   Σ_s ‖r_s + c_sk V_k‖² − ‖r_s‖² − max_j <r_s + c_sk V_k, V_j>²      over the samples that keep k
     gain of u    Σ_s <r_s + c_sk V_k, u>²        over as many samples as one is kept for on average, the best of them
 
-If the gain is larger, u takes k's place, and the next pair is looked at. All of it is read off <V, g>, <u, g>,
-<V, V> and <V, u>; no gradient is reconstructed, but where that is the faster way in a small network.
+If the gain is larger, u shall take k's place, and the next pair is looked at. That is a screening. What counts is
+whether u in k's place leaves less of samples that nothing was learned from or chosen by, each coded by the batch's
+largest coefficients with their values fitted anew: of a circuit that two subnetworks shared, the one that stays has yet
+to learn the whole. All of it is read off <V, g>, <u, g>, <V, V> and <V, u>; no gradient is reconstructed, but where
+that is the faster way in a small network.
 """
 
 import math
@@ -32,7 +35,7 @@ ENOUGH = 64  # samples of a subnetwork that should be looked at, half of them le
 MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches they come from, at most
 CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
 NARROW = 128  # parameters up to which it is told beforehand that no direction could gain enough
-REFITS = 4  # steps in which kept values are fitted anew, before and after
+REFITS, FLATTEST = 4, 1e-4  # steps in which kept values are fitted anew, and the curvature that is one to them
 SURE = 1.0  # standard errors, over the samples, by which what is left must become less
 MARGIN = 1.1  # what a new direction must gain, relative to what the old one is worth
 
@@ -105,8 +108,8 @@ class Code(NamedTuple):
 def exchange(samples: Samples, decomposition: Decomposition, k: float, generator: torch.Generator) -> Tensor:
     """Set subnetworks anew that are worth less than what can take their place; encoder and decoder alike.
 
-    Half of the samples are learned from, and pairs chosen by them; the other half confirms them. Gradients are in the
-    decomposition's dtype and on its device. Returns which have changed: [n] int64.
+    Half of the samples, drawn at random, are learned from and chosen by; the other half confirms. The gradients are on
+    the decomposition's device. Returns which have changed: [n] int64.
     """
     encoder, decoder = decomposition.encoder, decomposition.decoder
     coefficients, overlaps = samples.project(encoder), samples.project(decoder)
@@ -119,7 +122,7 @@ def exchange(samples: Samples, decomposition: Decomposition, k: float, generator
     left = Residuals.of(samples.select(seen), values[seen], decoder)
     if left.flat is not None and left.flat.shape[1] <= NARROW:
         code = Code(values, overlaps, gram).of(seen)
-        most = torch.linalg.eigvalsh(left.flat.mT @ left.flat)[-1]  # Σ <r_s, u>² over all samples, of any unit u
+        most = torch.linalg.eigvalsh(left.flat.mT @ left.flat)[-1]  # Σ_s <r_s, u>² over all samples, of any unit u
         if most <= worths(code, code.left(), torch.ones_like(gram[0], dtype=torch.bool)).min():
             return order[:0]
     new = learn(left, residual[seen], k, generator)
@@ -172,8 +175,9 @@ def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
 def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k: float) -> list[tuple[int, int]]:
     """Return those pairs, one after another, with which what the best k coefficients leave is indeed less.
 
-    coefficients [S, K]: of the encoder; a candidate's are its overlaps. What it gains may be what others lose, which
-    are no longer among the largest of the batch.
+    That is, Σ_s d_s > SURE (Σ_s d_s²)^½ for what is left less of each sample. coefficients [S, K]: of the encoder; a
+    candidate's are its overlaps. What it gains may be what others lose, which are no longer among the largest of the
+    batch.
     """
     n_subnetworks = coefficients.shape[1]
     held = list(range(n_subnetworks))
@@ -200,15 +204,16 @@ def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k:
 
 def refitted(values: Tensor, kept: Tensor, overlaps: Tensor, gram: Tensor) -> Tensor:
     """Take kept values [S, K] most of the way to those of least squares, by conjugate gradients."""
-    tiny = torch.finfo(values.dtype).tiny
     left = (overlaps - values @ gram) * kept
     along, square = left, left.square().sum(1, keepdim=True)
     for _ in range(REFITS):
         back = (along @ gram) * kept
-        step = square / (along * back).sum(1, keepdim=True).clamp_min(tiny)
+        curvature = (along * back).sum(1, keepdim=True)
+        flat = curvature <= FLATTEST * along.square().sum(1, keepdim=True)  # rounding is all that is left
+        step = (square / curvature).masked_fill(flat, 0)
         values, left = values + step * along, left - step * back
         before, square = square, left.square().sum(1, keepdim=True)
-        along = left + (square / before.clamp_min(tiny)) * along
+        along = left + (square / before).masked_fill(flat, 0) * along
     return values
 
 
@@ -218,13 +223,12 @@ def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
     left [S, K + n] is the code's; infinity for what is no member [K + n] bool.
     """
     rows, columns = code.values.nonzero(as_tuple=True)
-    total = torch.zeros_like(code.gram[0])
-    for piece in reference.pieces(len(rows), len(total)):
+    grows = torch.zeros_like(code.values)
+    for piece in reference.pieces(len(rows), len(members)):
         row, column = rows[piece], columns[piece]
         c = code.values[row, column]
         freed = left[row] + c[:, None] * code.gram[column]  # <V_j, r_s + c V_k>
         others = members.expand(len(row), -1).scatter(1, column[:, None], False)
         best = freed.square().masked_fill(~others, 0).amax(1)
-        total.index_add_(0, column, c * (2 * left[row, column] + c * code.gram[column, column]) - best)
-    return total.masked_fill(~members, math.inf)
-
+        grows[row, column] = c * (2 * left[row, column] + c * code.gram[column, column]) - best
+    return grows.sum(0).masked_fill(~members, math.inf)
