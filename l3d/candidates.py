@@ -22,7 +22,7 @@ from l3d.start import NOISE, draw_samples, truncated
 
 CANDIDATES = 16  # learned at a time
 ALONE, STEPS = 4, 14  # steps of a candidate for one sample alone, and all
-FLAT = 1 << 23  # entries of the samples' gradients up to which they are multiplied out
+FLAT = 1 << 24  # entries of the samples' gradients up to which they are multiplied out
 
 
 class Samples:
