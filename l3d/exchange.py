@@ -30,7 +30,7 @@ from l3d.settings import Settings
 from l3d_kernels import reference
 
 EVERY = 100  # steps from one exchange to the next
-AT_ONCE = 4  # restarts that are looked at in one; more take turns, or exchanges would cost more than training
+AT_ONCE = 4  # restarts that are looked at in one; more take turns, so that what exchanges cost has a bound
 ENOUGH = 64  # samples of a subnetwork that should be looked at, half of them learned from
 MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches they come from, at most
 CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
