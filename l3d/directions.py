@@ -167,6 +167,8 @@ class Directions(nn.Module):
                 self.pieces.append(LowRank(n_subnetworks, shape, ranks[name][0]))
             else:
                 self.pieces.append(Tucker(n_subnetworks, shape, ranks[name]))
+        if all(parameter.is_meta for parameter in self.parameters()):
+            return  # still to be filled; without values a start is only slow
         with torch.no_grad():
             for parameter in self.parameters():
                 if columns is None:

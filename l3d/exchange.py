@@ -7,8 +7,11 @@ the subnetwork that is worth least is weighed against directions learned from th
     worth of k   Σ_s ‖r_s + c_sk V_k‖² − ‖r_s‖² − max_j <r_s + c_sk V_k, V_j>²      over the samples that keep k
     gain of u    Σ_s <r_s + c_sk V_k, u>²        over as many samples as one is kept for on average, the best of them
 
-If the gain is larger, u takes k's place, and the next pair is looked at. All of it is read off <V, g>, <u, g>,
-<V, V> and <V, u>; no gradient is reconstructed, but where that is the faster way in a small network.
+If the gain is larger, u shall take k's place, and the next pair is looked at. That is a screening. What counts is
+whether u in k's place leaves less of samples that nothing was learned from or chosen by, each coded by the batch's
+largest coefficients with their values fitted anew: of a circuit that two subnetworks shared, the one that stays has yet
+to learn the whole. All of it is read off <V, g>, <u, g>, <V, V> and <V, u>; no gradient is reconstructed, but where
+that is the faster way in a small network.
 """
 
 import math
@@ -18,27 +21,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import l3d_kernels as lk
+from l3d.candidates import FLAT, Residuals, Samples, learn
 from l3d.chunks import Chunks
-from l3d.costs import choose_paths
 from l3d.decomposition import Decomposition
-from l3d.directions import Directions
 from l3d.factors import Gradients
-from l3d.flat import flattened, is_small, multiplied_out
 from l3d.objective import n_kept
-from l3d.optimizer import RelativeAdam
-from l3d.project import project
 from l3d.settings import Settings
-from l3d.start import draw_samples, set_from_samples
-from l3d_kernels.reference import pieces
+from l3d_kernels import reference
 
 EVERY = 100  # steps from one exchange to the next
-AT_ONCE = 4  # restarts that are looked at in one; more take turns, or exchanges would cost more than training
-ENOUGH, MOST = 32, 512  # samples of a subnetwork that should be looked at, and of all that are, but for a last batch
-BATCHES = 20  # they come from, at most
-CANDIDATES, LEARNED_FROM = 16, 256  # directions that are learned at a time, and the samples they are learned from
-STEPS, LR = 30, 0.5  # of their ascent
-FLAT = 1 << 24  # multiply-adds of R Uᵀ up to which residuals are multiplied out to learn from
+AT_ONCE = 4  # restarts that are looked at in one; more take turns, so that what exchanges cost has a bound
+ENOUGH = 64  # samples of a subnetwork that should be looked at, half of them learned from
+MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches they come from, at most
+CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
+NARROW = 128  # parameters up to which it is told beforehand that no direction could gain enough
+REFITS, FLATTEST = 4, 1e-4  # steps in which kept values are fitted anew, and the curvature that is one to them
+SURE = 1.0  # standard errors, over the samples, by which what is left must become less
 MARGIN = 1.1  # what a new direction must gain, relative to what the old one is worth
 
 
@@ -48,12 +46,16 @@ class Probe:
     Args:
         settings: of the run. As with revivals, there are exchanges while k is at its value and until the last fifth.
         n_samples: in the first batch.
+        n_entries: of all parameters.
     """
 
-    def __init__(self, settings: Settings, n_samples: int) -> None:
+    def __init__(self, settings: Settings, n_samples: int, n_entries: int) -> None:
         self.first = settings.warm_start + EVERY if settings.revive else math.inf
         self.last = 0.8 * settings.steps
-        self.length = min(BATCHES, math.ceil(min(MOST, ENOUGH / settings.k) / n_samples))
+        wanted, batches = min(MOST, ENOUGH / settings.k), BATCHES
+        if CHEAP * n_entries <= FLAT // 2:
+            wanted, batches = CHEAP, EVERY
+        self.length = min(batches, math.ceil(wanted / n_samples))
         self.batches: list[Gradients | Chunks] = []
 
     def due(self, step: int) -> bool:
@@ -97,69 +99,46 @@ class Code(NamedTuple):
         """Return <V, r_s>: [S, K + n]."""
         return self.overlaps - self.values @ self.gram
 
+    def of(self, samples: Tensor) -> "Code":
+        """Take some of the samples [n]."""
+        return Code(self.values[samples], self.overlaps[samples], self.gram)
+
 
 @torch.no_grad()
-def exchange(
-    probe: Chunks, decomposition: Decomposition, k: float, generator: torch.Generator, backend: str = "auto"
-) -> Tensor:
+def exchange(samples: Samples, decomposition: Decomposition, k: float, generator: torch.Generator) -> Tensor:
     """Set subnetworks anew that are worth less than what can take their place; encoder and decoder alike.
 
-    probe: gradients, in the decomposition's dtype and on its device. Returns which have changed: [n] int64.
+    Half of the samples, drawn at random, are learned from and chosen by; the other half confirms. The gradients are on
+    the decomposition's device. Returns which have changed: [n] int64.
     """
     encoder, decoder = decomposition.encoder, decomposition.decoder
-    coefficients, overlaps = _projected(probe, encoder, backend), _projected(probe, decoder, backend)
-    values = lk.batch_topk(coefficients, n_kept(k, *coefficients.shape), backend=backend).dense()
+    coefficients, overlaps = samples.project(encoder), samples.project(decoder)
+    values = coefficients * reference.largest(coefficients, n_kept(k, *coefficients.shape))[0]
     gram = decoder.gram()
-    residual = probe.squared_norm() + ((values @ gram - 2 * overlaps) * values).sum(1)
+    residual = samples.squared_norm() + ((values @ gram - 2 * overlaps) * values).sum(1)
 
-    samples = draw_samples(residual, min(LEARNED_FROM, len(residual)), generator).to(residual.device)
-    new = learn(probe.select(samples), values[samples], decoder, k, generator, backend)
+    order = torch.randperm(len(values), generator=generator).to(values.device)
+    seen, unseen = order.tensor_split(2)
+    left = Residuals.of(samples.select(seen), values[seen], decoder)
+    if left.flat is not None and left.flat.shape[1] <= NARROW:
+        code = Code(values, overlaps, gram).of(seen)
+        most = torch.linalg.eigvalsh(left.flat.mT @ left.flat)[-1]  # Σ_s <r_s, u>² over all samples, of any unit u
+        if most <= worths(code, code.left(), torch.ones_like(gram[0], dtype=torch.bool)).min():
+            return order[:0]
+    new = learn(left, residual[seen], k, generator)
     between = decoder.inner(new)
     code = Code(
         nn.functional.pad(values, (0, new.n_subnetworks)),
-        torch.cat([overlaps, _projected(probe, new, backend)], 1),
+        torch.cat([overlaps, samples.project(new)], 1),
         torch.cat([torch.cat([gram, between], 1), torch.cat([between.mT, new.gram()], 1)]),
     )
-    unseen = torch.ones(len(values), dtype=torch.bool, device=values.device)
-    unseen[samples] = False
-    judged = unseen if int(unseen.sum()) >= LEARNED_FROM else torch.ones_like(unseen)
-    code = Code(code.values[judged], code.overlaps[judged], code.gram)
-    pairs = confirmed(choose(code, decoder.n_subnetworks), code, coefficients[judged], k)
+    pairs = choose(code.of(seen), decoder.n_subnetworks)
+    pairs = confirmed(pairs, code.of(unseen), coefficients[unseen], k)
     for side in (encoder, decoder):
         for parameter, found in zip(side.parameters(), new.parameters(), strict=True):
             for old, taken in pairs:
                 parameter[old] = found[taken]
     return torch.tensor([old for old, _ in pairs], dtype=torch.int64, device=values.device)
-
-
-@torch.enable_grad()
-def learn(
-    gradients: Gradients, values: Tensor, decoder: Directions, k: float, generator: torch.Generator, backend: str
-) -> Directions:
-    """Learn directions u, each for a few of the samples, that what the code leaves of their gradients has in common.
-
-    Each starts as a sample's gradient and ascends Σ_s <r_s, u>² / ‖g_s‖² over the share k of the samples where that is
-    largest: relative to each sample's own, or a direction would be that of the one or two of largest gradient.
-    values [S, K]: the samples' code.
-    """
-    n_samples = gradients.n_samples
-    n = min(CANDIDATES, decoder.n_subnetworks, n_samples)
-    new = Directions(decoder.shapes, decoder.ranks(), n, generator).to(values)
-    set_from_samples([new], torch.arange(n, device=values.device), gradients, torch.arange(n), generator)
-    optimizer = RelativeAdam(new.parameters())
-    norms = gradients.squared_norm().sqrt().clamp_min(torch.finfo(values.dtype).tiny)[:, None].to(values)
-    flat = None
-    if n_samples * n * sum(shape.numel() for shape in decoder.shapes.values()) <= FLAT:
-        flat = (flattened(gradients, decoder) - values @ multiplied_out(decoder)).detach()
-    for step in range(STEPS):
-        if flat is not None:
-            left = flat @ multiplied_out(new).mT
-        else:
-            left = _projected(Chunks.held([gradients]), new, backend) - values @ decoder.inner(new)
-        gain = (left / norms).square().topk(max(1, round(k * n_samples)), dim=0).values.sum()
-        optimizer.step(torch.autograd.grad(-gain, optimizer.parameters), LR * (1 - step / STEPS))
-        new.normalize_()
-    return new
 
 
 def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
@@ -196,27 +175,46 @@ def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
 def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k: float) -> list[tuple[int, int]]:
     """Return those pairs, one after another, with which what the best k coefficients leave is indeed less.
 
-    coefficients [S, K]: of the encoder; a candidate's are its overlaps. What it gains may be what others lose, which
-    are no longer among the largest of the batch.
+    That is, Σ_s d_s > SURE (Σ_s d_s²)^½ for what is left less of each sample. coefficients [S, K]: of the encoder; a
+    candidate's are its overlaps. What it gains may be what others lose, which are no longer among the largest of the
+    batch.
     """
     n_subnetworks = coefficients.shape[1]
     held = list(range(n_subnetworks))
     n = n_kept(k, *coefficients.shape)
 
     def left(columns: list[int], found: Tensor) -> Tensor:
-        values = lk.batch_topk(found, n, backend="torch").dense()
-        return (((values @ code.gram[columns][:, columns]) - 2 * code.overlaps[:, columns]) * values).sum()
+        gram, overlaps = code.gram[columns][:, columns], code.overlaps[:, columns]
+        kept = reference.largest(found, n)[0]
+        values = refitted(found * kept, kept, overlaps, gram)
+        return ((values @ gram - 2 * overlaps) * values).sum(1)
 
-    best, good = left(held, coefficients), []
+    before, good = left(held, coefficients), []
     for old, taken in pairs:
         columns, found = held.copy(), coefficients.clone()
         columns[old] = n_subnetworks + taken
         found[:, old] = code.overlaps[:, columns[old]]
-        now = left(columns, found)
-        if now < best:
-            best, held, coefficients = now, columns, found
+        after = left(columns, found)
+        less = before - after
+        if less.sum() > SURE * less.square().sum().sqrt():
+            before, held, coefficients = after, columns, found
             good.append((old, taken))
     return good
+
+
+def refitted(values: Tensor, kept: Tensor, overlaps: Tensor, gram: Tensor) -> Tensor:
+    """Take kept values [S, K] most of the way to those of least squares, by conjugate gradients."""
+    left = (overlaps - values @ gram) * kept
+    along, square = left, left.square().sum(1, keepdim=True)
+    for _ in range(REFITS):
+        back = (along @ gram) * kept
+        curvature = (along * back).sum(1, keepdim=True)
+        flat = curvature <= FLATTEST * along.square().sum(1, keepdim=True)  # rounding is all that is left
+        step = (square / curvature).masked_fill(flat, 0)
+        values, left = values + step * along, left - step * back
+        before, square = square, left.square().sum(1, keepdim=True)
+        along = left + (square / before).masked_fill(flat, 0) * along
+    return values
 
 
 def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
@@ -225,25 +223,12 @@ def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
     left [S, K + n] is the code's; infinity for what is no member [K + n] bool.
     """
     rows, columns = code.values.nonzero(as_tuple=True)
-    total = torch.zeros_like(code.gram[0])
-    for piece in pieces(len(rows), len(total)):
+    grows = torch.zeros_like(code.values)
+    for piece in reference.pieces(len(rows), len(members)):
         row, column = rows[piece], columns[piece]
         c = code.values[row, column]
         freed = left[row] + c[:, None] * code.gram[column]  # <V_j, r_s + c V_k>
         others = members.expand(len(row), -1).scatter(1, column[:, None], False)
         best = freed.square().masked_fill(~others, 0).amax(1)
-        total.index_add_(0, column, c * (2 * left[row, column] + c * code.gram[column, column]) - best)
-    return total.masked_fill(~members, math.inf)
-
-
-def _projected(probe: Chunks, directions: Directions, backend: str) -> Tensor:
-    """Return <V, g_s> of all samples: [S, K]."""
-    chunks = list(probe)
-    if all(is_small(each, directions, backend) for each in chunks):
-        return torch.cat([flattened(each, directions) for each in chunks]) @ multiplied_out(directions).mT
-    return torch.cat(
-        [
-            project(each, (directions,), choose_paths(each, directions, each.n_samples), each.shapes, backend)
-            for each in chunks
-        ]
-    )
+        grows[row, column] = c * (2 * left[row, column] + c * code.gram[column, column]) - best
+    return grows.sum(0).masked_fill(~members, math.inf)

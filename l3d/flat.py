@@ -50,6 +50,11 @@ def multiplied_out(directions: Directions) -> Tensor:
     return torch.cat(rows, 1)
 
 
+def pulled_back(by_direction: Tensor, directions: Directions) -> list[Tensor]:
+    """Return the derivatives by the factors, in the directions' order, from those by the directions: [K, P]."""
+    return _derivatives(by_direction, _factors(directions))
+
+
 def flattened(gradients: Gradients, directions: Directions) -> Tensor:
     """Return the gradients as rows over the entries of all parameters, in the directions' order: [S, P]."""
     return gradients.flat(list(directions.shapes))

@@ -17,6 +17,7 @@ from l3d import store
 from l3d.ahead import Ahead
 from l3d.cache import Cache, contents
 from l3d.callbacks import Callback
+from l3d.candidates import Samples
 from l3d.checkpoints import save
 from l3d.checks import check_finite, dtype_of_sums, finite_losses, naming_step
 from l3d.chunks import Chunks, objective_in_chunks
@@ -189,7 +190,8 @@ class Run:
                 self.objective(gradients, 1.0)
                 n_samples += gradients.n_samples
         if self.ranks is None:  # what others hold cannot be weighed here
-            self.probe = Probe(self.settings, n_samples)
+            n_entries = sum(p.numel() for p in self.extractor.parameters.values())
+            self.probe = Probe(self.settings, n_samples, n_entries)
 
     def objective(self, gradients: Gradients, k: float) -> Objective:
         """Compute every restart's loss of a batch."""
@@ -298,12 +300,15 @@ class Run:
         self.probe.add(step, gradients)
         if not self.probe.due(step):
             return
-        probe = self.probe.take()
+        samples = Samples.of(self.probe.take(), self.decomposition.decoder, settings.backend)
+        part = self.decomposition.part(0, self.n_restarts)
         for restart in self.probe.turn(step, self.n_restarts):
             first = restart * settings.n_subnetworks
-            part = self.decomposition.part(restart, self.n_restarts)
+            with torch.no_grad():
+                for own, whole in zip(part.parameters(), self.decomposition.parameters(), strict=True):
+                    own.copy_(whole[first : first + settings.n_subnetworks])
             generator = torch.Generator().manual_seed(mix(settings.seed, 8, step))
-            changed = first + exchange(probe, part, settings.k, generator, settings.backend)
+            changed = first + exchange(samples, part, settings.k, generator)
             with torch.no_grad():
                 for whole, own in zip(self.decomposition.parameters(), part.parameters(), strict=True):
                     whole[changed] = own[changed - first]

@@ -76,11 +76,17 @@ def _low_rank(gradients: Gradients, name: str, piece: torch.nn.Module, norms: Te
         root = (s / norms[:, None]).sqrt()[:, :rank, None]
         return [_padded(u.mT[:, :rank] * root, rank), _padded(v.mT[:, :rank] * root, rank)]
     assert isinstance(piece, Tucker)
-    core = gradients.matrix(name).reshape(-1, *gradients.shapes[name]) / norms.view(
-        -1, *[1] * len(gradients.shapes[name])
-    )
-    modes = []
-    for axis, rank in enumerate(piece.core.shape[1:], 1):  # the truncated higher-order singular value decomposition
+    scale = norms.view(-1, *[1] * len(gradients.shapes[name]))
+    return truncated(gradients.matrix(name).reshape(-1, *gradients.shapes[name]) / scale, piece.core.shape[1:])
+
+
+def truncated(tensors: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+    """Approximate tensors [n, d0, d1, ...] as Tucker products: the core [n, r0, r1, ...], then the modes [n, r, d].
+
+    By the truncated higher-order singular value decomposition; the modes' rows are orthonormal.
+    """
+    core, modes = tensors, []
+    for axis, rank in enumerate(ranks, 1):
         vectors = torch.linalg.svd(core.movedim(axis, 1).flatten(2), full_matrices=False).U[:, :, :rank]
         modes.append(_padded(vectors.mT, rank))
         core = torch.einsum("n...d,nrd->n...r", core.movedim(axis, -1), modes[-1]).movedim(-1, axis)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.exchange import EVERY, Code, Probe, choose, confirmed, worths
+from l3d.candidates import Samples
+from l3d.exchange import EVERY, SURE, Code, Probe, choose, confirmed, exchange, refitted, worths
 from l3d.settings import Settings, resolve
 
 
@@ -53,44 +54,105 @@ def test_a_double_gives_way_to_what_nothing_reconstructs() -> None:
     assert pairs[0][0] in (0, 1)
 
 
+def least_squares(g: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """Each sample's best values for the kept directions, by a solver, sample by sample: [S, K]."""
+    values = torch.zeros(kept.shape, dtype=g.dtype)
+    for s in range(len(g)):
+        values[s, kept[s]] = torch.linalg.lstsq(v[kept[s]].mT, g[s, :, None]).solution[:, 0]
+    return values
+
+
+def test_refitted_values_are_those_of_least_squares() -> None:
+    """As many steps as a sample has values are enough; none may go astray where two directions are one and the same."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(30, 9, generator=generator, dtype=torch.float64)
+    v = nn.functional.normalize(torch.randn(4, 9, generator=generator, dtype=torch.float64), dim=1)
+    kept = torch.rand(30, 4, generator=generator) < 0.6
+    start = torch.randn(30, 4, generator=generator, dtype=torch.float64) * kept
+    found = refitted(start, kept, g @ v.mT, v @ v.mT)
+    torch.testing.assert_close(found, least_squares(g, v, kept), rtol=1e-9, atol=1e-9)
+    twice = torch.cat([v, v]).float()
+    both = torch.cat([kept, kept], 1)
+    values = refitted(torch.zeros(30, 8), both, g.float() @ twice.mT, twice @ twice.mT)
+    torch.testing.assert_close(values @ twice, (found @ v).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_what_the_largest_coefficients_do_not_confirm_is_dropped() -> None:
-    """Against the loss with the batch's n largest coefficients, formed in full, for every pair by itself."""
+    """Against the loss with the batch's n largest coefficients, refitted by a solver, for every pair by itself."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(40, 9, generator=generator, dtype=torch.float64)
     v = nn.functional.normalize(torch.randn(12, 9, generator=generator, dtype=torch.float64), dim=1)
     encoder = v[:5] + 0.1 * torch.randn(5, 9, generator=generator, dtype=torch.float64)
     code = coded(v, g, torch.zeros(40, 12, dtype=torch.float64))
 
-    def left(columns: list[int], encoders: Tensor) -> float:
-        c = g @ encoders.mT
-        keep = c.abs() >= c.abs().flatten().sort(descending=True).values[49]  # a quarter of 40 x 5
-        return float((g - (c * keep) @ v[columns]).square().sum())
+    def left(columns: list[int], encoders: Tensor) -> Tensor:
+        c = (g @ encoders.mT).abs()
+        keep = c >= c.flatten().sort(descending=True).values[49]  # a quarter of 40 x 5
+        return (g - least_squares(g, v[columns], keep) @ v[columns]).square().sum(1)
 
     before, answers = left([0, 1, 2, 3, 4], encoder), set()
     for old in range(5):
         for taken in range(7):
             columns, encoders = [0, 1, 2, 3, 4], encoder.clone()
             columns[old], encoders[old] = 5 + taken, v[5 + taken]
-            helps = left(columns, encoders) < before
+            less = before - left(columns, encoders)
+            helps = bool(less.sum() > SURE * less.square().sum().sqrt())
             answers.add(helps)
             assert confirmed([(old, taken)], code, g @ encoder.mT, 0.25) == ([(old, taken)] if helps else [])
     assert answers == {True, False}
 
 
+def four_circuits(held: list[int]) -> tuple[Samples, l3d.Decomposition, Tensor]:
+    """Samples of four orthogonal circuits of rank 1 and a little noise; subnetworks that hold some; all: [4, 6, 5]."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(6, 4, generator=generator, dtype=torch.float64)).Q.mT
+    right = torch.linalg.qr(torch.randn(5, 4, generator=generator, dtype=torch.float64)).Q.mT
+    circuits = left[:, :, None] * right[:, None, :]
+    present = torch.arange(200) % 4
+    gradients = circuits[present] * (0.5 + torch.rand(200, 1, 1, generator=generator, dtype=torch.float64))
+    gradients = gradients + 0.02 * torch.randn(200, 6, 5, generator=generator, dtype=torch.float64)
+    decomposition = l3d.Decomposition({"w": torch.Size([6, 5])}, len(held), 1, {}).double()
+    with torch.no_grad():
+        for side in (decomposition.encoder, decomposition.decoder):
+            for parameter, factor in zip(side.parameters(), (left, right), strict=True):
+                parameter.copy_(factor[held, None])
+    return Samples([], gradients.flatten(1), "torch"), decomposition, circuits
+
+
+def test_an_exchange_finds_the_circuit_that_is_missing() -> None:
+    """Two of four subnetworks hold the same circuit: one of them becomes the fourth's, encoder and decoder alike."""
+    samples, d, circuits = four_circuits([0, 1, 2, 2])
+    (changed,) = exchange(samples, d, 0.25, torch.Generator().manual_seed(1)).tolist()
+    assert changed in (2, 3)
+    for side in (d.encoder, d.decoder):
+        assert abs(float((side.tensors(changed)["w"].detach() * circuits[3]).sum())) > 0.999
+
+
+def test_where_nothing_is_left_to_find_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no direction at all could gain is told from the residuals."""
+    samples, d, _ = four_circuits([0, 1, 2, 3])
+    monkeypatch.delattr("l3d.exchange.learn")
+    assert not len(exchange(samples, d, 0.25, torch.Generator().manual_seed(1)))
+    samples, d, _ = four_circuits([0, 1, 2, 2])
+    with pytest.raises(NameError):
+        exchange(samples, d, 0.25, torch.Generator().manual_seed(1))
+
+
 def test_a_probe_is_the_last_batches_before_an_exchange() -> None:
     """As many as give each subnetwork samples enough; a run that goes on asks for those it missed."""
-    probe = Probe(settings(), n_samples=16)  # 32 / .25 = 128 samples
-    assert probe.length == 8
+    probe = Probe(settings(), 16, n_entries=10**6)  # 64 / .25 = 256 samples
+    assert probe.length == 16
     assert [step for step in range(1001) if probe.due(step)] == list(range(200, 801, EVERY))
-    assert probe.missed(195) == range(192, 195)
-    assert not any(probe.missed(step) for step in (50, 150, 192, 200, 850, 1000))
-    assert Probe(settings(), n_samples=4096).length == 1
-    assert not any(Probe(settings(revive=False), 16).due(step) for step in range(1001))
+    assert probe.missed(195) == range(184, 195)
+    assert not any(probe.missed(step) for step in (50, 150, 184, 200, 850, 1000))
+    assert Probe(settings(), 4096, n_entries=10**6).length == 1
+    assert Probe(settings(), 16, n_entries=100).length == 64  # 1,024 samples of a few parameters
+    assert not any(Probe(settings(revive=False), 16, n_entries=100).due(step) for step in range(1001))
 
 
 def test_many_restarts_take_turns() -> None:
     """Up to four are all looked at every time; of ten each is within three exchanges."""
-    probe = Probe(settings(), n_samples=16)
+    probe = Probe(settings(), 16, n_entries=100)
     assert [probe.turn(200, n) for n in (1, 2, 4)] == [[0], [0, 1], [0, 1, 2, 3]]
     assert all(len(probe.turn(step, 10)) == 4 for step in range(200, 1000, EVERY))
     for step in range(200, 800, EVERY):
