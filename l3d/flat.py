@@ -51,8 +51,20 @@ def multiplied_out(directions: Directions) -> Tensor:
 
 
 def pulled_back(by_direction: Tensor, directions: Directions) -> list[Tensor]:
-    """Return the derivatives by the factors, in the directions' order, from those by the directions: [K, P]."""
-    return _derivatives(by_direction, _factors(directions))
+    """Return the derivatives by the factors, in the directions' order, from those by the directions: [K, P].
+
+    No tensor may be held as a Tucker product.
+    """
+    found: list[Tensor] = []
+    shares = by_direction.split([shape.numel() for shape in directions.shapes.values()], 1)
+    for own, (_, piece) in zip(shares, directions.items(), strict=True):
+        if isinstance(piece, Whole):
+            found.append(own)
+            continue
+        left, right = piece.factors()
+        matrices = own.unflatten(1, (left.shape[2], right.shape[2]))  # [K, O, I]
+        found += [right @ matrices.mT, left @ matrices]
+    return found
 
 
 def flattened(gradients: Gradients, directions: Directions) -> Tensor:
