@@ -26,6 +26,10 @@ class Counts(NamedTuple):
     bytes: int
     operations: int
 
+    def and_bytes(self, more: int) -> "Counts":
+        """Add bytes that were not counted."""
+        return self._replace(bytes=self.bytes + more)
+
 
 class Rates(NamedTuple):
     """What this machine does at best, in the thread that measures."""

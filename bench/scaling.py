@@ -38,7 +38,7 @@ def measure(name: str, quantity: Quantity, best: Rates) -> list[dict[str, Any]]:
     along = quantity.cases()
     works = {case: quantity.prepare(case) for cases in along.values() for case in cases}
     times: dict[Case, list[float]] = {case: [] for case in works}
-    counts = {case: count(work.call) for case, work in works.items()}
+    counts = {case: count(work.call).and_bytes(work.unseen_bytes) for case, work in works.items()}
     started = time.process_time()
     while len(times[quantity.base]) < ROUNDS or time.process_time() - started < SECONDS:
         for case, work in works.items():
