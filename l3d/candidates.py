@@ -103,7 +103,9 @@ def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator
     inverse = inverse.clamp_min(torch.finfo(inverse.dtype).tiny).reciprocal()
     n, n_active = min(CANDIDATES, decoder.n_subnetworks, n_samples), max(1, round(k * n_samples))
     matrices = {name: torch.Size(matrix_shape(s)) if len(s) > 2 else s for name, s in decoder.shapes.items()}
-    new = Directions(matrices, {name: ranks[:1] for name, ranks in decoder.ranks().items()}, n, generator)
+    # a Tucker product may have a larger first rank than its matrix has columns
+    ranks = {name: tuple(min(r, *matrices[name]) for r in each[:1]) for name, each in decoder.ranks().items()}
+    new = Directions(matrices, ranks, n, generator)
     new = new.to(inverse)
     drawn = draw_samples(weights, n, generator).to(inverse.device)
     alone = nn.functional.one_hot(drawn, n_samples).mT.to(inverse)

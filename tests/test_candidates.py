@@ -34,6 +34,13 @@ def convolution() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(40, 3, 4, 4)
 
 
+def depthwise() -> tuple[nn.Module, Tensor]:
+    """A kernel of more channels than entries each: read as a matrix it is [12, 4]."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(12, 12, 2, groups=12, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4))
+    return model, torch.randn(40, 12, 2, 2)
+
+
 def whole(directions: Directions) -> Tensor:
     every = [directions.tensors(i) for i in range(directions.n_subnetworks)]
     return torch.stack([torch.cat([tensor.flatten() for tensor in each.values()]) for each in every]).detach()
@@ -75,7 +82,10 @@ def test_many_steps_end_at_the_best_direction_there_is(monkeypatch: pytest.Monke
     torch.testing.assert_close((scaled @ found.mT).square().sum(0), largest.expand(3))
 
 
-@pytest.mark.parametrize("make, rank", [(linear, 1), (linear, 2), (convolution, 1), (convolution, {"*": 2})])
+@pytest.mark.parametrize(
+    "make, rank",
+    [(linear, 1), (linear, 2), (convolution, 1), (convolution, {"*": 2}), (depthwise, {"0*": [7, 1, 2, 2], "*": 2})],
+)
 def test_gradients_need_not_be_multiplied_out(monkeypatch: pytest.MonkeyPatch, make: object, rank: Rank) -> None:
     """The same candidates from the gradients' factors; convolutions, held as Tucker products, included."""
     model, x = make()  # type: ignore[operator]
