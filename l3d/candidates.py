@@ -25,14 +25,14 @@ ALONE, STEPS = 4, 14  # steps of a candidate for one sample alone, and all
 FLAT = 1 << 24  # entries of the samples' gradients up to which they are multiplied out
 
 
-class Samples:
+class ProbeGradients:
     """Gradients of samples, to be projected often: multiplied out once where they are few and small."""
 
     def __init__(self, chunks: list[Gradients], flat: Tensor | None, backend: str) -> None:
         self.chunks, self.flat, self.backend = chunks, flat, backend
 
     @classmethod
-    def of(cls, probe: Chunks, directions: Directions, backend: str) -> "Samples":
+    def of(cls, probe: Chunks, directions: Directions, backend: str) -> "ProbeGradients":
         """Take all samples of some batches."""
         chunks, like = list(probe), next(directions.parameters())
         n_entries = sum(shape.numel() for shape in directions.shapes.values())
@@ -54,23 +54,23 @@ class Samples:
             found.append(project(each, (directions,), paths, each.shapes, self.backend))
         return torch.cat(found)
 
-    def select(self, chosen: Tensor) -> "Samples":
+    def select(self, chosen: Tensor) -> "ProbeGradients":
         """Take some of them [n], in that order."""
         if self.flat is not None:
-            return Samples([], self.flat[chosen], self.backend)
-        return Samples([Chunks.held(self.chunks).select(chosen)], None, self.backend)
+            return ProbeGradients([], self.flat[chosen], self.backend)
+        return ProbeGradients([Chunks.held(self.chunks).select(chosen)], None, self.backend)
 
 
 class Residuals(NamedTuple):
     """What a code leaves of samples."""
 
-    samples: Samples
+    samples: ProbeGradients
     values: Tensor  # [S, K] the code
     decoder: Directions
     flat: Tensor | None  # [S, P] multiplied out, where the samples are
 
     @classmethod
-    def of(cls, samples: Samples, values: Tensor, decoder: Directions) -> "Residuals":
+    def of(cls, samples: ProbeGradients, values: Tensor, decoder: Directions) -> "Residuals":
         """Take samples and their code."""
         flat = None if samples.flat is None else samples.flat - values @ multiplied_out(decoder)
         return cls(samples, values, decoder, flat)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l3d.candidates import FLAT, Residuals, Samples, learn
+from l3d.candidates import FLAT, ProbeGradients, Residuals, learn
 from l3d.chunks import Chunks
 from l3d.decomposition import Decomposition
 from l3d.factors import Gradients
@@ -105,7 +105,7 @@ class Code(NamedTuple):
 
 
 @torch.no_grad()
-def exchange(samples: Samples, decomposition: Decomposition, k: float, generator: torch.Generator) -> Tensor:
+def exchange(samples: ProbeGradients, decomposition: Decomposition, k: float, generator: torch.Generator) -> Tensor:
     """Set subnetworks anew that are worth less than what can take their place; encoder and decoder alike.
 
     Half of the samples, drawn at random, are learned from and chosen by; the other half confirms. The gradients are on

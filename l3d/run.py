@@ -17,7 +17,7 @@ from l3d import store
 from l3d.ahead import Ahead
 from l3d.cache import Cache, contents
 from l3d.callbacks import Callback
-from l3d.candidates import Samples
+from l3d.candidates import ProbeGradients
 from l3d.checkpoints import save
 from l3d.checks import check_finite, dtype_of_sums, finite_losses, naming_step
 from l3d.chunks import Chunks, objective_in_chunks
@@ -300,7 +300,7 @@ class Run:
         self.probe.add(step, gradients)
         if not self.probe.due(step):
             return
-        samples = Samples.of(self.probe.take(), self.decomposition.decoder, settings.backend)
+        samples = ProbeGradients.of(self.probe.take(), self.decomposition.decoder, settings.backend)
         part = self.decomposition.part(0, self.n_restarts)
         for restart in self.probe.turn(step, self.n_restarts):
             first = restart * settings.n_subnetworks

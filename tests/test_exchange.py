@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.candidates import Samples
+from l3d.candidates import ProbeGradients
 from l3d.exchange import EVERY, SURE, Code, Probe, choose, confirmed, exchange, refitted, worths
 from l3d.settings import Settings, resolve
 
@@ -102,7 +102,7 @@ def test_what_the_largest_coefficients_do_not_confirm_is_dropped() -> None:
     assert answers == {True, False}
 
 
-def four_circuits(held: list[int]) -> tuple[Samples, l3d.Decomposition, Tensor]:
+def four_circuits(held: list[int]) -> tuple[ProbeGradients, l3d.Decomposition, Tensor]:
     """Samples of four orthogonal circuits of rank 1 and a little noise; subnetworks that hold some; all: [4, 6, 5]."""
     generator = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(6, 4, generator=generator, dtype=torch.float64)).Q.mT
@@ -116,7 +116,7 @@ def four_circuits(held: list[int]) -> tuple[Samples, l3d.Decomposition, Tensor]:
         for side in (decomposition.encoder, decomposition.decoder):
             for parameter, factor in zip(side.parameters(), (left, right), strict=True):
                 parameter.copy_(factor[held, None])
-    return Samples([], gradients.flatten(1), "torch"), decomposition, circuits
+    return ProbeGradients([], gradients.flatten(1), "torch"), decomposition, circuits
 
 
 def test_an_exchange_finds_the_circuit_that_is_missing() -> None:

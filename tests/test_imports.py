@@ -119,7 +119,7 @@ def test_the_twin_does_not_import_triton() -> None:
     """The plain-torch twins, and all that they import of the package, do without triton."""
     for name in ("reference", "sparse"):
         tree = ast.parse((ROOT / "l3d_kernels" / f"{name}.py").read_text(encoding="utf-8"))
-        assert imported_roots(tree) <= {"typing", "collections", "math", "torch", "l3d_kernels"}
+        assert imported_roots(tree) <= {"typing", "collections", "math", "numpy", "torch", "l3d_kernels"}
 
 
 @pytest.mark.parametrize("package", [l3d, l3d_kernels], ids=lambda package: package.__name__)
