@@ -2,8 +2,8 @@
 
 Any floating dtype, any device; exact in float64; nothing here imports triton. (On a CPU numpy selects, ten times as
 fast.) Letters: B sequences, S samples (S a multiple of B; sample s reads sequence s // (S // B)), T positions that
-share a weight, I inputs, O outputs, K subnetworks, R rank, N kept coefficients. A sample's gradient and a subnetwork's direction are both sums of
-outer products:
+share a weight, I inputs, O outputs, K subnetworks, R rank, N kept coefficients. A sample's gradient and a subnetwork's
+direction are both sums of outer products:
 
     G_s = sum_t dy[s, t] (x) x[s // (S // B), t]        [O, I]
     V_k = sum_r left[k, r] (x) right[k, r]              [O, I]
