@@ -99,8 +99,7 @@ def coactive_is_cheaper(directions: Directions, kept: SparseCoefficients, n_grou
     """
     n_rows, n_subnetworks = kept.shape[0] * n_groups, kept.shape[1] // n_groups
     n_kept = kept.rows.numel()
-    factors = [factor for _, piece in directions.items() for factor in piece.factors()]
-    by_tiles = n_groups == 1 and tiles_are_less(kept.shape, kept.values, *factors)
+    by_tiles = n_groups == 1 and tiles_are_less(kept.shape, kept.values, *directions.parameters())
     full = 0.0 if by_tiles else float(n_rows * n_subnetworks**2)
     gathered = per_pair = 0.0
     for _, piece in directions.items():

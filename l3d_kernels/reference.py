@@ -20,9 +20,9 @@ from torch import Tensor
 
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 
-# Temporaries are cut into pieces of about this many elements. Measured on one of 2 CPU cores, a step of one block of
-# TinyStories-8M's shape after extraction: 957 ms at half of it, 908 ms; loss and gradients of one 256 x 256 tensor at
-# four times it took half as long again. At width 64 it makes no difference.
+# Temporaries are cut into pieces of about this many elements. Measured on one CPU core, a step of one block of
+# TinyStories-8M's shape without its extraction: 957 ms at half of it, 908 ms. On two, loss and gradients of one 256 x 256
+# tensor: 115 ms at half of it, 172 ms at twice it. At width 64 it makes no difference.
 CHUNK = 1 << 23
 
 
@@ -533,7 +533,7 @@ def outer(x: Tensor, dy: Tensor, n_inputs: int | None = None) -> Tensor:
 def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """ĝ_s = Σ_{k kept for s} c_sk V_k: [S, O, I]. left [K, R, O], right [K, R, I]."""
     coefficients = kept.dense()
-    # what is returned is as large as V for as many samples as directions
+    # V may take as much as what is returned, which has S rows for its K, and a piece besides
     per_row = right.shape[2] * max(1, left.shape[0] - kept.shape[0])
     out = [
         (coefficients @ directions(left[:, :, piece], right).flatten(1)).unflatten(1, (-1, right.shape[2]))
@@ -564,12 +564,6 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: 
         n_codes, per_code = indices.shape
         row_offsets = torch.arange(n_codes + 1, device=indices.device) * per_code
         indices, values = indices.flatten(), values.flatten()
-    n_codes, n_entries = len(row_offsets) - 1, len(weight)
-    backward = torch.is_grad_enabled() and (values.requires_grad or weight.requires_grad)
-    if backward and n_codes * n_entries <= 32 * len(indices):  # dense products go backward faster than gathered rows
-        rows = torch.repeat_interleave(row_offsets.diff(), output_size=len(indices))
-        codes = values.new_zeros(n_codes * n_entries).index_add(0, rows * n_entries + indices, values)
-        return codes.view(n_codes, n_entries) @ weight
     return torch.nn.functional.embedding_bag(
         indices, weight, row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )

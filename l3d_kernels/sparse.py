@@ -48,9 +48,8 @@ def sparse_coefficients(
 ) -> SparseCoefficients:
     """Index row-major entries (`values`, `rows`, `columns`, each [N]) of an [S, K] matrix by row and by column."""
     n_rows, n_columns = shape
-    if (
-        columns.device.type == "cpu" and n_columns < 1 << 15
-    ):  # numpy sorts numbers of 16 bits by radix, five times as fast
+    if columns.device.type == "cpu" and n_columns < 1 << 15:
+        # numpy sorts numbers of 16 bits by radix, five times as fast as torch those of 64
         narrow = columns.numpy().astype(np.int16)
         column_order = torch.from_numpy(np.argsort(narrow, kind="stable"))
     else:

@@ -1,5 +1,7 @@
 """Candidates: that their steps ascend, that they find what residuals have in common, by every form of directions."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,9 +88,11 @@ def test_many_steps_end_at_the_best_direction_there_is(monkeypatch: pytest.Monke
     "make, rank",
     [(linear, 1), (linear, 2), (convolution, 1), (convolution, {"*": 2}), (depthwise, {"0*": [7, 1, 2, 2], "*": 2})],
 )
-def test_gradients_need_not_be_multiplied_out(monkeypatch: pytest.MonkeyPatch, make: object, rank: Rank) -> None:
+def test_gradients_need_not_be_multiplied_out(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Module, Tensor]], rank: Rank
+) -> None:
     """The same candidates from the gradients' factors; convolutions, held as Tucker products, included."""
-    model, x = make()  # type: ignore[operator]
+    model, x = make()
     flat = residuals(model, x, rank)
     monkeypatch.setattr(l3d.candidates, "FLAT", 0)
     factored = residuals(model, x, rank)
