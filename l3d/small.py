@@ -2,7 +2,8 @@
 
 The loss is `l3d.flat`'s and Adam is `l3d.optimizer`'s, with derivatives written out and every tensor laid end to end in
 one array, so that an operation on it does for all. A call of numpy takes a fraction of torch's: after its extraction a
-step of tms takes .13 ms, by the same few operations of torch it took .46. The arrays are the run's own tensors: other paths may take the steps in between.
+step of tms takes .13 ms, by the same few operations of torch it took .46. The arrays are the run's own tensors: other
+paths may take the steps in between.
 """
 
 import math

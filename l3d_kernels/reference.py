@@ -21,8 +21,8 @@ from torch import Tensor
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 
 # Temporaries are cut into pieces of about this many elements. Measured on one CPU core, a step of one block of
-# TinyStories-8M's shape without its extraction: 957 ms at half of it, 908 ms. On two, loss and gradients of one 256 x 256
-# tensor: 115 ms at half of it, 172 ms at twice it. At width 64 it makes no difference.
+# TinyStories-8M's shape without its extraction: 957 ms at half of it, 908 ms. On two, loss and gradients of one
+# 256 x 256 tensor: 115 ms at half of it, 172 ms at twice it. At width 64 it makes no difference.
 CHUNK = 1 << 23
 
 
