@@ -15,34 +15,35 @@ from torch import Tensor, nn
 from l3d.chunks import Chunks
 from l3d.costs import choose_paths
 from l3d.directions import Directions, LowRank, Tucker, Whole
-from l3d.factors import Gradients, matrix_shape
+from l3d.factors import matrix_shape
 from l3d.flat import flattened, multiplied_out, pulled_back
 from l3d.project import project
 from l3d.start import NOISE, draw_samples, truncated
 
 CANDIDATES = 16  # learned at a time
 ALONE, STEPS = 4, 14  # steps of a candidate for one sample alone, and all
+NONE = Chunks.held([])
 FLAT = 1 << 24  # entries of the samples' gradients up to which they are multiplied out
 
 
 class ProbeGradients:
     """Gradients of samples, to be projected often: multiplied out once where they are few and small."""
 
-    def __init__(self, chunks: list[Gradients], flat: Tensor | None, backend: str) -> None:
+    def __init__(self, chunks: Chunks, flat: Tensor | None, backend: str) -> None:
         self.chunks, self.flat, self.backend = chunks, flat, backend
 
     @classmethod
     def of(cls, probe: Chunks, directions: Directions, backend: str) -> "ProbeGradients":
         """Take all samples of some batches."""
-        chunks, like = list(probe), next(directions.parameters())
         n_entries = sum(shape.numel() for shape in directions.shapes.values())
-        if sum(chunk.n_samples for chunk in chunks) * n_entries > FLAT:
-            return cls(chunks, None, backend)
-        return cls([], torch.cat([flattened(chunk, directions) for chunk in chunks]).to(like), backend)
+        if probe.n_samples * n_entries > FLAT:
+            return cls(probe, None, backend)
+        flat = torch.cat([flattened(chunk, directions) for chunk in probe])
+        return cls(NONE, flat.to(next(directions.parameters())), backend)
 
     def squared_norm(self) -> Tensor:
         """Return ‖g_s‖²: [S]."""
-        return Chunks.held(self.chunks).squared_norm() if self.flat is None else self.flat.square().sum(1)
+        return self.chunks.squared_norm() if self.flat is None else self.flat.square().sum(1)
 
     def project(self, directions: Directions) -> Tensor:
         """Return <V_k, g_s>: [S, K]; differentiable."""
@@ -57,8 +58,8 @@ class ProbeGradients:
     def select(self, chosen: Tensor) -> "ProbeGradients":
         """Take some of them [n], in that order."""
         if self.flat is not None:
-            return ProbeGradients([], self.flat[chosen], self.backend)
-        return ProbeGradients([Chunks.held(self.chunks).select(chosen)], None, self.backend)
+            return ProbeGradients(self.chunks, self.flat[chosen], self.backend)
+        return ProbeGradients(Chunks.held([self.chunks.select(chosen)]), None, self.backend)
 
 
 class Residuals(NamedTuple):

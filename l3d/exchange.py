@@ -34,7 +34,6 @@ AT_ONCE = 4  # restarts that are looked at in one; more take turns, so that what
 ENOUGH = 64  # samples of a subnetwork that should be looked at, half of them learned from
 MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches they come from, at most
 CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
-NARROW = 128  # parameters up to which it is told beforehand that no direction could gain enough
 REFITS, FLATTEST = 4, 1e-4  # steps in which kept values are fitted anew, and the curvature that is one to them
 SURE = 1.0  # standard errors, over the samples, by which what is left must become less
 MARGIN = 1.1  # what a new direction must gain, relative to what the old one is worth
@@ -79,13 +78,14 @@ class Probe:
             self.batches.append(gradients)
 
     def take(self) -> Chunks:
-        """Return the batches in pieces, and forget them."""
-        taken, self.batches = self.batches, []
-        makers = []
-        for batch in taken:
-            chunks = Chunks.held([batch]) if isinstance(batch, Gradients) else batch
-            makers += [partial(chunks.make, i) for i in range(chunks.n_chunks)]
-        return Chunks(lambda i: makers[i](), len(makers))
+        """Return the batches in pieces, held or extracted anew as they are, and forget them."""
+        taken = [Chunks.held([batch]) if isinstance(batch, Gradients) else batch for batch in self.batches]
+        self.batches = []
+        makers = [partial(chunks.make, i) for chunks in taken for i in range(chunks.n_chunks)]
+        probe = Chunks(lambda i: makers[i](), len(makers))
+        if all(chunks.sizes for chunks in taken):
+            probe.sizes = [size for chunks in taken for size in chunks.sizes]
+        return probe
 
 
 class Code(NamedTuple):
@@ -120,11 +120,6 @@ def exchange(samples: ProbeGradients, decomposition: Decomposition, k: float, ge
     order = torch.randperm(len(values), generator=generator).to(values.device)
     seen, unseen = order.tensor_split(2)
     left = Residuals.of(samples.select(seen), values[seen], decoder)
-    if left.flat is not None and left.flat.shape[1] <= NARROW:
-        code = Code(values, overlaps, gram).of(seen)
-        most = torch.linalg.eigvalsh(left.flat.mT @ left.flat)[-1]  # Σ_s <r_s, u>² over all samples, of any unit u
-        if most <= worths(code, code.left(), torch.ones_like(gram[0], dtype=torch.bool)).min():
-            return order[:0]
     new = learn(left, residual[seen], k, generator)
     between = decoder.inner(new)
     code = Code(

@@ -53,7 +53,8 @@ class Update(NamedTuple):
 class Run:
     """One training run: the restarts side by side in one decomposition, its optimiser, and the step it has reached.
 
-    All restarts see the same batches; the first is what a run of one restart would be.
+    All restarts see the same batches; the first is what a run of one restart would be, unless there are more than an
+    exchange looks at (`l3d.exchange.AT_ONCE`).
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.candidates import ProbeGradients
+from l3d.candidates import NONE, ProbeGradients
 from l3d.exchange import EVERY, SURE, Code, Probe, choose, confirmed, exchange, refitted, worths
 from l3d.settings import Settings, resolve
 
@@ -116,7 +116,7 @@ def four_circuits(held: list[int]) -> tuple[ProbeGradients, l3d.Decomposition, T
         for side in (decomposition.encoder, decomposition.decoder):
             for parameter, factor in zip(side.parameters(), (left, right), strict=True):
                 parameter.copy_(factor[held, None])
-    return ProbeGradients([], gradients.flatten(1), "torch"), decomposition, circuits
+    return ProbeGradients(NONE, gradients.flatten(1), "torch"), decomposition, circuits
 
 
 def test_an_exchange_finds_the_circuit_that_is_missing() -> None:
@@ -128,14 +128,22 @@ def test_an_exchange_finds_the_circuit_that_is_missing() -> None:
         assert abs(float((side.tensors(changed)["w"].detach() * circuits[3]).sum())) > 0.999
 
 
-def test_where_nothing_is_left_to_find_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no direction at all could gain is told from the residuals."""
-    samples, d, _ = four_circuits([0, 1, 2, 3])
-    monkeypatch.delattr("l3d.exchange.learn")
-    assert not len(exchange(samples, d, 0.25, torch.Generator().manual_seed(1)))
-    samples, d, _ = four_circuits([0, 1, 2, 2])
-    with pytest.raises(NameError):
-        exchange(samples, d, 0.25, torch.Generator().manual_seed(1))
+def test_what_the_exchanged_one_leaves_behind_is_not_forgotten() -> None:
+    """No residual by itself is worth a place, but the residual and what a poor subnetwork holds are, together."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.zeros(200, 6, dtype=torch.float64)
+    gradients[:100, 0], gradients[:100, 1], gradients[100:, 2] = 1, 0.5, 2
+    gradients += 0.01 * torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    d = l3d.Decomposition({"w": torch.Size([6])}, 2, 1, {}).double()
+    with torch.no_grad():
+        for side, size in ((d.encoder, 0.5), (d.decoder, 1.0)):  # the encoder reads the first circuit at half its size
+            (vectors,) = side.parameters()
+            vectors.zero_()
+            vectors[0, 0], vectors[1, 2] = size, 1
+    samples = ProbeGradients(NONE, gradients, "torch")
+    assert exchange(samples, d, 0.5, torch.Generator().manual_seed(1)).tolist() == [0]
+    circuit = nn.functional.normalize(torch.tensor([1, 0.5, 0, 0, 0, 0], dtype=torch.float64), dim=0)
+    assert abs(float(d.decoder.tensors(0)["w"].detach() @ circuit)) > 0.94  # nearer than what was there, at .894
 
 
 def test_a_probe_is_the_last_batches_before_an_exchange() -> None:

@@ -1,5 +1,7 @@
 """Micro-batches: the same kept set, loss and derivatives up to the order of summation, whatever the size."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d import progress, run
+from l3d import candidates, progress, run
 from l3d.chunks import Chunks, objective_in_chunks
 from l3d.decomposition import Decomposition
 from l3d.extract import Extractor
@@ -161,6 +163,43 @@ def test_recomputing_holds_one_chunk_at_a_time() -> None:
         chunks = in_chunks(Microbatches(extractor, data, generator, 3, None), keep, lambda gradients: gradients)
         objective_in_chunks(chunks, d.encoder, d.decoder, 0.5)
         assert len(made) == calls
+
+
+def test_an_exchange_holds_no_more_with_recompute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the chunks that an exchange looks at few are at hand at once; held, all are. The result is the same."""
+    monkeypatch.setattr(candidates, "FLAT", 0)
+    held, exchanged = run.Run._held, run.exchange
+    alive: weakref.WeakValueDictionary[int, Gradients] = weakref.WeakValueDictionary()
+    most, looked_at = [0], []
+
+    def count(self: run.Run, gradients: Gradients) -> Gradients:
+        gradients = held(self, gradients)
+        alive[id(gradients)] = gradients
+        most[0] = max(most[0], len(alive))
+        return gradients
+
+    def look(*arguments: Any) -> torch.Tensor:
+        most[0] = 0
+        changed = exchanged(*arguments)
+        looked_at.append(max(most[0], len(alive)))
+        return changed
+
+    monkeypatch.setattr(run.Run, "_held", count)
+    monkeypatch.setattr(run, "exchange", look)
+    model, data = language()
+    arguments = {"n_subnetworks": 6, "rank": 2, "k": 0.1, "steps": 130, "batch_size": 8, "warm_start": 0}
+    arguments |= {"divergence": "kl", "progress": False, "micro_batch_size": 1}
+    errors = []
+    for recompute in (False, True):
+        d = l3d.decompose(model, data, recompute=recompute, **arguments)
+        errors.append(d.history["error"])
+        del d
+        gc.collect()
+        alive.clear()
+    assert_relative(errors[1], errors[0], 1e-9)
+    all_of_them, few = looked_at
+    assert all_of_them >= 8
+    assert few <= 2
 
 
 def test_rows_of_every_kind_of_batch() -> None:
