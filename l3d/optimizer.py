@@ -52,7 +52,7 @@ class RelativeAdam:
 
         Where lazy, `rows` [n] are the slices that have a gradient (some may be listed twice); the others' must be zero.
         """
-        grads = list(gradients)
+        grads = [gradient.contiguous() for gradient in gradients]  # laid out as the moments are, or all below is slower
         self.count += 1
         if self.weight_decay:
             torch._foreach_mul_(self.parameters, 1 - lr * self.weight_decay)

@@ -47,23 +47,21 @@ def sparse_coefficients(
     values: Tensor, rows: Tensor, columns: Tensor, threshold: Tensor, shape: tuple[int, int]
 ) -> SparseCoefficients:
     """Index row-major entries (`values`, `rows`, `columns`, each [N]) of an [S, K] matrix by row and by column."""
+    row_offsets, column_order, column_offsets = _order(rows, columns, shape)
+    return SparseCoefficients(values, rows, columns, row_offsets, column_order, column_offsets, threshold, shape)
+
+
+def _order(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row offsets, column order and column offsets of row-major entries."""
     n_rows, n_columns = shape
-    if columns.device.type == "cpu" and n_columns < 1 << 15:
-        # numpy sorts numbers of 16 bits by radix, five times as fast as torch those of 64
-        narrow = columns.numpy().astype(np.int16)
-        column_order = torch.from_numpy(np.argsort(narrow, kind="stable"))
-    else:
-        column_order = torch.argsort(columns, stable=True)
-    return SparseCoefficients(
-        values=values,
-        rows=rows,
-        columns=columns,
-        row_offsets=_offsets(rows, n_rows),
-        column_order=column_order,
-        column_offsets=_offsets(columns, n_columns),
-        threshold=threshold,
-        shape=shape,
-    )
+    if columns.device.type != "cpu":
+        order = torch.argsort(columns, stable=True)
+        return _offsets(rows, n_rows), order, _offsets(columns[order], n_columns)
+    # numpy: its calls take half as long, and numbers of 16 bits are sorted by radix, in a fifth of torch's time
+    narrow = columns.numpy().astype(np.int16 if n_columns < 1 << 15 else np.int64)
+    places = narrow.argsort(kind="stable")
+    starts = narrow[places].searchsorted(np.arange(n_columns + 1, dtype=narrow.dtype))
+    return _offsets(rows, n_rows), torch.from_numpy(places), torch.from_numpy(starts)
 
 
 def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
@@ -82,11 +80,7 @@ def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
 
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
-    """Count the members of each group and return where each group starts: [n_groups + 1] int64."""
-    if groups.device.type == "cpu":
-        whole = np.zeros(n_groups + 1, np.int64)
-        np.bincount(groups.numpy(), minlength=n_groups).cumsum(out=whole[1:])
-        return torch.from_numpy(whole)
-    offsets = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)
-    torch.cumsum(torch.bincount(groups, minlength=n_groups), dim=0, out=offsets[1:])
-    return offsets
+    """Return where each group starts among its members' ascending numbers [N]: [n_groups + 1] int64."""
+    if groups.device.type == "cpu":  # numpy's calls take half as long
+        return torch.from_numpy(groups.numpy().searchsorted(np.arange(n_groups + 1)))
+    return torch.searchsorted(groups, torch.arange(n_groups + 1, device=groups.device))

@@ -43,6 +43,18 @@ def test_large_logits_do_not_overflow() -> None:
     assert_relative(lk.softmax_mean(1e5 * weight, weight), weight[(weight @ weight.mT).argmax(1)], 1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1, 16, 1 << 22])
+@pytest.mark.parametrize("masked", [slice(0, 6), slice(3, 9), slice(5, 11)])
+def test_a_masked_vocabulary_weighs_nothing(masked: slice, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of bias -inf count as if they were not there, also where a whole piece is masked, the first one included."""
+    monkeypatch.setattr(reference, "CHUNK", chunk)
+    hidden, weight, bias = draw(3, 4, seed=1), draw(11, 4, seed=2), draw(11, seed=3)
+    bias[masked] = -torch.inf
+    left = bias.isfinite()
+    expected = (hidden @ weight[left].mT + bias[left]).softmax(1) @ weight[left]
+    assert_relative(lk.softmax_mean(hidden, weight, bias), expected, 1e-12)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -65,7 +65,8 @@ def softmax_mean_narrow(
             logits += load(bias_ptr + offs_v, mask_v)[None, :]
         logits = tl.where(mask_v[None, :], logits, float("-inf"))
         above = tl.maximum(highest, tl.max(logits, 1))
-        decay, exponentials = tl.exp(highest - above), tl.exp(logits - above[:, None])
+        finite = tl.where(above == float("-inf"), 0.0, above)  # all so far may be masked
+        decay, exponentials = tl.exp(highest - finite), tl.exp(logits - finite[:, None])
         total = total * decay + tl.sum(exponentials, 1)
         mean = add_dot(feed(exponentials, weight_ptr), weight, mean * decay[:, None], PRECISION)
         highest = above
@@ -122,16 +123,17 @@ def softmax_exponentials(
             logits += load(bias_ptr + offs_v, offs_v < V)
         largest = tl.maximum(largest, logits)
     highest = tl.maximum(before, tl.max(largest, 0))
+    finite = tl.where(highest == float("-inf"), 0.0, highest)  # all so far may be masked
     totals = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         logits = tl.load(logits_ptr + s * V + offs_v, mask=offs_v < V, other=float("-inf"))  # [V]
         if BIASED:
             logits += load(bias_ptr + offs_v, offs_v < V)
-        exponentials = tl.exp(logits - highest)
+        exponentials = tl.exp(logits - finite)
         totals += exponentials
         store(out_ptr + s * V + offs_v, exponentials, offs_v < V)
-    decay = tl.exp(before - highest)
+    decay = tl.exp(before - finite)
     tl.store(decay_ptr + s, decay)
     tl.store(total_ptr + s, tl.load(total_ptr + s) * decay + tl.sum(totals, 0))
     tl.store(highest_ptr + s, highest)
@@ -174,7 +176,7 @@ def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flags = {"BIASED": bias is not None, "PRECISION": precision, "BLOCK_D": common.power_of_two(D, 16)}
     sizes = {"S": S, "V": V, "D": D, "rows_split": rows_split}
     common.launch(softmax_mean_narrow, (tiles, splits), row, hidden.device, **pointers, **sizes, **flags)
-    share = torch.exp(highest - highest.amax(0))  # [splits, S]
+    share = torch.exp(highest - highest.amax(0))  # [splits, S]; nothing of a split whose whole vocabulary is masked
     return (mean * share[..., None]).sum(0) / (total * share).sum(0)[:, None]
 
 

@@ -54,6 +54,25 @@ def test_pieces_of_any_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(value, run(inputs, "torch"), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("masked", [slice(0, 34), slice(17, 50)])
+@pytest.mark.parametrize("way", PASSES)
+def test_a_masked_vocabulary_weighs_nothing(way: str, masked: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of bias -inf count as if they were not there, also where a whole tile, program or piece is masked."""
+    if way == "pieces":
+        monkeypatch.setattr(softmax_mean, "WIDEST", 0)
+        monkeypatch.setattr(common, "WORKSPACE", 18 * 10)
+    inputs = make("several tiles")
+    inputs["bias"][masked] = -torch.inf
+    left = inputs["bias"].isfinite()
+    expected = run(
+        {"hidden": inputs["hidden"], "weight": inputs["weight"][left], "bias": inputs["bias"][left]}, "torch"
+    )
+    with launches() as seen:
+        value = run(inputs, "triton")
+    assert set(seen) == set(PASSES[way])
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("way", PASSES)
 def test_large_logits_strides_and_bits(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits beyond the exponential's range do not overflow; gaps change no bit; two runs give the same bits."""
