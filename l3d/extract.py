@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from l3d import divergence as div
 from l3d.factors import Dense, Gradients, Part, combine, compact
-from l3d.graph import Use, n_outputs, output_shape, read_graph
+from l3d.graph import Use, n_outputs, no_gradient, output_shape, read_graph
 from l3d.inputs import check_logits, check_tokens, count_rows_of, join, without_label
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
@@ -250,7 +250,7 @@ class Extractor:
                     dy = samples.own_rows(returned[0])
                     part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
                     parts[use.name].append(part)
-        dys = self._returned(starts, grad_outputs, uses, layouts)
+        dys = self._returned(starts, grad_outputs, samples.per_row, uses, layouts)
         for use in uses:
             layout = layouts[use.node]
             assert layout is not None
@@ -261,25 +261,31 @@ class Extractor:
 
     @staticmethod
     def _returned(
-        starts: list[Any], grad_outputs: Iterable[Tensor], uses: list[Use], layouts: dict[Node, Layout | None]
+        starts: list[Any],
+        grad_outputs: Iterable[Tensor],
+        per_row: int,
+        uses: list[Use],
+        layouts: dict[Node, Layout | None],
     ) -> dict[Node, Tensor]:
         """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
         nodes = list(dict.fromkeys(use.node for use in uses))
         if not nodes:
             return {}
         edges = [GradientEdge(node, 0) for node in nodes]
-        collected: list[list[Tensor]] = [[] for _ in nodes]
-        for grad_output in grad_outputs:
+        collected: dict[Node, Tensor] = {}  # [B, P, m, *rest], sequence-major; each pass is put in its place at once
+        for position, grad_output in enumerate(grad_outputs):
             grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
-            for node, grad, rows in zip(nodes, grads, collected, strict=True):
+            for node, grad in zip(nodes, grads, strict=True):
                 layout = layouts[node]
                 assert layout is not None
-                rows.append(layout.split(grad_output.new_zeros(output_shape(node)) if grad is None else grad))
-        # P tensors [B, m, ...] -> [B, P, m, ...] -> [S, m, ...], sequence-major
-        return {
-            node: rows[0] if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1)
-            for node, rows in zip(nodes, collected, strict=True)
-        }
+                rows = layout.split(no_gradient(node, grad_output.device) if grad is None else grad)
+                if per_row == 1:
+                    collected[node] = rows[:, None]
+                    continue
+                if position == 0:
+                    collected[node] = rows.new_empty(len(rows), per_row, *rows.shape[1:])
+                collected[node][:, position] = rows
+        return {node: rows.flatten(0, 1) for node, rows in collected.items()}
 
     def _from_output(self, output: Tensor, samples: Samples, d_out: Tensor, names: list[str]) -> dict[str, Part]:
         """The last resort, exact for anything autograd can do: a backward pass from the output per sample."""

@@ -139,6 +139,11 @@ def output_shape(node: Any) -> torch.Size:
     return torch.Size(node._input_metadata[0].shape)
 
 
+def no_gradient(node: Any, device: torch.device) -> Tensor:
+    """Return zeros, as the gradient of a node's first output."""
+    return torch.zeros(output_shape(node), dtype=node._input_metadata[0].dtype, device=device)
+
+
 def n_outputs(node: Any) -> int:
     """Count a node's outputs."""
     return len(node._input_metadata)
