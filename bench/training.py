@@ -1,13 +1,13 @@
 """How training fares over sizes, settings and presets: `python -m bench.training NAME`.
 
     stability   K x rank on a real attention block, one and the same defaults, 600 steps
-    presets     default beside published on that block, 3,000 steps
+    presets     default beside published on that block, 3,000 steps, and with half of the steps; on two kinds of windows
     toys        default beside published on the toys, 3,000 steps, ten seeds
     ablations   each departure from the published settings by itself, on the block and on a toy
 
 Runs of one block share the gradients of every batch, so they differ in nothing but what is compared. Each prints a
 table and writes bench/results/training-NAME.json, with the environment; docs/training.md shows the tables. The block is
-layer 2's attention of the small language model in $L3D_DATA.
+layer 2's attention of the small language model in $L3D_DATA, on windows of 16 tokens.
 """
 
 import argparse
@@ -18,9 +18,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 import l3d
 from bench.environment import RESULTS, environment
@@ -31,7 +33,8 @@ from l3d.settings import Settings, resolve
 from l3d.sources import load_data, load_model
 from l3d.toys import make, one_thread
 
-HELD_OUT = 200  # texts, the last ones
+LENGTH = 16  # tokens
+HELD_OUT = 200  # windows, the last ones
 # The defaults of `decompose` that settings are resolved from, and what is chosen otherwise for the block.
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(l3d.decompose).parameters.items()}
 CHOICES: dict[str, Any] = {name: DEFAULTS[name] for name in {f.name for f in fields(Settings)} & set(DEFAULTS)}
@@ -39,15 +42,21 @@ CHOICES |= {"rank": 6, "params": "model.layers.2.self_attn.*", "divergence": "kl
 
 
 class Block:
-    """The attention block of a small language model, and texts."""
+    """The attention block of a small language model, and texts.
 
-    def __init__(self) -> None:
+    Args:
+        plain: windows of each text as it is, after its one BOS; else every window has a BOS of its own.
+    """
+
+    def __init__(self, plain: bool = False) -> None:
         folder = os.environ.get("L3D_DATA")
         if not folder:
             raise SystemExit("L3D_DATA: set it to the folder of stories260k and stories.txt")
         model = f"hf:{folder}/stories260k"
         self.model = load_model(model)
-        data = load_data(f"text:{folder}/stories.txt", model_spec=model, length=16)
+        data = (
+            plain_windows(folder) if plain else load_data(f"text:{folder}/stories.txt", model_spec=model, length=LENGTH)
+        )
         self.train, self.held_out = data[:-HELD_OUT], data[-HELD_OUT:]
 
     def run(self, variants: Mapping[str, Mapping[str, Any]], steps: int, report: Callable[[str], None]) -> list[dict]:
@@ -79,6 +88,7 @@ class Block:
                     "variant": name,
                     "error": run.final_errors()[0],  # of the last tenth of the training batches
                     "error_at_half": statistics.mean(errors[len(errors) // 2 - len(errors) // 20 : len(errors) // 2]),
+                    "of_training_rows": d.evaluate(self.model, self.train[:: len(self.train) // 400][:400]).error,
                     "held_out": d.evaluate(self.model, self.held_out).error,
                     "dead": d.history["dead_fraction"][-1],
                     "ms_per_step": 1000 * seconds[name] / steps,  # without the extraction
@@ -95,11 +105,23 @@ def stability() -> list[dict]:
     return Block().run(variants, 600, print)
 
 
+def plain_windows(folder: str) -> torch.Tensor:
+    """Cut texts, each after one BOS, into windows of LENGTH ids; shorter tails are dropped: int64 [n, LENGTH]."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/stories260k")
+    texts = (text.strip() for text in Path(folder, "stories.txt").read_text(encoding="utf-8").split("<|endoftext|>"))
+    ids = [[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in texts if text]
+    return torch.tensor([own[i : i + LENGTH] for own in ids for i in range(0, len(own) - LENGTH + 1, LENGTH)])
+
+
 def presets() -> list[dict]:
-    """Train by the default preset and by the published one, and by the default one in half of the steps."""
-    block = Block()
-    whole = block.run({"default": {}, "published": {"preset": "published"}}, 3000, print)
-    return whole + block.run({"default, 1,500 steps": {}}, 1500, print)
+    """Train by the default preset, with a larger step size too, and by the published one; and in half of the steps."""
+    variants = {"default": {}, "default, lr .1": {"lr": 0.1}, "published": {"preset": "published"}}
+    rows = []
+    for windows, plain in (("BOS each", False), ("plain", True)):
+        block = Block(plain)
+        for steps in (3000, 1500):
+            rows += [{"windows": windows, "steps": steps} | row for row in block.run(variants, steps, print)]
+    return rows
 
 
 def ablations() -> list[dict]:
