@@ -99,7 +99,7 @@ def project_dense(grad: Tensor, left: Tensor, right: Tensor, *, backend: str = "
     """Return the coefficients <V_k, G_s> of materialised gradients: [S, K].
 
     grad [S, O, I], left [K, R, O], right [K, R, I]. Directions are formed a few rows at a time, so [K, O, I] never
-    exists, in the backward pass neither. Differentiable in all three.
+    exists, in the backward pass neither, unless it is small. Differentiable in all three.
     """
     check_factors(left, right)
     check_dense(grad, left, right)
