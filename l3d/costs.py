@@ -10,13 +10,16 @@ from typing import NamedTuple
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients, Rows, matrix_shape
 from l3d_kernels import SparseCoefficients
-from l3d_kernels.reference import tiles_are_less
+from l3d_kernels.reference import energy_costs
 
 # Multiply-adds that one gathered element costs on a CPU. Measured on 2 cores for one tensor (K=100, S=256, T=16, 10 %
 # kept; ms for factored, factored and sampled, materialised, materialised and sampled):
 #     width 64, rank 6: 74, 25, 7, 18;  width 256, rank 4: 29, 124, 103, 72;  width 256, rank 25: 243, 117, 100, 120
 # With this value the cheapest by count is the fastest in all three, and at 2 % kept in the last: 457, 279, 319, 276.
 GATHER = 45
+# And one product of two kept directions' inner products, for each pair of their ranks: it is written and read again.
+# Measured on 2 cores at 489 kept of a sample: 3.1 ns, a product of width 64 takes 1.2.
+PAIR = 150
 
 
 class Path(NamedTuple):
@@ -91,26 +94,18 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
     return min(totals, key=totals.__getitem__)
 
 
-def coactive_is_cheaper(directions: Directions, kept: SparseCoefficients, n_groups: int = 1) -> bool:
+def coactive_is_cheaper(decoder: Directions, kept: SparseCoefficients, n_groups: int = 1) -> bool:
     """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from all there are.
 
     That is, from the full Gram matrix, or for fewer samples than subnetworks from ĝ. With several groups of directions,
-    pairs lie within a group, and there is a Gram matrix for each.
+    pairs lie within a group, and there is a Gram matrix for each. Backward passes are counted.
     """
-    n_rows, n_subnetworks = kept.shape[0] * n_groups, kept.shape[1] // n_groups
-    n_kept = kept.rows.numel()
-    by_tiles = n_groups == 1 and tiles_are_less(kept.shape, kept.values, *directions.parameters())
-    full = 0.0 if by_tiles else float(n_rows * n_subnetworks**2)
-    gathered = per_pair = 0.0
-    for _, piece in directions.items():
-        left, right = piece.factors()
-        rank, widths, area = left.shape[1], left.shape[2] + right.shape[2], left.shape[2] * right.shape[2]
-        if by_tiles:
-            full += n_subnetworks * (n_rows + rank) * area
-        else:
-            full += n_groups * min(n_subnetworks**2 * rank**2 * widths, n_subnetworks * (n_subnetworks + rank) * area)
-        gathered += n_kept * GATHER * rank * widths
-        per_pair += rank**2 * widths
+    n_rows, n_kept = kept.shape[0] * n_groups, kept.rows.numel()
+    sizes = decoder.sizes()
+    by_gram, by_tiles = energy_costs((kept.shape[0], kept.shape[1] // n_groups), sizes, backward=True)
+    full = n_groups * by_gram if n_groups > 1 else min(by_gram, by_tiles)
+    gathered = 3.0 * n_kept * GATHER * sum(rank * (n_outputs + n_inputs) for rank, n_outputs, n_inputs in sizes)
+    per_pair = 3.0 * sum(rank**2 * (n_outputs + n_inputs + PAIR) for rank, n_outputs, n_inputs in sizes)
     if gathered + n_kept**2 / n_rows * per_pair >= full:  # Σ n_s² is at least N²/rows: no need to look
         return False
     return gathered + int(kept.by_group(n_groups).row_offsets.diff().square().sum()) * per_pair < full

@@ -219,6 +219,12 @@ class Directions(nn.Module):
         assert total is not None
         return total
 
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
+        ranks = self.ranks().values()
+        matrices = (matrix_shape(shape) if len(shape) > 1 else (shape.numel(), 1) for shape in self.shapes.values())
+        return [(rank[0] if rank else 1, *matrix) for rank, matrix in zip(ranks, matrices, strict=True)]
+
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Return the ranks of every tensor, as `resolve_ranks` gives them."""
         return {name: _ranks_held(piece) for name, piece in self.items()}

@@ -122,8 +122,9 @@ def energy(
         coactive = coactive_is_cheaper(decoder, kept, n_groups)
     if not coactive:
         coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
-        by_tiles = n_groups == 1 and reference.tiles_are_less(kept.shape, kept.values, *decoder.parameters())
-        if by_tiles and backend != "triton":  # which has no kernel for it
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in (kept.values, *decoder.parameters()))
+        by_gram, by_tiles = reference.energy_costs(kept.shape, decoder.sizes(), trains)
+        if n_groups == 1 and by_tiles < by_gram and backend != "triton":  # which has no kernel for it
             return _energy_by_tiles(coefficients[0], decoder)[:, None]
         return ((coefficients @ decoder.grams(n_groups)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)

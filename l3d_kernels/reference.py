@@ -60,7 +60,7 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     for piece in pieces(n_sequences, share * n_positions * n_subnetworks * rank):
         seen = along(x[piece], right)  # [b, T, K*R], once for all samples of a sequence
         returned = along(dy[piece.start * share : piece.stop * share], left)  # [s, T, K*R]
-        products = torch.einsum("btz,bptz->bpz", seen, returned.unflatten(0, (len(seen), share)))
+        products = (seen[:, None] * returned.unflatten(0, (len(seen), share))).sum(2)  # [b, p, K*R]
         out.append(products.reshape(-1, n_subnetworks, rank).sum(2))
     return torch.cat(out)
 
@@ -429,18 +429,26 @@ def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
     co_active = int(kept.row_offsets.diff().square().sum())
     if 2 * co_active < left.shape[0] ** 2:
         return gram_energy_coactive(kept, left, right)
-    if tiles_are_less(kept.shape, kept.values, left, right):
+    backward = torch.is_grad_enabled() and any(each.requires_grad for each in (kept.values, left, right))
+    by_gram, by_tiles = energy_costs(kept.shape, [(left.shape[1], left.shape[2], right.shape[2])], backward)
+    if by_tiles < by_gram:
         return energy_by_tiles(kept.dense(), left, right)
     return energy_from_gram(kept, gram(left, right))
 
 
-def tiles_are_less(shape: tuple[int, int], *differentiated: Tensor) -> bool:
-    """Tell whether ĝ of S samples takes less than the Gram matrix of K directions, [S, K] coefficients at hand.
+def energy_costs(shape: tuple[int, int], sizes: Iterable[tuple[int, int, int]], backward: bool) -> tuple[float, float]:
+    """Count the multiply-adds of ‖ĝ‖² by the Gram matrix, and from tiles of ĝ.
 
-    Forward it is S·K to K² multiply-adds per entry of the parameters; backward 3·S·K to K².
+    shape: (S, K) of the coefficients; sizes: (R, O, I) of every tensor; backward: the derivatives counted too.
     """
-    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiated)
-    return (4 if backward else 1) * shape[0] < (2 if backward else 1) * shape[1]
+    n_samples, n_subnetworks = shape
+    by_gram, by_tiles = float((3 if backward else 1) * n_samples * n_subnetworks**2), 0.0
+    for rank, n_outputs, n_inputs in sizes:
+        area = n_outputs * n_inputs
+        by_factors = (3 if backward else 1) * n_subnetworks**2 * rank**2 * (n_outputs + n_inputs)
+        by_gram += min(by_factors, (2 if backward else 1) * n_subnetworks * (n_subnetworks + rank) * area)
+        by_tiles += (4 if backward else 1) * n_subnetworks * (n_samples + rank) * area
+    return by_gram, by_tiles
 
 
 def energy_by_tiles(coefficients: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -436,7 +436,8 @@ def test_gram_takes_the_cheaper_route(sizes: Case, route: str | None, monkeypatc
     [
         (Case(K=15, kept=4), "gram_energy_coactive"),
         (Case(K=15, kept=90), "energy_by_tiles"),
-        (Case(S=18, K=15, kept=180), "energy_from_gram"),
+        (Case(S=60, K=15, kept=600), "energy_from_gram"),
+        (Case(K=15, R=1, I=50, O=40, kept=90), "energy_from_gram"),  # rank one: cheap by factors
     ],
 )
 def test_energy_takes_the_cheaper_route(sizes: Case, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
