@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
+from l3d_kernels.sparse import SparseCoefficients, from_arrays, sparse_coefficients
 
 # Temporaries are cut into pieces of about this many elements. Measured on one CPU core, a step of one block of
 # TinyStories-8M's shape without its extraction: 957 ms at half of it, 908 ms. On two, loss and gradients of one
@@ -216,15 +216,15 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
         chosen, thresholds = largest(coefficients, n, n_groups)
         flat = chosen.flatten().nonzero()[:, 0]
         rows = torch.div(flat, max(1, shape[1]), rounding_mode="floor")
-        columns = flat - rows * shape[1]
-    else:
-        mask, bounds = found
-        places = mask.reshape(-1).nonzero()[0]
-        in_rows = places // shape[1]
-        arrays = places, in_rows, places - in_rows * shape[1], bounds
-        flat, rows, columns, thresholds = map(torch.from_numpy, arrays)
-    threshold = thresholds[0] if n_groups == 1 else thresholds
-    return sparse_coefficients(coefficients.reshape(-1).index_select(0, flat), rows, columns, threshold, shape)
+        threshold = thresholds[0] if n_groups == 1 else thresholds
+        values = coefficients.reshape(-1).index_select(0, flat)
+        return sparse_coefficients(values, rows, flat - rows * shape[1], threshold, shape)
+    mask, bounds = found
+    places = mask.reshape(-1).nonzero()[0]
+    in_rows = places // shape[1]
+    values = coefficients.reshape(-1).index_select(0, torch.from_numpy(places))
+    threshold = torch.from_numpy(bounds.reshape(()) if n_groups == 1 else bounds)
+    return from_arrays(values, in_rows, places - in_rows * shape[1], threshold, shape)
 
 
 def largest(coefficients: Tensor, n: int, n_groups: int = 1) -> tuple[Tensor, Tensor]:
