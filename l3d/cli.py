@@ -215,7 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = _parse(sys.argv[1:] if argv is None else list(argv))
         from l3d import commands  # here, not above: this imports torch
+        from l3d.memory import keep_freed_memory
 
+        if argv is None:  # the process is ours
+            keep_freed_memory()
         command: Callable[[dict[str, Any]], None] = getattr(commands, settings["command"])
         command(settings[settings["command"]])
     except SystemExit as end:  # --help and --print_config

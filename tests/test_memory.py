@@ -1,5 +1,6 @@
 """The memory of a process, told by processes that hold a known amount."""
 
+import platform
 import subprocess
 import sys
 
@@ -26,6 +27,34 @@ def test_the_peak_is_this_process_s_own() -> None:
     assert now - before < 100
     assert 290 < peak - before < 700
     assert peak < 1500
+
+
+FAULTS = """
+import resource
+import sys
+from l3d.memory import keep_freed_memory
+kept = "keep" in sys.argv and keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+import torch
+torch.ones(16 << 20)
+before = faults()
+for _ in range(20):
+    torch.ones(16 << 20)
+print(int(kept), faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="not glibc's allocator")
+def test_freed_memory_is_kept() -> None:
+    """64 MiB asked for twenty times over are fetched from the system anew each time, or only the first time."""
+    found = []
+    for argument in ("leave", "keep"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, argument], capture_output=True, text=True, check=True)
+        found.append([int(number) for number in done.stdout.split()])
+    (left, many), (kept, few) = found
+    assert (left, kept) == (0, 1)
+    assert few < many / 10
 
 
 def test_without_the_system_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
