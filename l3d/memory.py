@@ -34,8 +34,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what is freed for what is asked for next; tell whether it does (glibc's allocator).
 
     It gives large blocks back to the system at once, and each new one is then zeroed page by page: a step of
-    TinyStories-8M's shape meets 37,000 to 350,000 page faults and takes .80 to 1.09 s; with this it meets hardly any and
-    takes .73 to .80 s, for 6 % more memory at the peak. Acts on the whole process, so it is for who owns it: the
+    TinyStories-8M's shape meets 37,000 to 350,000 page faults and takes .80 to 1.09 s. With this it meets hardly any
+    and takes .73 to .80 s, for 6 % more memory at the peak. Acts on the whole process, so it is for who owns it: the
     command line.
     """
     if not sys.platform.startswith("linux"):
