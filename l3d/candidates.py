@@ -22,7 +22,7 @@ from l3d.start import NOISE, draw_samples, truncated
 
 CANDIDATES = 16  # learned at a time
 ALONE, STEPS = 4, 14  # steps of a candidate for one sample alone, and all
-NONE = Chunks.held([])
+NO_CHUNKS = Chunks.held([])  # where gradients are multiplied out
 FLAT = 1 << 24  # entries of the samples' gradients up to which they are multiplied out
 
 
@@ -39,7 +39,7 @@ class ProbeGradients:
         if probe.n_samples * n_entries > FLAT:
             return cls(probe, None, backend)
         flat = torch.cat([flattened(chunk, directions) for chunk in probe])
-        return cls(NONE, flat.to(next(directions.parameters())), backend)
+        return cls(NO_CHUNKS, flat.to(next(directions.parameters())), backend)
 
     def squared_norm(self) -> Tensor:
         """Return ‖g_s‖²: [S]."""

@@ -213,7 +213,7 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     shape = (coefficients.shape[0], coefficients.shape[1])
     found = _largest_by_numpy(coefficients, n, n_groups)
     if found is None:
-        chosen, thresholds = largest(coefficients, n, n_groups)
+        chosen, thresholds = _largest_by_torch(coefficients, n, n_groups)
         flat = chosen.flatten().nonzero()[:, 0]
         rows = torch.div(flat, max(1, shape[1]), rounding_mode="floor")
         threshold = thresholds[0] if n_groups == 1 else thresholds
@@ -230,8 +230,12 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
 def largest(coefficients: Tensor, n: int, n_groups: int = 1) -> tuple[Tensor, Tensor]:
     """Tell which entries `batch_topk` keeps, and the least kept magnitude of each group: bool [S, K], [groups]."""
     found = _largest_by_numpy(coefficients, n, n_groups)
-    if found is not None:
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    if found is None:
+        return _largest_by_torch(coefficients, n, n_groups)
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+def _largest_by_torch(coefficients: Tensor, n: int, n_groups: int) -> tuple[Tensor, Tensor]:
     n_rows, width = coefficients.shape[0], coefficients.shape[1] // n_groups
     magnitude = coefficients.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)  # NaN is kept: the loss tells
     if n_groups > 1:

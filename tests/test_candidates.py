@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d.candidates
-from l3d.candidates import NONE, ProbeGradients, Residuals, learn
+from l3d.candidates import NO_CHUNKS, ProbeGradients, Residuals, learn
 from l3d.chunks import Chunks
 from l3d.directions import Directions, Rank, resolve_ranks
 from l3d.extract import Extractor
@@ -109,7 +109,7 @@ def test_one_circuit_among_noise_is_found() -> None:
     flat = torch.randn(200, 30, generator=generator) / 30**0.5
     flat[:20] = 0.4 * flat[:20] + circuit
     decoder = Directions({"w": torch.Size([6, 5])}, {"w": (1,)}, 3, generator)
-    left = Residuals.of(ProbeGradients(NONE, flat, "torch"), torch.zeros(200, 3), decoder)
+    left = Residuals.of(ProbeGradients(NO_CHUNKS, flat, "torch"), torch.zeros(200, 3), decoder)
     weights = (torch.arange(200) < 20).float()
     found = whole(learn(left, weights, 0.1, torch.Generator().manual_seed(1)))
     assert ((found @ circuit).abs() > 0.98).all()
@@ -119,7 +119,7 @@ def test_parameters_that_no_gradient_reaches_can_still_be_learned() -> None:
     """Of a tensor without gradients one factor at most is zero: what training finds no gradient of it never leaves."""
     decoder = Directions({"w": torch.Size([4, 3]), "v": torch.Size([4, 3])}, {"w": (1,), "v": (1,)}, 2)
     flat = torch.cat([torch.randn(20, 12), torch.zeros(20, 12)], 1)
-    left = Residuals.of(ProbeGradients(NONE, flat, "torch"), torch.zeros(20, 2), decoder)
+    left = Residuals.of(ProbeGradients(NO_CHUNKS, flat, "torch"), torch.zeros(20, 2), decoder)
     found = learn(left, torch.ones(20), 0.5, torch.Generator().manual_seed(1))
     _, idle = found.items()[1]
     norms = torch.stack([factor.flatten(1).norm(dim=1) for factor in idle.factors()])

@@ -142,3 +142,14 @@ def test_module_entry_point(tmp_path: Path) -> None:
     assert failed.stderr.splitlines() == [
         f"l3d: error: toy: expected one of {', '.join(l3d.toys.NAMES)}, got 'nothing'"
     ]
+
+
+def test_only_a_process_of_its_own_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line sets the allocator up; whoever calls `main` with arguments keeps theirs as it was."""
+    called: list[bool] = []
+    monkeypatch.setattr("l3d.memory.keep_freed_memory", lambda: called.append(True))
+    assert main(["evaluate", "no/such/run"]) == 2
+    assert called == []
+    monkeypatch.setattr(sys, "argv", ["l3d", "evaluate", "no/such/run"])
+    assert main() == 2
+    assert called == [True]

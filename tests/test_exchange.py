@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.candidates import NONE, ProbeGradients
+from l3d.candidates import NO_CHUNKS, ProbeGradients
 from l3d.exchange import EVERY, SURE, Code, Probe, choose, confirmed, exchange, refitted, worths
 from l3d.settings import Settings, resolve
 
@@ -116,7 +116,7 @@ def four_circuits(held: list[int]) -> tuple[ProbeGradients, l3d.Decomposition, T
         for side in (decomposition.encoder, decomposition.decoder):
             for parameter, factor in zip(side.parameters(), (left, right), strict=True):
                 parameter.copy_(factor[held, None])
-    return ProbeGradients(NONE, gradients.flatten(1), "torch"), decomposition, circuits
+    return ProbeGradients(NO_CHUNKS, gradients.flatten(1), "torch"), decomposition, circuits
 
 
 def test_an_exchange_finds_the_circuit_that_is_missing() -> None:
@@ -140,7 +140,7 @@ def test_what_the_exchanged_one_leaves_behind_is_not_forgotten() -> None:
             (vectors,) = side.parameters()
             vectors.zero_()
             vectors[0, 0], vectors[1, 2] = size, 1
-    samples = ProbeGradients(NONE, gradients, "torch")
+    samples = ProbeGradients(NO_CHUNKS, gradients, "torch")
     assert exchange(samples, d, 0.5, torch.Generator().manual_seed(1)).tolist() == [0]
     circuit = nn.functional.normalize(torch.tensor([1, 0.5, 0, 0, 0, 0], dtype=torch.float64), dim=0)
     assert abs(float(d.decoder.tensors(0)["w"].detach() @ circuit)) > 0.94  # nearer than what was there, at .894
