@@ -88,7 +88,7 @@ TRAINING = (
         None,
         "RATE",
         "Adam's step size at the start, relative to each factor's typical entry (published: absolute). null: "
-        "0.05 (published: 0.01).",
+        "0.1 (published: 0.01).",
     ),
     Option(
         "weight_decay",

@@ -105,7 +105,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     if not (isinstance(chosen["updates"], int) and chosen["updates"] >= 1):
         raise ValueError(f"updates: expected a positive whole number, got {chosen['updates']!r}")
     lr = chosen.pop("lr")
-    lr = (0.01 if published else 0.05) if lr is None else lr
+    lr = (0.01 if published else 0.1) if lr is None else lr
     if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
         raise ValueError(f"lr: expected a positive number, got {lr!r}")
     return Settings(

@@ -80,7 +80,7 @@ def decompose(
         preset: "default", or "published" for the paper's recipe.
         steps: optimiser steps; default 2000, or 1000 epochs for "published".
         batch_size: rows of data (texts, images) per step.
-        lr: Adam's step size; "default" takes it relative to the typical entry of each factor (default .05),
+        lr: Adam's step size; "default" takes it relative to the typical entry of each factor (default .1),
             "published" as it is (default .01).
         warm_start: steps over which more than k is kept; default a tenth.
         n_restarts: starts to train side by side on the same batches; the one of lowest final error is kept. Each costs

@@ -172,9 +172,9 @@ def test_published_rate_falls_at_each_tenth_exactly(steps: int) -> None:
 
 
 def test_default_preset() -> None:
-    """2000 steps at a relative .05 on a cosine that ends at a hundredth; k falls geometrically over a tenth."""
+    """2000 steps at a relative .1 on a cosine that ends at a hundredth; k falls geometrically over a tenth."""
     settings = resolve("default", 1000, **CHOSEN)
-    assert (settings.steps, settings.lr, settings.relative_lr, settings.schedule) == (2000, 0.05, True, "cosine")
+    assert (settings.steps, settings.lr, settings.relative_lr, settings.schedule) == (2000, 0.1, True, "cosine")
     assert (settings.warm_start, settings.warm_shape) == (200, "anneal")
     rates = [learning_rate(settings, step) for step in range(2000)]
     assert rates[0] == 1
@@ -220,7 +220,7 @@ def test_training_is_adam_on_the_objective(preset: str) -> None:
         k = 0.06 if step >= 3 else 1.0 if preset == "published" else 0.06 ** (step / 3)
         rate = 0.01 * 0.8 ** (step // 3) if preset == "published" else 0.0
         if preset == "default":
-            rate = 0.05 * (0.01 + 0.99 * (1 + math.cos(math.pi * step / 30)) / 2)
+            rate = 0.1 * (0.01 + 0.99 * (1 + math.cos(math.pi * step / 30)) / 2)
         result = objective(gradients, d.encoder, d.decoder, k)
         assert run.history["error"][step] == pytest.approx(result.loss.item(), rel=1e-9)
         assert run.history["lr"][step] == pytest.approx(rate, rel=1e-12)
