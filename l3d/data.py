@@ -1,11 +1,11 @@
-"""Batches from whatever the user has: a tensor, a Dataset, a DataLoader, any iterable of batches.
+"""Batches from whatever the user has: a tensor, tensors by name, a Dataset, a DataLoader, any iterable of batches.
 
-Tensors and Datasets are read by row: shuffled anew every epoch, by a permutation that depends on the seed and
-the epoch alone, so that a run can be resumed at any step. Everything else yields batches as they are and is
-started over when it ends.
+The first three are read by row: shuffled anew every epoch, by a permutation that depends on the seed and the epoch
+alone, so that a run can be resumed at any step. Everything else yields batches as they are and is started over when it
+ends.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from l3d.inputs import appended, describe, tensors_of
+
 
 class Batches:
     """A source of training batches, by step number.
 
     Args:
-        data: a tensor [n, ...], a Dataset of rows, or an iterable of batches.
-        batch_size: rows per batch, for tensors and Datasets; the last batch of an epoch may be smaller.
+        data: a tensor [n, ...], a mapping of such, a Dataset of rows, or an iterable of batches.
+        batch_size: rows per batch, but for iterables; the last batch of an epoch may be smaller. A last one of a single
+            row, which has no other to refer to, is left out.
         seed: of the order of the rows.
     """
 
@@ -30,7 +33,7 @@ class Batches:
         self.n_rows = count_rows(data)
         if self.n_rows == 0:
             raise ValueError("data: expected at least one sample, got none")
-        if self.n_rows is None and not isinstance(data, Iterable):
+        if self.n_rows is None and (not isinstance(data, Iterable) or isinstance(data, str)):
             raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
         self.per_epoch = None if self.n_rows is None else batches_per_epoch(self.n_rows, batch_size)
         self._epoch = -1
@@ -38,6 +41,7 @@ class Batches:
         self._stream: Iterator[Any] | None = None
         self._streamed = 0
         self._first: Any = None  # of a stream, fetched ahead
+        self._largest = 0  # batch of the stream so far
 
     def peek(self) -> Any:
         """Return the first batch, which step 0 will return again."""
@@ -67,13 +71,14 @@ class Batches:
         for _ in range(2):
             if self._stream is None:
                 self._stream = iter(self.data)
-            try:
-                batch = next(self._stream)
-            except StopIteration:
-                self._stream = None
-                continue
-            self._streamed += 1
-            return batch
+            for batch in self._stream:
+                n_rows = rows_in(batch)
+                if n_rows == 1 < self._largest:  # what an epoch leaves over: see `batches_per_epoch`
+                    continue
+                self._largest = max(self._largest, n_rows)
+                self._streamed += 1
+                return batch
+            self._stream = None
         raise ValueError(f"data: the iterable ended after {self._streamed} batches and yields nothing when restarted")
 
 
@@ -93,12 +98,23 @@ def check_batch_size(batch_size: Any) -> None:
         raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
 
 
+def rows_in(batch: Any) -> int:
+    """Count the rows of a batch of a stream; 0 where it holds no tensors."""
+    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 0)
+
+
 def count_rows(data: Any) -> int | None:
-    """Return how many rows a tensor or Dataset has; None for anything read as a stream of batches."""
+    """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for a stream of batches."""
     if isinstance(data, np.ndarray):
         raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):
         return len(data)
+    if isinstance(data, Mapping):
+        lengths = {len(value) if isinstance(value, Tensor) and value.ndim else None for value in data.values()}
+        if len(lengths) != 1 or None in lengths:
+            held = ", ".join(f"{key} {describe(value)}" for key, value in data.items())
+            raise ValueError(f"data: expected a mapping of tensors with one row for each sample, got {held or 'none'}")
+        return lengths.pop()
     by_row = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # which a dataset of Hugging Face has
     if by_row and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         return len(data)
@@ -109,6 +125,8 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
     """Collect rows of a tensor or Dataset into a batch."""
     if isinstance(data, Tensor):
         return data[rows.start : rows.stop] if isinstance(rows, range) else data[rows]
+    if isinstance(data, Mapping):
+        return {key: take(value, rows) for key, value in data.items()}
     try:
         return default_collate([data[int(row)] for row in rows])
     except RuntimeError as error:
@@ -122,12 +140,7 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
     check_batch_size(batch_size)
     n_rows = count_rows(data)
     if n_rows is None:
-        empty = True
-        for batch in data:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("data: expected at least one batch, got none")
+        yield from _stream_in_order(data)
         return
     if n_rows == 0:
         raise ValueError("data: expected at least one sample, got none")
@@ -136,6 +149,24 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
         del edges[-2]  # a single row has no other sample to refer to: it joins the batch before
     for start, stop in pairwise(edges):
         yield take(data, range(start, stop))
+
+
+def _stream_in_order(data: Any) -> Iterator[Any]:
+    before: Any = None
+    for batch in data:
+        if before is not None:
+            if rows_in(batch) == 1 < rows_in(before) and (joined := appended(before, batch)) is not None:
+                before = joined  # as below: a single row joins the batch before
+                continue
+            yield before
+        before = batch
+    if before is None:
+        spent = iter(data) is data
+        raise ValueError(
+            "data: expected at least one batch, got none"
+            + ("; an iterator gives its batches once: pass a list or a DataLoader" if spent else "")
+        )
+    yield before
 
 
 def mix(*numbers: int) -> int:

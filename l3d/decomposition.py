@@ -11,6 +11,7 @@ from l3d.costs import choose_paths
 from l3d.directions import Directions, Rank, resolve_ranks
 from l3d.factors import Gradients
 from l3d.model import exact_pattern
+from l3d.modes import own_precision
 from l3d.objective import objective
 from l3d.project import project
 from l3d_kernels.sparse import above
@@ -37,6 +38,7 @@ class Decomposition(nn.Module):
         threshold: the magnitude above which a coefficient counts as kept, outside its batch; NaN until trained.
     """
 
+    @own_precision()
     def __init__(
         self,
         shapes: Mapping[str, torch.Size],
@@ -113,6 +115,7 @@ class Decomposition(nn.Module):
         """The names of the decomposed parameters, in model order."""
         return list(self.shapes)
 
+    @own_precision()
     def encode(self, gradients: Gradients) -> Tensor:
         """Return the coefficients <Vin_k, g_s>: [S, K]; differentiable in the encoder.
 
@@ -136,6 +139,7 @@ class Decomposition(nn.Module):
             raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
         return above(coefficients, self.threshold)
 
+    @own_precision()
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
         """Return the reconstruction error Σ‖g_s − ĝ_s‖² / Σ‖g_s‖² of a batch: a differentiable scalar.
 
@@ -154,6 +158,7 @@ class Decomposition(nn.Module):
             raise ValueError(f"index: expected 0 <= index < {self.n_subnetworks}, got {index}")
         return self.decoder.tensors(index)
 
+    @own_precision()
     def normalize_(self) -> None:
         """Rescale the decoder's directions to unit norm."""
         self.decoder.normalize_()

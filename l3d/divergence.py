@@ -84,7 +84,7 @@ def reference_outputs(
     Args:
         reference: "sample" (another sample's output, drawn at random), "mean" (kl: of the probabilities),
             "uniform" (kl: equal logits; else zeros), "pair" (the contrast's outputs), or a tensor [S, ...],
-            [B, samples per row, ...] or of the whole output's shape.
+            [B, samples per row, ...], of the whole output's shape, or of one sample's, for all.
         outputs: [S, ...] the model's own outputs, detached.
         contrast: [S, ...] the contrasting inputs' outputs, for "pair".
         is_kl: whether outputs are logits of a KL divergence.
@@ -93,7 +93,7 @@ def reference_outputs(
     """
     n_samples = outputs.shape[0]
     if isinstance(reference, Tensor):
-        found = reference
+        found = reference.expand_as(outputs) if reference.shape == outputs.shape[1:] else reference
         if reference.shape != outputs.shape and samples is not None and samples.positions is not None:
             if reference.shape == (samples.n_rows, samples.per_row, *samples.width):
                 found = samples.of(reference.flatten(0, 1))
@@ -101,8 +101,8 @@ def reference_outputs(
                 found = samples.gather(reference)
         if found.shape != outputs.shape:
             raise ValueError(
-                f"reference: expected outputs of shape {list(outputs.shape)} (samples first), "
-                f"got {list(reference.shape)}"
+                f"reference: expected outputs of shape {list(outputs.shape)} (samples first) or one of "
+                f"{list(outputs.shape[1:])} for all, got {list(reference.shape)}"
             )
         return found.detach().to(outputs)
     if reference == "sample":

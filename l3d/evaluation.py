@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Iterator
-from itertools import chain
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 import l3d_kernels as lk
 from l3d.costs import choose_paths
@@ -17,6 +18,7 @@ from l3d.extract import Extractor
 from l3d.factors import Gradients
 from l3d.identity import check_identity
 from l3d.model import exact_pattern, to_device
+from l3d.modes import own_precision
 from l3d.objective import energy, objective, residual_norms
 from l3d.objective import n_kept as n_kept_of
 from l3d.project import project
@@ -70,7 +72,7 @@ def evaluate(
             magnitude at least `decomposition.threshold`, each sample by itself; k is then not used.
         refit: replace each sample's kept coefficients by those of least squares, min ‖g_s − Σ c_sk Vout_k‖² over the
             kept k: what the choice of subnetworks is worth apart from the encoder's values.
-        n_references: how many times to go through the data, with references drawn anew: more for less noise.
+        n_references: how many times to draw references for each batch: more for less noise.
         seed: of the draws; default the decomposition's.
         backend: "auto", "torch" or "triton".
         any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
@@ -89,10 +91,7 @@ def evaluate(
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
     seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
     with torch.no_grad():
-        for gradients in chain.from_iterable(
-            _gradients(decomposition, model, data, divergence, reference, batch_size, draw, any_weights)
-            for draw in seeds
-        ):
+        for gradients in _gradients(decomposition, model, data, divergence, reference, batch_size, seeds, any_weights):
             kept, left = score(gradients, decomposition, k, selection, refit, backend)
             residual += float(left.sum())
             norm += float(gradients.squared_norm().sum())
@@ -110,6 +109,7 @@ def evaluate(
     )
 
 
+@own_precision()
 def score(
     gradients: Gradients, decomposition: Decomposition, k: float, selection: str, refit: bool, backend: str
 ) -> tuple[lk.SparseCoefficients, Tensor]:
@@ -172,21 +172,21 @@ def impact(
     Samples are numbered in the order of the data, positions of a row one after another. Padding is no sample and has no
     number: with an `attention_mask`, number s is the s-th of the positions where the mask is not 0. `divergence`,
     `reference` and `positions` replace the trained ones, and `any_weights` takes a model of other weights, as in
-    `evaluate`.
+    `evaluate`. Raises ValueError for a DataLoader that shuffles, whose samples have no order to be numbered in.
     """
+    if isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise ValueError("data: this DataLoader shuffles, so that samples have no numbers; pass one with shuffle=False")
     decomposition = _widened(decomposition)
-    total: Tensor | None = None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
-    for seed in seeds:
-        rows = []
-        every = _gradients(decomposition, model, data, divergence, reference, None, seed, any_weights, positions)
-        for gradients in every:
-            paths = choose_paths(gradients, decomposition.encoder, gradients.n_samples * decomposition.n_subnetworks)
-            rows.append(project(gradients, (decomposition.encoder,), paths, decomposition.shapes).abs())
-        batch = torch.cat(rows)
-        total = batch if total is None else total + batch
-    assert total is not None
-    return total / len(seeds)
+    every = _gradients(decomposition, model, data, divergence, reference, None, seeds, any_weights, positions)
+    rows: list[Tensor] = []
+    for draw, gradients in zip(cycle(range(len(seeds))), every, strict=False):
+        found = decomposition.encode(gradients).abs()
+        if draw == 0:
+            rows.append(found)
+        else:
+            rows[-1] += found
+    return torch.cat(rows) / len(seeds)
 
 
 def top_samples(
@@ -218,7 +218,7 @@ def _widened(decomposition: Decomposition) -> Decomposition:
 
 
 def _draws(decomposition: Decomposition, n_references: int, seed: int, reference: str | Tensor | None) -> list[int]:
-    """Return the seeds of repeated passes over the data; one where a pass draws nothing."""
+    """Return the seeds of each batch's repeated draws; one where nothing is drawn."""
     if n_references < 1:
         raise ValueError(f"n_references: expected at least 1, got {n_references}")
     reference = decomposition.settings.get("reference", "sample") if reference is None else reference
@@ -234,18 +234,23 @@ def _gradients(
     divergence: str | Divergence | None,
     reference: str | Tensor | None,
     batch_size: int | None,
-    seed: int,
+    seeds: list[int],
     any_weights: bool = False,
     positions: str | int | None = None,
 ) -> Iterator[Gradients]:
-    """Extract the gradients of all of the data, batch by batch in order, by the decomposition's settings."""
+    """Extract the gradients of all of the data by the decomposition's settings: each batch in order, for every seed."""
     settings = decomposition.settings
     extractor = extractor_of(decomposition, model, divergence, reference, any_weights, positions)
     parameter = next(decomposition.parameters())
     for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
-        generator = torch.Generator().manual_seed(mix(seed, i))
-        device = next(model.parameters()).device
-        yield extractor(to_device(batch, device), generator).to(parameter)
+        if i == 1 and extractor.is_per_sample():
+            raise ValueError(
+                "reference: a tensor with an output for every sample stands for one batch, and the data are more; "
+                "raise batch_size to all rows, or give one output for all"
+            )
+        inputs = to_device(batch, next(model.parameters()).device)
+        for seed in seeds:
+            yield extractor(inputs, torch.Generator().manual_seed(mix(seed, i))).to(parameter)
 
 
 def extractor_of(

@@ -25,6 +25,7 @@ from l3d.graph import Use, n_outputs, no_gradient, output_shape, read_graph
 from l3d.inputs import check_logits, check_tokens, count_rows_of, join, without_label
 from l3d.layout import Layout, find_layouts
 from l3d.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
+from l3d.modes import own_precision
 from l3d.positions import last_apart, positionwise_head
 from l3d.rules import has_rule, part_of
 from l3d.samples import Samples, Share, check_same_padding, padding_mask
@@ -47,7 +48,8 @@ def extract_gradients(
             label) the first counts, except that reference="pair" takes (inputs, contrasting inputs). Where a mapping
             holds an `attention_mask` [B, T], positions that it hides are no samples, nor references of any.
         divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
-        reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...].
+        reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...], or one
+            output for all samples.
         params: glob, list of globs, or None for all parameters.
         positions: "all", "last", or how many to draw per row, where the divergence is "kl" or a callable and the
             output has three or more dimensions: then every chosen position of every row is a sample, row by row.
@@ -101,17 +103,19 @@ class Extractor:
         inputs = without_label(inputs)
         with self._recording():
             output = self._forward(inputs)
-            mask = padding_mask(inputs)
-            samples = Samples(output, self.positions, self.is_kl, generator, mask, share)
-            outputs = self._outputs_of(samples, output)
-            contrast = None
+            contrast_output = None
+            mask = padding_mask(inputs, self.model)
             if contrast_inputs is not None:
-                check_same_padding(mask, padding_mask(contrast_inputs))
+                check_same_padding(mask, padding_mask(contrast_inputs, self.model))
                 with torch.no_grad():
-                    contrast = samples.gather(run_fixed(self.model, contrast_inputs))
-            references = self._references(outputs, contrast, samples, generator, share)
-            d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
-            gradients = self._gradients(output, samples, d_out)
+                    contrast_output = run_fixed(self.model, contrast_inputs)
+            with own_precision():
+                samples = Samples(output, self.positions, self.is_kl, generator, mask, share)
+                outputs = self._outputs_of(samples, output)
+                contrast = None if contrast_output is None else samples.gather(contrast_output)
+                references = self._references(outputs, contrast, samples, generator, share)
+                d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
+                gradients = self._gradients(output, samples, d_out)
         return gradients if samples.kept is None else gradients.select(samples.kept)
 
     def several(
@@ -128,15 +132,16 @@ class Extractor:
             return None
         with self._recording():
             output = self._forward(whole)
-            pieces = output.detach().split([count_rows_of(without_label(batch)) for batch in batches])
-            each, d_outs = [], []
-            for own, generator in zip(pieces, generators, strict=True):
-                samples = Samples(own, self.positions, self.is_kl, generator)
-                outputs = self._outputs_of(samples, own)
-                references = self._references(outputs, None, samples, generator, None)
-                d_outs.append(div.output_gradient(self.divergence, outputs, references))
-                each.append(samples)
-            gradients = self._gradients(output, Samples.joined(output, each), torch.cat(d_outs))
+            with own_precision():
+                pieces = output.detach().split([count_rows_of(without_label(batch)) for batch in batches])
+                each, d_outs = [], []
+                for own, generator in zip(pieces, generators, strict=True):
+                    samples = Samples(own, self.positions, self.is_kl, generator)
+                    outputs = self._outputs_of(samples, own)
+                    references = self._references(outputs, None, samples, generator, None)
+                    d_outs.append(div.output_gradient(self.divergence, outputs, references))
+                    each.append(samples)
+                gradients = self._gradients(output, Samples.joined(output, each), torch.cat(d_outs))
         return gradients, [samples.count for samples in each]
 
     @contextmanager
@@ -170,7 +175,12 @@ class Extractor:
         """Return the samples' outputs alone, of the rows of a larger batch: [s, ...]."""
         inputs = without_label(inputs)
         output = run_fixed(self.model, inputs)
-        return Samples(output, self.positions, self.is_kl, generator, padding_mask(inputs), share).gather(output)
+        mask = padding_mask(inputs, self.model)
+        return Samples(output, self.positions, self.is_kl, generator, mask, share).gather(output)
+
+    def is_per_sample(self) -> bool:
+        """Tell whether the reference is a tensor with an output for every sample, which stands for one batch's rows."""
+        return isinstance(self.reference, Tensor) and self.reference.shape != self._output_width
 
     def needs_whole(self) -> bool:
         """Tell whether a sample's reference depends on other samples' outputs."""
@@ -192,7 +202,7 @@ class Extractor:
             whole = div.reference_outputs(reference, share.whole(outputs), None, self.is_kl, generator)
             first = share.start * samples.per_row
             return whole[first : first + samples.count]
-        if isinstance(reference, Tensor) and reference.ndim:
+        if isinstance(reference, Tensor) and reference.shape != samples.width:
             per_row = reference.shape[0] // share.n_rows  # by sample or by row
             reference = reference[share.start * per_row : (share.start + samples.n_rows) * per_row]
         return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
@@ -204,6 +214,8 @@ class Extractor:
         output = run_fixed(self.model, inputs)
         if output.ndim == 0 or output.shape[0] == 0:
             raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
+        if self._batches == 0:
+            self._check_is_batch(inputs, output)
         if self.is_kl and output.ndim < 2:
             raise ValueError(
                 f"divergence: 'kl' needs logits along a last dimension, got outputs of {list(output.shape)}"
@@ -211,6 +223,21 @@ class Extractor:
         if output.grad_fn is None:
             raise ValueError(f"params: the model's output depends on none of {', '.join(self.parameters)}")
         return output
+
+    def _check_is_batch(self, inputs: Any, output: Tensor) -> None:
+        """Refuse a single row where a batch is expected: its entries would pass for rows, the output's for samples."""
+        if not (isinstance(inputs, Tensor) and inputs.ndim == 1 and len(inputs) > 1):
+            return
+        with torch.no_grad():
+            try:
+                alone = run_fixed(self.model, inputs[:1])
+            except ValueError:
+                alone = output[:0]
+        if alone.shape != output[:1].shape or not torch.allclose(alone, output[:1], rtol=1e-2, atol=1e-4):
+            raise ValueError(
+                f"data: expected batches of rows, got a single row of {len(inputs)} entries; give all rows as one "
+                "tensor or a Dataset, or batches of them"
+            )
 
     def _check_width(self, samples: Samples) -> None:
         width = tuple(samples.width)
@@ -228,6 +255,7 @@ class Extractor:
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
         late = {use.name for use in uses if layouts[use.node] is None}
         late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
+        late |= {name for name, p in self.parameters.items() if p._backward_hooks}  # which only the engine calls
         if graph.opaque:  # what looks unused may be used where the graph does not tell
             late |= set(self.parameters)
         uses = [use for use in uses if use.name not in late]
@@ -300,5 +328,5 @@ class Extractor:
                 [output], inputs, [samples.scatter(alone)], retain_graph=True, allow_unused=True
             )
             for name, parameter, grad in zip(names, inputs, results, strict=True):
-                grads[name].append(torch.zeros_like(parameter) if grad is None else grad)
+                grads[name].append(torch.zeros_like(parameter) if grad is None else grad.to_dense())
         return {name: Dense(torch.stack(rows)) for name, rows in grads.items()}

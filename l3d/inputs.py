@@ -95,6 +95,17 @@ def join(batches: Sequence[Any]) -> Any:
     return torch.cat(list(batches)) if alike else None
 
 
+def appended(batch: Any, more: Any) -> Any:
+    """Append the rows of a batch to another's, of whatever structure: None where they are not alike."""
+    if isinstance(batch, (tuple, list)) and isinstance(more, (tuple, list)) and len(batch) == len(more):
+        parts = [appended(one, other) for one, other in zip(batch, more, strict=True)]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if isinstance(batch, Mapping) and isinstance(more, Mapping) and batch.keys() == more.keys():
+        held = {key: appended(value, more[key]) for key, value in batch.items()}
+        return None if any(part is None for part in held.values()) else held
+    return join([batch, more]) if isinstance(batch, Tensor) and isinstance(more, Tensor) else None
+
+
 def tensors_of(batch: Any) -> list[Tensor]:
     """List the tensors of a batch: itself, or those of a mapping or tuple."""
     if isinstance(batch, Mapping):

@@ -59,9 +59,11 @@ def shifted(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for name, move in moves.items():
                 named[name].add_(move.to(named[name]))
+        torch.clear_autocast_cache()  # within torch.autocast copies of the weights are held
         with moving([named[name] for name in moves]):
             yield
     finally:
         with torch.no_grad():
             for name, values in before.items():
                 named[name].copy_(values)
+        torch.clear_autocast_cache()

@@ -14,7 +14,7 @@ from torch import Tensor
 from l3d.chunks import Chunks
 from l3d.extract import Extractor
 from l3d.factors import Gradients
-from l3d.inputs import count_rows_of
+from l3d.inputs import count_rows_of, without_label
 from l3d.processes import Ranks
 from l3d.samples import Share, padding_mask
 
@@ -42,7 +42,7 @@ class Microbatches:
         self.whole = size is None and ranks is None
         self.n_rows = 1 if self.whole else count_rows_of(batch)
         self.size = self.n_rows if size is None else size
-        mask = None if self.whole else padding_mask(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        mask = None if self.whole else padding_mask(without_label(batch), extractor.model)
         self.padded = mask is not None and bool((mask == 0).any())
         self.outputs: Tensor | None = None  # the samples' outputs of the whole batch, where they are needed
         if len(self) > 1 and extractor.needs_whole():

@@ -23,6 +23,8 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
     a pattern that matches nothing, with near matches.
     """
     every = list(model.named_parameters(remove_duplicate=False))
+    if not every:
+        raise ValueError("model: has no parameters")
     patterns = ["*"] if params is None else [params] if isinstance(params, str) else list(params)
     if not patterns:
         raise ValueError("params: expected at least one pattern, got an empty list; use None for all parameters")
@@ -44,9 +46,17 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
 def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`.
 
+    The model is given copies, since some write into what they are given (a first nn.ReLU(inplace=True)), and attention
+    in its plain form: torch's fast path, taken where nothing is differentiated, gives other values at padding.
+
     Raises ValueError for keys that the model does not take, or lacks.
     """
-    output = _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
+    inputs, fast = _copied(inputs), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        output = _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     output = getattr(output, "logits", output)
@@ -90,24 +100,32 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
 
     Random state is put back in any case. Raises ValueError otherwise, and where the output is not finite.
     """
-    inputs = _outside_inference_mode(inputs)
-    state = torch.get_rng_state()
+    states = _random_states(model)
     tensors = [(name, t, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())]
     try:
         with warnings.catch_warnings():
             # reentrant checkpointing without a differentiable input drops the gradients of all it holds
             warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
             output = model_output(model, inputs)
-        drawn = not torch.equal(state, torch.get_rng_state())
+        drawn = not all(map(torch.equal, states, _random_states(model)))
     except torch.OutOfMemoryError:
         raise
+    except (TypeError, AttributeError) as error:
+        if isinstance(inputs, (Tensor, Mapping)):  # then it is the model's own
+            raise
+        got = type(inputs).__name__
+        raise ValueError(f"data: expected batches that are a tensor or a mapping of tensors, got {got}") from error
     except (RuntimeError, IndexError) as error:  # sizes that do not fit, an index beyond a table
         reason = " ".join(str(error).split())
         raise ValueError(f"data: the model failed on inputs of shape {describe(inputs)}: {reason}") from error
     except UserWarning as warning:
+        if "None of the inputs have requires_grad" not in str(warning):  # one of the user's, whose filters raise it
+            raise
         raise ValueError(f"model: {warning} Use checkpointing with use_reentrant=False, or none") from warning
     finally:
-        torch.set_rng_state(state)
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], _device_of(model))
     if drawn:
         raise ValueError(
             "model: its forward pass drew random numbers (dropout in training mode?), so it is not a fixed function; "
@@ -121,12 +139,25 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
     return output
 
 
-def _outside_inference_mode(inputs: Any) -> Any:
-    """Copy tensors made in inference mode, which autograd refuses."""
+def _random_states(model: nn.Module) -> list[Tensor]:
+    """Return the state of the CPU's generator, and of that of the GPU that the model is on."""
+    states = [torch.get_rng_state()]
+    if (device := _device_of(model)).type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _copied(inputs: Any) -> Any:
+    """Copy a batch's tensors; copies of those made in inference mode, which autograd refuses, it takes."""
     if isinstance(inputs, Tensor):
-        return inputs.clone() if inputs.is_inference() else inputs
+        return inputs.clone()
     if isinstance(inputs, Mapping):
-        return {key: _outside_inference_mode(value) for key, value in inputs.items()}
+        return {key: _copied(value) for key, value in inputs.items()}
     return inputs
 
 

@@ -188,7 +188,7 @@ def fill_pool(decomposition: Decomposition, extractor: Extractor, data: Any, n_r
         with torch.no_grad():  # the generator draws positions first, the same as above
             output = model_output(model, rows)
         drawn = torch.Generator().manual_seed(mix(seed, 7, i))
-        samples = Samples(output, extractor.positions, extractor.is_kl, drawn, padding_mask(rows))
+        samples = Samples(output, extractor.positions, extractor.is_kl, drawn, padding_mask(rows, model))
         row = torch.arange(samples.n_rows, device=device).repeat_interleave(samples.per_row)
         row = samples.of(row).cpu() + filled
         position = None if samples.positions is None else samples.of(samples.positions.flatten()).cpu()

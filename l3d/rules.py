@@ -242,6 +242,7 @@ def pulled_back(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part
         alone[sample // share] = row
         result = node(layout.join(alone), *[None] * (n_outputs(node) - 1))
         grad = result[use.slot] if isinstance(result, tuple) else result
+        grad = grad.to_dense()  # an embedding's may be sparse
         if grad.is_complex() and not use.chain and not parameter.is_complex():
             grad = grad.real
         grad = grad.sum_to_size(shape)  # autograd's engine undoes broadcasting, a node by itself does not

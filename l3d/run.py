@@ -32,6 +32,7 @@ from l3d.flat import flattened, is_small
 from l3d.identity import identity
 from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import to_device
+from l3d.modes import own_precision
 from l3d.objective import Objective, n_kept, objective
 from l3d.optimizer import RelativeAdam
 from l3d.processes import Ranks
@@ -190,10 +191,16 @@ class Run:
             for gradients in in_chunks(self._batch(0), False, self._held):
                 self.objective(gradients, 1.0)
                 n_samples += gradients.n_samples
+        if self.extractor.is_per_sample() and self.batches.per_epoch is not None:
+            raise ValueError(
+                "reference: rows are shuffled in training, and a tensor with an output for every sample does not "
+                "follow them; give one output for all, or data of pairs and reference='pair'"
+            )
         if self.ranks is None:  # what others hold cannot be weighed here
             n_entries = sum(p.numel() for p in self.extractor.parameters.values())
             self.probe = Probe(self.settings, n_samples, n_entries)
 
+    @own_precision()
     def objective(self, gradients: Gradients, k: float) -> Objective:
         """Compute every restart's loss of a batch."""
         d = self.decomposition
@@ -220,6 +227,7 @@ class Run:
                 if folder is not None:
                     save(self, folder)
 
+    @own_precision()
     def take_step(self, gradients: Gradients | Chunks) -> bool:
         """Take one step on a batch's gradients; tell whether it completed a row of the history."""
         settings = self.settings

@@ -84,6 +84,8 @@ class Samples:
                 f"attention_mask: expected the shape [{self.n_rows}, {self.n_positions}] of rows and output positions, "
                 f"got {list(mask.shape)}"
             )
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask: expected 1 at tokens and 0 at padding, got other values")
         real = mask.cpu() != 0
         if not real.any():
             raise ValueError("attention_mask: every position is padding, so there is no sample")
@@ -161,9 +163,16 @@ class Samples:
         return OwnRows("major", self.count, self.own_rows)
 
 
-def padding_mask(inputs: Any) -> Tensor | None:
-    """Return the `attention_mask` [B, T] of a batch that is a mapping and has one."""
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+def padding_mask(inputs: Any, model: object) -> Tensor | None:
+    """Return the mask [B, T] of the model's output positions, where a batch is a mapping and has one.
+
+    That is `attention_mask`; of an encoder and a decoder, whose outputs are the decoder's, `decoder_attention_mask`.
+    """
+    if not isinstance(inputs, Mapping):
+        return None
+    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    has_decoder = has_decoder or any(str(key).startswith("decoder_input") for key in inputs)
+    mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: expected a tensor [rows, positions] that tells padding, got {got}")

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from l3d.data import batches_per_epoch, check_batch_size
 
 PRESETS = ("default", "published")
@@ -73,6 +75,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    chosen = {name: value.item() if isinstance(value, np.generic) else value for name, value in chosen.items()}
     if not (isinstance(chosen["k"], (int, float)) and 0 < chosen["k"] <= 1):
         raise ValueError(f"k: expected a fraction in (0, 1], got {chosen['k']!r}")
     check_batch_size(chosen["batch_size"])

@@ -23,6 +23,8 @@ from l3d.run import Run
 from l3d.settings import resolve
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def decompose(
     model: nn.Module,
     data: Any,
@@ -67,16 +69,17 @@ def decompose(
 
     Args:
         model: in evaluation mode; left as it was.
-        data: a tensor [n, ...] or Dataset of rows, or an iterable of batches (DataLoader, generator function's
-            result, list). Rows of a Dataset may be (input, label): the label is ignored. For reference="pair" they are
-            (input, contrasting input).
+        data: a tensor [n, ...], a mapping of tensors or a Dataset of rows, or an iterable of batches (DataLoader,
+            generator function's result, list). Rows of a Dataset may be (input, label): the label is ignored. For
+            reference="pair" they are (input, contrasting input).
         n_subnetworks: K.
         rank: of every matrix, or {glob: rank or one rank per mode}; or "auto": for each tensor the least that holds
             nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`). Default: 8, or
             as much as a smaller tensor allows; a rank that is asked for and not allowed is refused.
         k: fraction of the S·K coefficients of a batch that is kept, in (0, 1].
         params: glob, list of globs, or None for all parameters.
-        divergence, reference, positions: what is differentiated; see `extract_gradients`.
+        divergence, reference, positions: what is differentiated; see `extract_gradients`. Rows of a tensor or Dataset
+            are shuffled, so that a tensor as reference is then one output for all.
         preset: "default", or "published" for the paper's recipe.
         steps: optimiser steps; default 2000, or 1000 epochs for "published".
         batch_size: rows of data (texts, images) per step.

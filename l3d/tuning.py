@@ -43,6 +43,8 @@ class FineTuned:
         return file
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
     decomposition: Decomposition,

@@ -216,9 +216,16 @@ def test_tensors(leading: tuple[int, ...]) -> None:
     assert reference.dtype == outputs.dtype
 
 
+@pytest.mark.parametrize("is_kl", [True, False])
+def test_one_output_may_stand_for_all(is_kl: bool) -> None:
+    """A tensor of one sample's shape is every sample's reference."""
+    outputs, one = randn(S, 7), randn(7, seed=1)
+    assert torch.equal(references(one, outputs, is_kl=is_kl), one.repeat(S, 1))
+
+
 OTHER_SHAPES = [
     (5, 7),
-    (7,),
+    (6,),
     (1, 7),
     (6, 6),
     (6, 8),

@@ -510,7 +510,7 @@ def test_a_reference_tensor_must_be_given_again() -> None:
     """A tensor of references is not saved: evaluating without it says what to pass."""
     model, x = net(), points(BATCH)
     reference = torch.ones(BATCH, 3, dtype=torch.float64)
-    d = l3d.decompose(model, x, K, rank=2, reference=reference, steps=5, batch_size=BATCH, progress=False)
+    d = l3d.decompose(model, [x], K, rank=2, reference=reference, steps=5, batch_size=BATCH, progress=False)
     with pytest.raises(ValueError, match=r"reference: .* trained with 'tensor'.* not saved; pass reference="):
         d.evaluate(model, x)
     assert 0 < d.evaluate(model, x, reference=reference).error < math.inf

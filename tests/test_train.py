@@ -976,7 +976,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reference": "median"}, r"reference: expected sample, mean, uniform, pair or a tensor, got 'median'"),
     (
         {"reference": torch.zeros(5, 3)},
-        r"reference: expected outputs of shape \[8, 3\] \(samples first\), got \[5, 3\]",
+        r"reference: expected outputs of shape \[8, 3\] \(samples first\) or one of \[3\] for all, got \[5, 3\]",
     ),
     ({"reference": "pair"}, r"reference: 'pair' needs data that yields \(input, contrast\), got single inputs"),
     ({"reference": "pair", "data": list(X.split(8))}, r"reference: 'pair' needs data that yields \(input, contrast\)"),
