@@ -75,14 +75,14 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None
     if n_rows == 1 or not nodes:
         return {node: found[0] if found else None for node, found in candidates.items()}
     edges = [GradientEdge(node, 0) for node in nodes]
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(output.shape, generator=generator).to(output)
+    generator = torch.Generator(output.device).manual_seed(0)
+    base = torch.randn(output.shape, generator=generator, device=output.device).to(output)
 
     def returned(grad: Tensor) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad([output], edges, [grad], retain_graph=True, allow_unused=True)
 
     plain = returned(base)
-    rows, place = torch.arange(n_rows), 1
+    rows, place = torch.arange(n_rows, device=output.device), 1
     while place < n_rows:
         weights = (2.0 ** (rows // place % DIGITS - DIGITS // 2)).to(output)
         scaled = returned(base * weights.view(-1, *[1] * (output.ndim - 1)))

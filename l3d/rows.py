@@ -12,8 +12,8 @@ ELEMENTWISE = {
 }  # fmt: skip
 # Operations whose first dimension is a batch, of their first input alone or of all of them.
 BATCHED_FIRST = {
-    "Addmm", "AvgPool2D", "AdaptiveAvgPool2D", "Convolution", "CudnnBatchNorm", "MaxPool2DWithIndices", "Mm",
-    "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
+    "Addmm", "AvgPool2D", "AdaptiveAvgPool2D", "Convolution", "CudnnBatchNorm", "FusedRmsNorm", "MaxPool2DWithIndices",
+    "Mm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
 }  # fmt: skip
 BATCHED_ALL = {
     "Baddbmm", "Bmm", "ScaledDotProductCudnnAttention", "ScaledDotProductEfficientAttention",
@@ -53,7 +53,7 @@ def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: in
         at = 1 if kind == "Addmm" else 0
         if any(size is not None for slot, size in enumerate(inputs) if slot != at):
             return False
-        if kind == "NativeLayerNorm" and len(node._saved_normalized_shape) >= len(shape):
+        if kind in ("NativeLayerNorm", "FusedRmsNorm") and len(node._saved_normalized_shape) >= len(shape):
             return False
         if kind in ("NativeBatchNorm", "CudnnBatchNorm") and getattr(node, "_saved_training", True):
             return False

@@ -149,6 +149,18 @@ def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
     return Dense(dy.flatten(1, dy.ndim - dims - 1).sum(1))
 
 
+@rule(("FusedRmsNorm", 1))
+def rms_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Scale of RMSNorm over the trailing dimensions, as torch computes it on GPUs: elsewhere it is a product."""
+    node: Any = use.node
+    dims = len(node._saved_normalized_shape)
+    if use.transposed is not False or dy.ndim < dims + 2:
+        return None
+    normal = (node._saved_input * node._saved_result1).detach()
+    dy = dy * per_sample(layout.split(normal.to(dy.dtype)), dy)
+    return Dense(dy.flatten(1, dy.ndim - dims - 1).sum(1))
+
+
 @rule(("NativeGroupNorm", 1), ("NativeGroupNorm", 2))
 def group_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Scale and shift of GroupNorm, one per channel."""

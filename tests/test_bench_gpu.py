@@ -171,6 +171,43 @@ def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None
     assert (made_none.passed, made_none.note) == (False, "no kernel was launched")
 
 
+def test_results_of_few_elements_are_drawn_many_times() -> None:
+    """A single element's twin may be exact by luck: at the smallest size no seed fails."""
+    single = next(z for z, _ in SMALL if z.name == "single")
+    for seed in range(12):
+        made = checks.check("squared_residual_norm", single, "fp32", CPU, torch.Generator().manual_seed(seed))
+        assert all(c.passed for c in made), made
+
+
+def test_places_and_fields_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that are not those of the places named fail, as do fields of top-k that are not the twin's."""
+    real = checks.lk.project_topk
+    shifted = lambda *a, **b: (kept := real(*a, **b))._replace(columns=kept.columns.roll(1))  # noqa: E731
+    monkeypatch.setattr(checks.lk, "project_topk", shifted)
+    (made,) = checks.check("project_topk", ODD, "fp32", CPU, torch.Generator().manual_seed(3))
+    assert not made.passed
+    assert made.note.endswith("values are not those of their places")
+    topk = checks.lk.batch_topk
+
+    def other(coefficients: torch.Tensor, n: int, backend: str) -> lk.SparseCoefficients:
+        kept = topk(coefficients, n, backend=backend)
+        return kept._replace(rows=kept.rows.flip(0)) if backend == "triton" else kept
+
+    monkeypatch.setattr(checks.lk, "batch_topk", other)
+    (made,) = checks.check("batch_topk", ODD, "fp32", CPU, torch.Generator().manual_seed(3))
+    assert (made.passed, made.note) == (False, "differ: ['rows']")
+
+
+def test_what_fails_its_check_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are, the largest sizes last, and the dtypes kept for the end after them."""
+    best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
+    failed = [name for name in OPS if name not in ("gram", "batch_topk")]
+    done = program.time_all((TINY,), ("bf16",), CPU, best, float("inf"), last=("fp32",), failed=failed)
+    assert {t.op for t in done} == {"gram", "batch_topk"}
+    assert list(dict.fromkeys(t.dtype for t in done)) == ["bf16", "fp32"]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_timing_is_written_and_shown(tmp_path: Path) -> None:
     """One operation is timed on the CPU, to see that the figures fit together: none of them is kept."""
     best = measure.Ceilings(1e10, dict.fromkeys(measure.DTYPES, 1e11), 1e-6)
@@ -287,7 +324,7 @@ def test_launches_are_counted_by_phase() -> None:
 
 
 def test_rows_of_paths_name_the_fastest() -> None:
-    """A row for each arithmetic and width class, from forward passes; the twin where it is faster than both."""
+    """A row for each arithmetic and width class, from both passes; the twin where it is faster than both paths."""
     blank = measure.Timing("", "", "", "forward", 0.0, 0, 0, 0.0, "copy", 0.0, None, None, None)
     cases = [(LARGE[0], "bf16", 1.0, 2.0, 3.0), (LARGE[1], "tf32", 2.0, 1.0, None), (LARGE[2], "bf16", 2.0, 2.0, 1.0)]
     timings = [
@@ -295,13 +332,15 @@ def test_rows_of_paths_name_the_fastest() -> None:
         for z, dtype, fused, chunked, eager in cases
         for path, seconds in (("fused", fused), ("chunked", chunked))
     ]
-    timings += [t._replace(part="backward", seconds=0.1) for t in timings]
+    timings += [t._replace(part="backward") for t in timings]  # whose table is the same
     rows = dict(report.path_rows(timings, LARGE, "sm_90"))
     assert rows == {
         ("project", "sm_90", "16", "narrow"): "fused",
         ("project", "sm_90", "tf32", "wide"): "chunked",
         ("project", "sm_90", "16", "widest"): "twin",
     }
+    slow = [t._replace(seconds=9.0) if t.part == "backward" and t.op == "project_fused" else t for t in timings]
+    assert dict(report.path_rows(slow, LARGE, "sm_90"))["project", "sm_90", "16", "narrow"] == "chunked"
 
 
 def test_a_step_that_fails_is_named_and_the_others_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import l3d
-from tests.helpers import assert_relative
+
+from helpers import assert_relative
 
 SETTINGS: dict[str, Any] = {"n_subnetworks": 4, "rank": 1, "steps": 30, "progress": False}
 

@@ -1,7 +1,9 @@
 """Every way a model can use a parameter gives the gradients that torch.func gives, one row at a time, in float64."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -597,6 +599,27 @@ def test_a_weight_whose_columns_run_along_the_batch(rows: int) -> None:
     check(columns, torch.randn(rows, 6), whole_batch=True)
     bias = Net(lambda self, x: torch.addmm(self.b, self.w, x.T).T, w=weight(rows, 6), b=weight(rows))
     check(bias, torch.randn(rows, 6), whole_batch=True)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_rms_norm_as_gpus_compute_it(dims: int) -> None:
+    """A GPU's RMSNorm is one node, which no CPU makes: its rule on what such a node saves, beside autograd."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    shape = x.shape[4 - dims :]
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(2, 2, *x.shape[1:], generator=generator, dtype=torch.float64)  # two samples a row
+    rstd = (x.square().mean(tuple(range(4 - dims, 4)), keepdim=True) + 1e-6).rsqrt()
+    node = SimpleNamespace(_saved_input=x, _saved_result1=rstd, _saved_normalized_shape=list(shape))
+    use = SimpleNamespace(node=node, slot=1, transposed=False)
+    rule: Any = rules.RULES["FusedRmsNorm", 1]
+    part = rule(use, rules.Layout("major", 2), dy.flatten(0, 1)[:, None], weight.shape)
+    output = F.rms_norm(x, shape, weight, 1e-6)
+    for row, sample in itertools.product(range(2), range(2)):
+        alone = torch.zeros_like(output)
+        alone[row] = dy[row, sample]
+        (expected,) = torch.autograd.grad(output, weight, alone, retain_graph=True)
+        assert_relative(part.grad[2 * row + sample], expected, 1e-12)
 
 
 def test_unused_parameters_get_exact_zeros() -> None:

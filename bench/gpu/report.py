@@ -90,20 +90,20 @@ def step_table(steps: Sequence[StepTiming]) -> str:
 
 
 def path_rows(timings: Sequence[Timing], sizes: Sequence[Sizes], kind: str) -> list[tuple[tuple[str, ...], str]]:
-    """Return the rows for `l3d_kernels.kernels.paths` that these timings ask for: the fastest forward pass of each."""
+    """Return the rows for `l3d_kernels.kernels.paths` that these timings ask for: the fastest of each, both passes."""
     from l3d_kernels.kernels.paths import CHUNKED, FUSED, TWIN, width_class
 
     widths = {z.name: width_class(z.O) for z in sizes}
     times: dict[tuple[str, ...], dict[str, float]] = {}
     for t in timings:
         path = {"project_fused": FUSED, "project_chunked": CHUNKED}.get(t.op)
-        if path is None or t.part != "forward":
+        if path is None:
             continue
         row = ("project", kind, "16" if t.dtype in ("bf16", "fp16") else t.dtype, widths[t.size])
         own = times.setdefault(row, {})
-        own[path] = t.seconds
-        if t.eager_seconds is not None:
-            own[TWIN] = min(t.eager_seconds, own.get(TWIN, t.eager_seconds))
+        own[path] = own.get(path, 0.0) + t.seconds
+        if t.eager_seconds is not None and path == FUSED:  # the twin is the same for both
+            own[TWIN] = own.get(TWIN, 0.0) + t.eager_seconds
     return [(row, min(own, key=own.__getitem__)) for row, own in times.items()]
 
 

@@ -35,7 +35,7 @@ def _parts(coefficients: Tensor, n: int) -> Parts:
     S, K = coefficients.shape
 
     def indices(size: int) -> Tensor:
-        return coefficients.new_empty(size, dtype=torch.int64)
+        return common.empty((size,), coefficients, torch.int64)
 
     values, threshold = common.empty((n,), coefficients), common.empty((), coefficients)
     return values, indices(n), indices(n), indices(S + 1), indices(n), indices(K + 1), threshold
@@ -48,9 +48,9 @@ def _count(coefficients: Tensor, histogram: Tensor, state: Tensor) -> tuple[Tens
     row = _row("topk_count", coefficients)
     # at least one tile: a rank without rows still settles the threshold
     tiles_s, tiles_k = max(1, ceil_div(S, row.blocks["BLOCK_S"])), ceil_div(K, row.blocks["BLOCK_K"])
-    row_counts = bits.new_empty(2, S, tiles_k, dtype=torch.int32)
-    column_counts = bits.new_empty(2, tiles_s, K, dtype=torch.int32)
-    state_out = torch.empty_like(state)
+    row_counts = common.empty((2, S, tiles_k), bits, torch.int32)
+    column_counts = common.empty((2, tiles_s, K), bits, torch.int32)
+    state_out = common.empty(state.shape, state)
     common.launch(
         topk_count,
         (tiles_s, tiles_k),
@@ -72,8 +72,8 @@ def _count(coefficients: Tensor, histogram: Tensor, state: Tensor) -> tuple[Tens
 
 def _scan_rows(coefficients: Tensor, bits: Tensor, row_counts: Tensor, state: Tensor, earlier: Tensor) -> Any:
     """Launch the scan by row: (each row tile's first place, [2] where the ties end and how many entries are kept)."""
-    starts = bits.new_empty(row_counts.shape[1:], dtype=torch.int64)
-    limit = bits.new_empty(2, dtype=torch.int64)
+    starts = common.empty(row_counts.shape[1:], bits, torch.int64)
+    limit = common.empty((2,), bits, torch.int64)
     common.launch(
         topk_scan_rows,
         (1,),
@@ -99,8 +99,8 @@ def _write(
     """Launch the scan by column and the writing pass."""
     S, K = coefficients.shape
     parts = values, rows, columns, row_offsets, column_order, column_offsets, threshold = _parts(coefficients, n)
-    ranks = bits.new_empty(column_counts.shape[1:], dtype=torch.int64)
-    totals = bits.new_empty(K, dtype=torch.int64)
+    ranks = common.empty(column_counts.shape[1:], bits, torch.int64)
+    totals = common.empty((K,), bits, torch.int64)
     shared: dict[str, Any] = {
         "bits_ptr": bits,
         "state_ptr": state,

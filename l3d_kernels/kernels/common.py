@@ -24,8 +24,9 @@ WATCHERS: list[Callable[[str], None]] = []
 # Launches that need memory between two steps cut it into pieces of about this many elements.
 WORKSPACE = 1 << 24
 
-# Tests set this to find elements that no kernel wrote: fresh outputs are filled with NaN.
+# Tests set this to find elements that no kernel wrote: fresh outputs are filled with NaN, or with NOWHERE.
 POISON = False
+NOWHERE = -(1 << 30)  # no index, count or offset
 
 
 # --- device functions -------------------------------------------------------------------------------------------
@@ -76,8 +77,21 @@ def zeros(pointer, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(tile):
+    """Round float32 to the 10 bits of mantissa that tf32 keeps, halves away from zero; NaN stays NaN.
+
+    The matrix units drop the other bits, whose mean is half a unit in the last place: a bias that sums do not average
+    out, and ‖g − ĝ‖² is a small difference of large sums.
+    """
+    bits = tile.to(tl.int32, bitcast=True) + 0x1000
+    return tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)
+
+
+@triton.jit
 def add_dot(a, b, acc, PRECISION: tl.constexpr):
     """Return acc + a b, accumulated in acc's type."""
+    if PRECISION == "tf32" and not INTERPRETED:  # which multiplies float32 as it is
+        a, b = round_to_tf32(a), round_to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
@@ -156,8 +170,8 @@ def power_of_two(n: int, least: int = 1) -> int:
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return memory for a kernel to fill, on the device and in the dtype of `like`."""
     out = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
-    if POISON and out.is_floating_point():
-        out.fill_(torch.nan)
+    if POISON:
+        out.fill_(torch.nan if out.is_floating_point() else NOWHERE)
     return out
 
 

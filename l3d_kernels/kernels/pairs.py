@@ -126,7 +126,8 @@ class Pairs:
         row, precision = common.row_for(kernel.fn.__name__, dy)
         slot = slots(self.T, row.blocks["BLOCK_ROWS"])
         tiles = schedule(self.offsets[start : stop + 1], row.blocks["BLOCK_ROWS"] // slot, n_pairs)
-        tiles += torch.where(tiles[:, :1] < 0, 0, tiles.new_tensor([start, -first, -first]))
+        if start or first:  # else nothing to add, and the copy would wait for the GPU
+            tiles += torch.where(tiles[:, :1] < 0, 0, tiles.new_tensor([start, -first, -first]))
         pointers = {"tile_ptr": tiles, "sample_ptr": self.samples[first : first + n_pairs], **outputs, **self.tensors}
         flags = {"PRECISION": precision, "SLOT_T": slot, **self.flags}
         common.launch(kernel, (len(tiles),), row, dy.device, **pointers, **flags, **self.sizes)

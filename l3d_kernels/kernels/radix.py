@@ -163,7 +163,7 @@ def digit_histogram(
     bits, digits = as_integers(coefficients), DIGITS[coefficients.dtype.itemsize]
     shift, width = digits[digit]
     histogram = torch.zeros(1 << width, dtype=torch.int64, device=bits.device)
-    state_out = torch.empty_like(state)
+    state_out = common.empty(state.shape, state)
     kind = common.kind_of(bits.device)
     row = lookup("topk_histogram", kind, common.size_class(coefficients.dtype))
     n_tiles = ceil_div(bits.numel(), row.blocks["BLOCK"])
