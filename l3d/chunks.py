@@ -104,7 +104,7 @@ def objective_in_chunks(
             n = n_kept(k, chunk.n_samples, encoder.n_subnetworks)
             paths.append(choose_paths(chunk, encoder, n))
             coefficients.append(project(chunk, (encoder,), paths[-1], chunk.shapes, backend))
-            norms.append(chunk.squared_norm())
+            norms.append(chunk.squared_norm(backend))
         chunks.sizes = [len(each) for each in norms]
         kept = _kept(torch.cat(coefficients), k, n_groups, ranks, backend)
         squared_norms = torch.cat(norms)

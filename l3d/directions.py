@@ -192,7 +192,7 @@ class Directions(nn.Module):
         """Rescale every direction to unit norm, the factor spread evenly over the factors of each tensor."""
         _rescale(self.pieces, self.squared_norm())
 
-    def gram(self, chosen: slice = slice(None)) -> Tensor:
+    def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
         total: Tensor | None = None
         for _, piece in self.items():
@@ -200,7 +200,7 @@ class Directions(nn.Module):
                 product = piece.vector[chosen] @ piece.vector[chosen].mT
             else:
                 left, right = piece.factors()
-                product = lk.gram(left[chosen], right[chosen])
+                product = lk.gram(left[chosen], right[chosen], backend=backend)
             total = product if total is None else total + product
         assert total is not None
         return total
@@ -229,12 +229,12 @@ class Directions(nn.Module):
         """Return the ranks of every tensor, as `resolve_ranks` gives them."""
         return {name: _ranks_held(piece) for name, piece in self.items()}
 
-    def grams(self, n_groups: int) -> Tensor:
+    def grams(self, n_groups: int, backend: str = "auto") -> Tensor:
         """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
         size = self.n_subnetworks // n_groups
         if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
-            return torch.stack([self.gram(slice(i * size, (i + 1) * size)) for i in range(n_groups)])
-        blocks = self.gram().view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2)
+            return torch.stack([self.gram(slice(i * size, (i + 1) * size), backend) for i in range(n_groups)])
+        blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2)
         return blocks.movedim(-1, 0)
 
     def tensors(self, index: int) -> dict[str, Tensor]:

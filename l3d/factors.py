@@ -33,9 +33,9 @@ class Rows:
         grad = reference.outer(self.x, self.dy, shape[self.x_axis])
         return grad if self.x_axis == 1 else grad.mT
 
-    def squared_norm(self) -> Tensor:
+    def squared_norm(self, backend: str = "auto") -> Tensor:
         """Return ‖G_s‖²: [S]."""
-        return lk.squared_gradient_norm(self.x, self.dy)
+        return lk.squared_gradient_norm(self.x, self.dy, backend=backend)
 
     def side(self, axis: int) -> Tensor:
         """Return the rows along the stored matrix's `axis`, one set per sample: [S, T, D] or indices [S, T]."""
@@ -63,8 +63,8 @@ class Dense:
         """Return the gradient as matrices: [S, *shape]."""
         return self.grad.reshape(-1, *shape)
 
-    def squared_norm(self) -> Tensor:
-        """Return ‖G_s‖²: [S]."""
+    def squared_norm(self, backend: str = "auto") -> Tensor:
+        """Return ‖G_s‖²: [S]; torch alone computes it."""
         return self.grad.reshape(self.grad.shape[0], -1).square().sum(1)
 
     def select(self, samples: Tensor) -> "Dense":
@@ -134,14 +134,14 @@ class Gradients:
         """Multiply everything out: {name: [S, *shape]}. For tests and small models; training never does."""
         return {name: self.matrix(name).reshape(-1, *shape) for name, shape in self.shapes.items()}
 
-    def squared_norm(self) -> Tensor:
+    def squared_norm(self, backend: str = "auto") -> Tensor:
         """Return ‖g_s‖² over all parameters together: [S]."""
         total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
         for name in self.shapes:
-            total = total + self._squared_norm_of(name)
+            total = total + self._squared_norm_of(name, backend)
         return total
 
-    def _squared_norm_of(self, name: str) -> Tensor:
+    def _squared_norm_of(self, name: str, backend: str) -> Tensor:
         if name in self._matrices:
             return torch.linalg.vector_norm(self._matrices[name], dim=(1, 2)).square()  # squares are never held
         parts = self.widened(name)
@@ -149,7 +149,7 @@ class Gradients:
             return self.matrix(name).square().sum((1, 2))
         total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
         for i, part in enumerate(parts):
-            total = total + part.squared_norm()
+            total = total + part.squared_norm(backend)
             for other in parts[i + 1 :]:
                 total = total + 2 * _inner(part, other)
         return total

@@ -62,7 +62,7 @@ def objective(
     paths = choose_paths(gradients, encoder, n * n_groups) if paths is None else paths
     kept, overlap = keep(gradients, encoder, decoder, n, paths, n_groups, backend)
 
-    squared_norms = gradients.squared_norm()
+    squared_norms = gradients.squared_norm(backend)
     residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, coactive, n_groups, backend))
     return _relative(kept, residual, squared_norms)
 
@@ -126,7 +126,7 @@ def energy(
         by_gram, by_tiles = reference.energy_costs(kept.shape, decoder.sizes(), trains)
         if n_groups == 1 and by_tiles < by_gram and backend != "triton":  # which has no kernel for it
             return _energy_by_tiles(coefficients[0], decoder)[:, None]
-        return ((coefficients @ decoder.grams(n_groups)) * coefficients).sum(2).mT
+        return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)
     total = kept.values.new_zeros(by_group.shape[0])
     for _, piece in decoder.items():

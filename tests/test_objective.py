@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
+import l3d_kernels as lk
 from l3d import costs
 from l3d import directions as directions_module
 from l3d import flat as flat_module
@@ -453,6 +454,30 @@ def test_groups_whose_gram_is_too_large_to_be_cut_out(monkeypatch: pytest.Monkey
         results.append([result.loss, result.residual, *parameter_gradients(result.loss.sum(), whole)])
     for cut_out, by_itself in zip(*results, strict=True):
         assert_relative(by_itself, cut_out, PATHS)
+
+
+@pytest.mark.parametrize("coactive", [False, True])
+def test_a_backend_reaches_every_operation(coactive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="torch" is a way round kernels: nothing of a loss is left to "auto"."""
+    asked: list[str] = []
+
+    def told(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, backend: str = "auto", **options: object) -> object:
+            asked.append(f"{real.__name__} {backend}")
+            return real(*arguments, backend=backend, **options)
+
+        return call
+
+    gradients, d = setup(next(iter(PROBLEMS)))
+    for name in lk.__all__[1:]:
+        monkeypatch.setattr(lk, name, told(getattr(lk, name)))
+    for path in (Path(False, False), Path(False, True), Path(True, False), Path(True, True)):
+        choices = path_choices(gradients, d.encoder)
+        paths = {name: path if path in own else own[0] for name, own in choices.items()}
+        objective(gradients, d.encoder, d.decoder, 0.3, paths=paths, coactive=coactive, backend="torch")
+    assert {line.split()[1] for line in asked} == {"torch"}, asked
+    energies = "gram_energy_coactive" if coactive else "gram"
+    assert {line.split()[0] for line in asked} >= {"squared_gradient_norm", "batch_topk", energies}
 
 
 def test_gram_of_groups_is_taken_in_full_or_over_co_active_pairs() -> None:

@@ -101,7 +101,7 @@ class Step:
             self.gradients, self.encoder, self.decoder, self.z.n_kept, self.paths, backend=self.backend
         )
         mark("select")
-        norms = self.gradients.squared_norm()
+        norms = self.gradients.squared_norm(self.backend)
         energies = energy(self.kept, self.decoder, backend=self.backend)
         loss = residual_norms(norms, self.kept, overlap, energies).sum() / norms.sum()
         mark("loss")
