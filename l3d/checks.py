@@ -40,13 +40,22 @@ def check_finite(decomposition: Decomposition) -> None:
             raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
 
 
+class NothingToLearnError(ValueError):
+    """All gradients of a batch are zero."""
+
+
 def finite_losses(losses: list[float], gradients: Gradients | Chunks) -> list[float]:
-    """Return the restarts' losses; raises ValueError where one is not finite, naming the tensor at fault."""
+    """Return the restarts' losses; raises ValueError where one is not finite, naming the tensor at fault.
+
+    Raises NothingToLearnError where all gradients are zero.
+    """
     if all(map(math.isfinite, losses)):
         return losses
     for name, tensor in gradients.tensors():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"gradients: NaN or infinity in those of {name!r}; the last checkpoint stays")
     if not gradients.squared_norm().any():
-        raise ValueError("gradients: all zero in this batch, so there is nothing to reconstruct; check params and data")
+        raise NothingToLearnError(
+            "gradients: all zero in this batch, so there is nothing to reconstruct; check params and data"
+        )
     raise ValueError("loss: not finite although the gradients are; lower lr")

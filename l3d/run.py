@@ -19,7 +19,7 @@ from l3d.cache import Cache, contents
 from l3d.callbacks import Callback
 from l3d.candidates import ProbeGradients
 from l3d.checkpoints import save
-from l3d.checks import check_finite, dtype_of_sums, finite_losses, naming_step
+from l3d.checks import NothingToLearnError, check_finite, dtype_of_sums, finite_losses, naming_step
 from l3d.chunks import Chunks, objective_in_chunks
 from l3d.controls import shuffled
 from l3d.data import Batches, mix
@@ -232,7 +232,13 @@ class Run:
         """Take one step on a batch's gradients; tell whether it completed a row of the history."""
         settings = self.settings
         k, rate = kept_fraction(settings, self.step), settings.lr * learning_rate(settings, self.step)
-        update = self._update(gradients, k, rate)
+        try:
+            update = self._update(gradients, k, rate)
+        except NothingToLearnError:
+            if self.step == 0:  # most likely all others are like it
+                raise
+            self.step += 1  # units that are off for a whole batch, or rows that are all the same: it says nothing
+            return False
         for _ in range(1, settings.updates):  # of one batch, whose extraction is what a step mostly costs
             self._update(gradients, k, rate)
         self.step += 1

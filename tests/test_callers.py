@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,31 @@ def test_what_an_epoch_leaves_over(as_mapping: bool) -> None:
     assert set(d.history["kept_per_sample"][5:]) == {6 / 16}  # floor(.1·16·4 + ½) of sixteen rows in every step
     assert d.evaluate(model, data).n_samples == 33
     assert d.impact(model, data).shape == (33, 4)
+
+
+def test_batches_without_gradients_are_passed_over(tmp_path: Path) -> None:
+    """Rows that are all the same have no difference to explain: such a batch ends no run, unless it is the first."""
+    same, others = points(1).repeat(16, 1), list(points().split(16))
+    d = l3d.decompose(network(), [others[0], same, *others[1:]], **SETTINGS)
+    without = l3d.decompose(network(), others, **(SETTINGS | {"steps": 24}))
+    assert d.history["step"] == [step for step in range(1, 31) if step % 5 != 2]
+    assert len(d.history["error"]) == len(without.history["error"]) == 24
+    assert 0 < d.history["error"][-1] < 1
+    with pytest.raises(ValueError, match=r"^step 0: gradients: all zero in this batch"):
+        l3d.decompose(network(), [same, *others], out=tmp_path / "run", **SETTINGS)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_batch_without_gradients_moves_nothing(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the directions nor what Adam remembers, by either way of taking steps."""
+    if not small:
+        monkeypatch.setattr("l3d.flat.SMALL", 0)
+    same, batch = points(1).repeat(16, 1), points(16)
+    chosen = SETTINGS | {"lr": 0.1, "warm_start": 0, "reference": "mean"}
+    one, two = (
+        l3d.decompose(network(), [batch, *rest], **(chosen | {"steps": 1 + len(rest)})) for rest in ([], [same])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_a_mapping_of_tensors_is_rows() -> None:
