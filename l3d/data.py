@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from l3d.inputs import appended, describe, tensors_of
 
+ENDED = object()  # stands for the batch after the last
+
 
 class Batches:
     """A source of training batches, by step number.
@@ -41,7 +43,8 @@ class Batches:
         self._stream: Iterator[Any] | None = None
         self._streamed = 0
         self._first: Any = None  # of a stream, fetched ahead
-        self._largest = 0  # batch of the stream so far
+        self._following: Any = ENDED  # batch of the stream, looked at already
+        self._largest = 0  # rows in a batch of the stream so far
 
     def peek(self) -> Any:
         """Return the first batch, which step 0 will return again."""
@@ -71,14 +74,18 @@ class Batches:
         for _ in range(2):
             if self._stream is None:
                 self._stream = iter(self.data)
-            for batch in self._stream:
-                n_rows = rows_in(batch)
-                if n_rows == 1 < self._largest:  # what an epoch leaves over: see `batches_per_epoch`
-                    continue
-                self._largest = max(self._largest, n_rows)
-                self._streamed += 1
-                return batch
-            self._stream = None
+            batch = self._following if self._following is not ENDED else next(self._stream, ENDED)
+            self._following = ENDED
+            if batch is not ENDED and rows_in(batch) == 1 < self._largest:
+                self._following = next(self._stream, ENDED)
+                if self._following is ENDED:  # the single row that an epoch leaves over: see `batches_per_epoch`
+                    batch = ENDED
+            if batch is ENDED:
+                self._stream = None
+                continue
+            self._largest = max(self._largest, rows_in(batch))
+            self._streamed += 1
+            return batch
         raise ValueError(f"data: the iterable ended after {self._streamed} batches and yields nothing when restarted")
 
 
@@ -152,21 +159,23 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
 
 
 def _stream_in_order(data: Any) -> Iterator[Any]:
-    before: Any = None
+    before = last = ENDED
     for batch in data:
-        if before is not None:
-            if rows_in(batch) == 1 < rows_in(before) and (joined := appended(before, batch)) is not None:
-                before = joined  # as below: a single row joins the batch before
-                continue
+        if before is not ENDED:
             yield before
-        before = batch
-    if before is None:
+        before, last = last, batch
+    if last is ENDED:
         spent = iter(data) is data
         raise ValueError(
             "data: expected at least one batch, got none"
             + ("; an iterator gives its batches once: pass a list or a DataLoader" if spent else "")
         )
-    yield before
+    if before is not ENDED:
+        if rows_in(last) == 1 < rows_in(before) and (joined := appended(before, last)) is not None:
+            yield joined  # as `in_order` does
+            return
+        yield before
+    yield last
 
 
 def mix(*numbers: int) -> int:

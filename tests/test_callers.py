@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import l3d
+from l3d.data import Batches, in_order
 
 from helpers import assert_relative
 
@@ -111,6 +112,18 @@ def test_what_an_epoch_leaves_over(as_mapping: bool) -> None:
     assert set(d.history["kept_per_sample"][5:]) == {6 / 16}  # floor(.1·16·4 + ½) of sixteen rows in every step
     assert d.evaluate(model, data).n_samples == 33
     assert d.impact(model, data).shape == (33, 4)
+
+
+def test_single_rows_in_between_are_batches() -> None:
+    """Only what an epoch leaves over at its end is left out; a long text alone in its batch is not."""
+    rows = list(points(33).split([16, 1, 15, 1]))
+    batches = Batches(rows, 16, 0)
+    assert [len(batches[step]) for step in range(7)] == [16, 1, 15, 16, 1, 15, 16]
+    assert [len(batch) for batch in in_order(rows, 16)] == [16, 1, 16]
+    assert [len(batch) for batch in in_order(iter(rows[:1]), 16)] == [16]
+    assert [len(batch) for batch in in_order([rows[1], rows[3]], 16)] == [1, 1]
+    alone = Batches([rows[1]], 16, 0)
+    assert [len(alone[step]) for step in range(3)] == [1, 1, 1]
 
 
 def test_batches_without_gradients_are_passed_over(tmp_path: Path) -> None:

