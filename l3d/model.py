@@ -37,9 +37,16 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
             raise ValueError(f"params: no parameter matches {pattern!r}; near matches: {', '.join(near)}")
         chosen.update(id(p) for p in hits)
     selected = {name: p for name, p in model.named_parameters() if id(p) in chosen and p.numel()}
+    held: dict[int, str] = {}
     for name, p in selected.items():
         if not p.is_floating_point():
             raise ValueError(f"params: {name!r} is {p.dtype}; only real floating-point parameters have gradients")
+        other = held.setdefault(p.data_ptr(), name) if p.device.type in ("cpu", "cuda") else name
+        if other != name:  # a move of the one would move the other
+            raise ValueError(
+                f"params: {other!r} and {name!r} are two parameters in the same memory; make them one (assign the "
+                "parameter, not its .data), or choose one of them"
+            )
     return selected
 
 

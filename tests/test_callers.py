@@ -328,6 +328,17 @@ def test_sparse_tables(module: type[nn.Module]) -> None:
         assert_relative(sparse[name], gradient, 1e-6)
 
 
+def test_parameters_in_the_same_memory() -> None:
+    """Tied by their data, each would be moved by what the other is; tied as one parameter they are one."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight.data = model[0].weight.data
+    with pytest.raises(ValueError, match=r"^params: '0.weight' and '2.weight' are two parameters in the same memory"):
+        l3d.extract_gradients(model, points())
+    assert set(l3d.extract_gradients(model, points(), params=["0.weight", "2.bias"]).shapes) == {"0.weight", "2.bias"}
+    model[2].weight = model[0].weight
+    assert set(l3d.extract_gradients(model, points(), params="*weight").shapes) == {"0.weight"}
+
+
 # --- modes --------------------------------------------------------------------------------------------------------
 
 
