@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,12 @@ def test_wandb_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         d = train(callbacks=[log])
         log.on_end({"held_out_error": 0.25})
     (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    record = path.read_bytes()  # protobuf, with every value as JSON text
+    record, deadline = b"", time.monotonic() + 60
+    while (
+        b"held_out_error" not in record and time.monotonic() < deadline
+    ):  # a process of wandb's writes it, a bit later
+        time.sleep(0.05)
+        record = path.read_bytes()  # protobuf, with every value as JSON text
     assert all(json.dumps(error).encode() in record for error in d.history["error"])
     assert all(text in record for text in (b"held_out_error", b"0.25", b"n_subnetworks", b"samples_per_second"))
 
