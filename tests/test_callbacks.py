@@ -105,9 +105,7 @@ def test_wandb_keeps_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         log.on_end({"held_out_error": 0.25})
     (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     record, deadline = b"", time.monotonic() + 60
-    while (
-        b"held_out_error" not in record and time.monotonic() < deadline
-    ):  # a process of wandb's writes it, a bit later
+    while b"held_out_error" not in record and time.monotonic() < deadline:  # by a process of its own
         time.sleep(0.05)
         record = path.read_bytes()  # protobuf, with every value as JSON text
     assert all(json.dumps(error).encode() in record for error in d.history["error"])
