@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from l3d.inputs import appended, describe, tensors_of
+from l3d.inputs import describe, join, rows_in
 
 ENDED = object()  # stands for the batch after the last
 
@@ -83,7 +83,7 @@ class Batches:
             if batch is ENDED:
                 self._stream = None
                 continue
-            self._largest = max(self._largest, rows_in(batch))
+            self._largest = max(self._largest, rows_in(batch) or 0)
             self._streamed += 1
             return batch
         raise ValueError(f"data: the iterable ended after {self._streamed} batches and yields nothing when restarted")
@@ -103,11 +103,6 @@ def check_batch_size(batch_size: Any) -> None:
     """Refuse what is no number of rows."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
-
-
-def rows_in(batch: Any) -> int:
-    """Count the rows of a batch of a stream; 0 where it holds no tensors."""
-    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 0)
 
 
 def count_rows(data: Any) -> int | None:
@@ -171,8 +166,9 @@ def _stream_in_order(data: Any) -> Iterator[Any]:
             + ("; an iterator gives its batches once: pass a list or a DataLoader" if spent else "")
         )
     if before is not ENDED:
-        if rows_in(last) == 1 < rows_in(before) and (joined := appended(before, last)) is not None:
-            yield joined  # as `in_order` does
+        joined = join([before, last]) if rows_in(last) == 1 < (rows_in(before) or 0) else None
+        if joined is not None:  # as `in_order` does
+            yield joined
             return
         yield before
     yield last

@@ -127,8 +127,12 @@ class Extractor:
         pairs, have padding, or differ in more than their rows. What comes is wrong for a model that mixes rows:
         `rows_stay` must have been seen True.
         """
-        whole = join([without_label(batch) for batch in batches])
-        if whole is None or (isinstance(self.reference, Tensor) or self.reference == "pair"):
+        rows = [without_label(batch) for batch in batches]
+        masks = [mask for batch in rows if (mask := padding_mask(batch, self.model)) is not None]
+        whole = join(rows)
+        if whole is None or any((mask == 0).any() for mask in masks):
+            return None
+        if isinstance(self.reference, Tensor) or self.reference == "pair":
             return None
         with self._recording():
             output = self._forward(whole)

@@ -1,6 +1,6 @@
 """What can be told wrong with inputs and outputs before a gradient is taken, in one line each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,17 @@ def describe(inputs: Any) -> str:
     return type(inputs).__name__
 
 
+def rows_in(batch: Any) -> int | None:
+    """Count a batch's rows: the length of its first tensor; None where it holds none."""
+    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), None)
+
+
 def count_rows_of(batch: Any) -> int:
-    """Count a batch's rows: the length of its first tensor. Raises ValueError where it has none."""
-    first = next((tensor for tensor in tensors_of(batch) if tensor.ndim), None)
-    if first is None:
+    """Count a batch's rows. Raises ValueError where it holds no tensor."""
+    n_rows = rows_in(batch)
+    if n_rows is None:
         raise ValueError(f"data: a batch can only be split by rows where it holds tensors, got {type(batch).__name__}")
-    return len(first)
+    return n_rows
 
 
 def without_label(batch: Any) -> Any:
@@ -75,35 +80,31 @@ def without_label(batch: Any) -> Any:
 
 
 def join(batches: Sequence[Any]) -> Any:
-    """Append the rows of several batches: tensors, or mappings of tensors. None where they are not so, or padded.
+    """Append the rows of several batches: tensors, or mappings or tuples of tensors. None where they are not alike.
 
     >>> join([torch.zeros(2, 3), torch.zeros(1, 3)]).shape
     torch.Size([3, 3])
     """
     first = batches[0]
     if isinstance(first, Mapping):
-        if any(batch.keys() != first.keys() for batch in batches):
+        if not all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
             return None
-        if any(bool((batch["attention_mask"] == 0).any()) for batch in batches if "attention_mask" in batch):
+        joined: Any = {key: join([batch[key] for batch in batches]) for key in first}
+        return joined if _have_as_many_rows(joined.values()) else None
+    if isinstance(first, (tuple, list)):
+        if not all(isinstance(batch, (tuple, list)) and len(batch) == len(first) for batch in batches):
             return None
-        joined = {key: join([batch[key] for batch in batches]) for key in first}
-        n_rows = {None if value is None else len(value) for value in joined.values()}
-        return joined if len(n_rows) == 1 and None not in n_rows else None
+        joined = tuple(map(join, zip(*batches, strict=True)))
+        return joined if _have_as_many_rows(joined) else None
     if not all(isinstance(batch, Tensor) and batch.ndim for batch in batches):
         return None
     alike = all(batch.shape[1:] == first.shape[1:] and batch.dtype == first.dtype for batch in batches)
     return torch.cat(list(batches)) if alike else None
 
 
-def appended(batch: Any, more: Any) -> Any:
-    """Append the rows of a batch to another's, of whatever structure: None where they are not alike."""
-    if isinstance(batch, (tuple, list)) and isinstance(more, (tuple, list)) and len(batch) == len(more):
-        parts = [appended(one, other) for one, other in zip(batch, more, strict=True)]
-        return None if any(part is None for part in parts) else tuple(parts)
-    if isinstance(batch, Mapping) and isinstance(more, Mapping) and batch.keys() == more.keys():
-        held = {key: appended(value, more[key]) for key, value in batch.items()}
-        return None if any(part is None for part in held.values()) else held
-    return join([batch, more]) if isinstance(batch, Tensor) and isinstance(more, Tensor) else None
+def _have_as_many_rows(parts: Iterable[Any]) -> bool:
+    n_rows = {None if part is None else rows_in(part) for part in parts}
+    return len(n_rows) == 1 and None not in n_rows
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

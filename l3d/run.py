@@ -238,6 +238,7 @@ class Run:
             if self.step == 0:  # most likely all others are like it
                 raise
             self.step += 1  # units that are off for a whole batch, or rows that are all the same: it says nothing
+            self._exchange(gradients)  # keeps its own time
             return False
         for _ in range(1, settings.updates):  # of one batch, whose extraction is what a step mostly costs
             self._update(gradients, k, rate)

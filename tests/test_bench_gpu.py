@@ -182,7 +182,11 @@ def test_results_of_few_elements_are_drawn_many_times() -> None:
 def test_places_and_fields_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that are not those of the places named fail, as do fields of top-k that are not the twin's."""
     real = checks.lk.project_topk
-    shifted = lambda *a, **b: (kept := real(*a, **b))._replace(columns=kept.columns.roll(1))  # noqa: E731
+
+    def shifted(*arguments: object, **options: object) -> lk.SparseCoefficients:
+        kept = real(*arguments, **options)
+        return kept._replace(columns=kept.columns.roll(1))
+
     monkeypatch.setattr(checks.lk, "project_topk", shifted)
     (made,) = checks.check("project_topk", ODD, "fp32", CPU, torch.Generator().manual_seed(3))
     assert not made.passed

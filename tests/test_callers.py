@@ -1,6 +1,6 @@
 """What callers bring along: their modes, data that wear out or shuffle, models that write into what they are given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import l3d
+from l3d.callbacks import Callback
 from l3d.data import Batches, in_order
+from l3d.exchange import Probe
+from l3d.extract import Extractor
 
 from helpers import assert_relative
 
@@ -138,6 +141,34 @@ def test_batches_without_gradients_are_passed_over(tmp_path: Path) -> None:
         l3d.decompose(network(), [same, *others], out=tmp_path / "run", **SETTINGS)
 
 
+class Interrupting(Callback):
+    def on_step(self, step: int, figures: Mapping[str, float]) -> None:
+        if step == 197:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [3, 9], ids=["in between", "when exchanges are due"])
+def test_batches_without_gradients_among_those_of_an_exchange(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exchanges keep their time and look at as many batches, and an interrupted run goes on to the same bits."""
+    looked_at: list[int] = []
+    take = Probe.take
+    monkeypatch.setattr(Probe, "take", lambda probe: looked_at.append(len(probe.batches)) or take(probe))
+    batches = list(points(160).split(16))
+    batches[at] = points(1).repeat(16, 1)
+    chosen: dict[str, Any] = SETTINGS | {"steps": 400, "checkpoint_every": 45}
+    whole = l3d.decompose(network(), batches, **chosen)
+    assert looked_at == [64, 64]  # after 200 and 300 steps
+    with pytest.raises(KeyboardInterrupt):
+        l3d.decompose(network(), batches, out=tmp_path / "run", callbacks=[Interrupting()], **chosen)
+    resumed = l3d.decompose(network(), batches, out=tmp_path / "run", resume=True, **chosen)
+    assert set(looked_at) == {64}
+    assert all(p.isfinite().all() for p in whole.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert whole.history["step"] == [step for step in range(1, 401) if step % 10 != (at + 1) % 10]
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_a_batch_without_gradients_moves_nothing(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the directions nor what Adam remembers, by either way of taking steps."""
@@ -229,9 +260,13 @@ def test_a_decoder_has_a_mask_of_its_own() -> None:
         inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :length]}
         assert l3d.extract_gradients(model, inputs, "kl", "mean", params="*.q.*").n_samples == 3 * length
         inputs["decoder_attention_mask"] = mask[:, :length]
-        assert l3d.extract_gradients(model, inputs, "kl", "mean", params="*.q.*").n_samples == int(
-            mask[:, :length].sum()
-        )
+        n_samples = int(mask[:, :length].sum())
+        assert l3d.extract_gradients(model, inputs, "kl", "mean", params="*.q.*").n_samples == n_samples
+    seen = {"input_ids": ids, "attention_mask": torch.ones_like(mask), "decoder_input_ids": ids}
+    generators = [torch.Generator() for _ in range(2)]
+    extractor = Extractor(model, "kl", "mean", "*.q.*")
+    assert extractor.several([seen, seen], generators) is not None  # which knows no padding, and says so
+    assert extractor.several([seen | {"decoder_attention_mask": mask}] * 2, generators) is None
 
 
 def test_masks_are_ones_and_zeros() -> None:
