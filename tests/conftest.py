@@ -1,6 +1,7 @@
 """What a test may need and this machine may lack: real data, a GPU. Skips are counted at the end."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip(f"{NO_BROWSER}: chromium is not installed; apt-get install chromium, or set CHROMIUM")
     with Browser(executable, tmp_path_factory.mktemp("profile")) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def _forget_written_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A module that a test writes is not the next test's of the same name."""
+    yield
+    written = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(written):
+            del sys.modules[name]
 
 
 @pytest.fixture
