@@ -11,7 +11,6 @@ memory-mapped when read. Tensors that layers share (the input of q, k and v) are
 smaller than its factors, as in convolutions, it is the gradient that is stored (`l3d.factors.compact`).
 """
 
-import hashlib
 import json
 import os
 import statistics
@@ -30,6 +29,7 @@ from l3d.data import count_rows, take
 from l3d.extract import Extractor
 from l3d.factors import Dense, Gradients, Part, Place, Rows, place_of
 from l3d.files import read_json, replace_text, replacing
+from l3d.identity import digest, leaves
 from l3d.processes import Ranks
 from l3d.settings import Settings
 
@@ -180,13 +180,13 @@ def contents(model: nn.Module, extractor: Extractor, data: Any, settings: Settin
         raise ValueError("cache: needs a divergence with a name; that a callable is the same cannot be told")
     chosen = {name: value for name, value in asdict(settings).items() if name in DECIDING}
     if isinstance(extractor.reference, Tensor):
-        chosen["reference"] = _digest([extractor.reference])
+        chosen["reference"] = digest([extractor.reference])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     named = f"{type(model).__module__}.{type(model).__qualname__} " + " ".join(tensors)
     return {
-        "model": _digest(tensors.values(), named),
+        "model": digest(tensors.values(), named),
         "params": list(extractor.parameters),
-        "data": _digest(_tensors_in(data)),
+        "data": digest(_tensors_in(data)),
         "n_references": n_references,
         **chosen,
     }
@@ -198,27 +198,7 @@ def _tensors_in(data: Any) -> Iterator[Tensor]:
         yield data
         return
     for row in range(count_rows(data) or 0):
-        yield from _leaves(take(data, [row]))
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _leaves(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _leaves(each)
-
-
-def _digest(tensors: Any, text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
-    return digest.hexdigest()
+        yield from leaves(take(data, [row]))
 
 
 def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:

@@ -1,11 +1,14 @@
 """A training run's state in its run folder: all that is needed to go on to the same bits."""
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from l3d import store
 from l3d.decomposition import Decomposition
-from l3d.identity import check_identity
+from l3d.identity import check_identity, digest, leaves
 
 if TYPE_CHECKING:
     from l3d.run import Run
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 def save(run: "Run", folder: store.RunFolder) -> None:
     """Write a checkpoint; of several processes all must call this, and the first writes."""
     tensors, values = run.optimizer.state()
-    state = {"optimizer": values, "recorder": run.recorder.state()}
+    state = {"optimizer": values, "recorder": run.recorder.state(), "seen": _seen(run)}
     decomposition: Decomposition | None = run.decomposition
     if run.ranks is not None:
         decomposition = run.ranks.whole(run.decomposition, run.settings.n_subnetworks)
@@ -41,6 +44,8 @@ def restore(run: "Run", folder: store.RunFolder) -> None:
     ]
     if decomposition.n_subnetworks != run.decomposition.n_subnetworks and "n_subnetworks" not in changed:
         changed.append("n_restarts")
+    own = _seen(run)
+    changed += [name for name, value in own.items() if state.get("seen", own)[name] != value]  # older ones do not tell
     if changed:
         raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
     if decomposition.shapes != run.decomposition.shapes or decomposition.ranks != run.decomposition.ranks:
@@ -51,3 +56,16 @@ def restore(run: "Run", folder: store.RunFolder) -> None:
     run.recorder.load_state(state["recorder"], decomposition.history)
     run.step = state["step"]
     run.seconds = decomposition.timing["seconds"]
+
+
+def _seen(run: "Run") -> dict[str, Any]:
+    """Tell what a run learns from apart from other such: the number of rows, the first batch of them, the reference.
+
+    Rows that are made when they are asked for, a Dataset's or a stream's, may be others each time.
+    """
+    data, reference = run.batches.data, run.extractor.reference
+    rows = digest(leaves(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None
+    return {
+        "data": [run.batches.n_rows, rows],
+        "reference": digest([reference]) if isinstance(reference, Tensor) else None,
+    }

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from l3d.inputs import describe, join, rows_in
+from l3d.whole import check_whole
 
 ENDED = object()  # stands for the batch after the last
 
@@ -30,8 +31,7 @@ class Batches:
     """
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:
-        check_batch_size(batch_size)
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.seed = data, check_whole("batch_size", batch_size), seed
         self.n_rows = count_rows(data)
         if self.n_rows == 0:
             raise ValueError("data: expected at least one sample, got none")
@@ -99,12 +99,6 @@ def batches_per_epoch(n_rows: int, batch_size: int) -> int:
     return max(1, whole + (rest > 1))
 
 
-def check_batch_size(batch_size: Any) -> None:
-    """Refuse what is no number of rows."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected a positive whole number, got {batch_size!r}")
-
-
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for a stream of batches."""
     if isinstance(data, np.ndarray):
@@ -139,7 +133,7 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
 
 def in_order(data: Any, batch_size: int) -> Iterator[Any]:
     """Yield all of the data once, in order; raises ValueError where there is none."""
-    check_batch_size(batch_size)
+    check_whole("batch_size", batch_size)
     n_rows = count_rows(data)
     if n_rows is None:
         yield from _stream_in_order(data)

@@ -4,7 +4,7 @@ Directions in parameter space mean nothing on other weights, so what uses a deco
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,28 @@ def fingerprint(parameter: Tensor) -> str:
     values = parameter.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(values.view(torch.uint8).numpy().data) if len(values) else hashlib.sha256()
     return f"{str(parameter.dtype).removeprefix('torch.')}:{digest.hexdigest()}"
+
+
+def digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    """Return the SHA-256 of a text and of tensors, their types, shapes and entries."""
+    hashed = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        hashed.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        hashed.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return hashed.hexdigest()
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """Walk over the tensors in a batch: a tensor, or mappings, lists and tuples of such."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from leaves(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from leaves(each)
 
 
 def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:

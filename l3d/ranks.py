@@ -6,6 +6,7 @@ from torch import Tensor
 from l3d.factors import Gradients
 from l3d.model import exact_pattern
 from l3d.start import singular
+from l3d.whole import check_whole
 
 SHARE = 0.9  # of the gradients' squared norm that rank="auto" asks the ranks to hold
 MOST = 16  # the largest rank that rank="auto" gives
@@ -29,8 +30,7 @@ def ranks_from_gradients(gradients: Gradients, share: float = SHARE, most: int =
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a fraction in (0, 1], got {share!r}")
-    if not isinstance(most, int) or most < 1:
-        raise ValueError(f"most: expected a positive whole number, got {most!r}")
+    check_whole("most", most)
     count = min(SAMPLES, gradients.n_samples)
     some = gradients.select(torch.arange(count) * gradients.n_samples // count)
     some = some.to(torch.empty(0, dtype=torch.promote_types(some.dtype, torch.float32), device=some.device))

@@ -22,6 +22,7 @@ from l3d.intervention import shifted
 from l3d.model import Params, check_fixed, model_output, select_parameters, to_device
 from l3d.objective import n_kept
 from l3d.samples import Samples, padding_mask
+from l3d.whole import check_whole
 
 # Default δ, as shares of the norm of the decomposed weights: small, for a decomposition says what is so nearby. On
 # stories260k the largest moves outputs by .3 nats, the next (.01) would by 2, as far as another text's are.
@@ -110,8 +111,7 @@ def intervention_ratios(
     Raises ValueError where no subnetwork can be measured, and for arguments out of range.
     """
     for name, value in (("n_rows", n_rows), ("n_samples", n_samples), ("min_active", min_active)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+        check_whole(name, value)
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
     extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
     chosen = {name for name in select_parameters(model, params) if name in decomposition.shapes}

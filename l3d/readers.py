@@ -19,12 +19,6 @@ from torch.utils.data import Dataset
 _TEXTS_AT_ONCE = 256  # handed to the tokenizer together: enough to be quick, few enough to stop early
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless `value` is a whole number, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
-
-
 def read_texts(path: Path, separator: str | None) -> list[str]:
     """Read the non-empty texts of a UTF-8 file, or of all *.txt files below a folder, ordered by name."""
     if not path.exists():

@@ -41,6 +41,7 @@ from l3d.ranks import ranks_from_gradients
 from l3d.settings import Settings, kept_fraction, learning_rate
 from l3d.small import SmallSteps, has_pairs_only
 from l3d.start import draw_samples, set_from_samples
+from l3d.whole import check_whole
 
 
 class Update(NamedTuple):
@@ -142,8 +143,7 @@ class Run:
 
     def use_cache(self, path: str | Path, n_references: int, reads: str) -> None:
         """Repeat the batches of the first `n_references` epochs, reading them from a store where that is faster."""
-        if not isinstance(n_references, int) or n_references < 1:
-            raise ValueError(f"n_references: expected a positive whole number, got {n_references!r}")
+        n_references = check_whole("n_references", n_references)
         own = contents(self.extractor.model, self.extractor, self.batches.data, self.settings, n_references)
         assert self.batches.per_epoch is not None
         seconds = None if self.ahead is None else self.ahead.seconds

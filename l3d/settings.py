@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from l3d.data import batches_per_epoch, check_batch_size
+from l3d.data import batches_per_epoch
+from l3d.whole import check_whole
 
 PRESETS = ("default", "published")
 STARTS = ("random", "data")
@@ -78,9 +79,8 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     chosen = {name: value.item() if isinstance(value, np.generic) else value for name, value in chosen.items()}
     if not (isinstance(chosen["k"], (int, float)) and 0 < chosen["k"] <= 1):
         raise ValueError(f"k: expected a fraction in (0, 1], got {chosen['k']!r}")
-    check_batch_size(chosen["batch_size"])
-    if not (isinstance(chosen["n_subnetworks"], int) and chosen["n_subnetworks"] >= 1):
-        raise ValueError(f"n_subnetworks: expected a positive whole number, got {chosen['n_subnetworks']!r}")
+    for name in ("batch_size", "n_subnetworks", "updates"):
+        check_whole(name, chosen[name])
     if not isinstance(chosen["seed"], int):
         raise ValueError(f"seed: expected a whole number, got {chosen['seed']!r}")
     published = preset == "published"
@@ -89,8 +89,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         steps = 2000
         if published and n_rows is not None:
             steps = 1000 * batches_per_epoch(n_rows, chosen["batch_size"])  # a thousand epochs
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"steps: expected a positive whole number, got {steps!r}")
+    check_whole("steps", steps)
     warm_start = chosen.pop("warm_start")
     warm_start = steps // 10 if warm_start is None else warm_start
     if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
@@ -105,8 +104,6 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         raise ValueError(f"revive: expected True, False or None, got {revive!r}")
     if not isinstance(chosen["shuffle"], bool):
         raise ValueError(f"shuffle: expected True or False, got {chosen['shuffle']!r}")
-    if not (isinstance(chosen["updates"], int) and chosen["updates"] >= 1):
-        raise ValueError(f"updates: expected a positive whole number, got {chosen['updates']!r}")
     lr = chosen.pop("lr")
     lr = (0.01 if published else 0.1) if lr is None else lr
     if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):

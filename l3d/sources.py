@@ -21,8 +21,9 @@ from torch.utils.data import Dataset, Subset
 from l3d.data import count_rows
 from l3d.images import array_rows
 from l3d.pretrained import causal_lm, source_of
-from l3d.readers import check_whole, read_array
+from l3d.readers import read_array
 from l3d.token_data import load_dataset, load_text, load_tokens
+from l3d.whole import check_whole
 
 Data = torch.Tensor | Dataset | Iterable
 Factory = Callable[..., Any]
@@ -189,7 +190,7 @@ def _load_npz(
     size: int | list[int] | None = None,
 ) -> torch.Tensor | Dataset:
     if max_rows is not None:
-        check_whole("max_rows", max_rows, 1)
+        check_whole("max_rows", max_rows)
     return array_rows(read_array(path, key)[:max_rows], mean, std, size)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from l3d.pretrained import first_line, from_pretrained, source_of
-from l3d.readers import TokenRows, array_names, check_whole, read_array, read_texts, token_rows
+from l3d.readers import TokenRows, array_names, read_array, read_texts, token_rows
+from l3d.whole import check_whole
 
 Rows = torch.Tensor | TokenRows
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -61,7 +62,7 @@ def load_dataset(
 def load_tokens(path: Path, model_spec: str | None, key: str | None = None, max_rows: int | None = None) -> Rows:
     """Read rows of token ids from an .npy or .npz file; see `l3d.sources.load_data`."""
     if max_rows is not None:
-        check_whole("max_rows", max_rows, 1)
+        check_whole("max_rows", max_rows)
     array = read_array(path, key, default="input_ids")
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise ValueError(f"expected whole numbers [rows, length], got {array.dtype} {list(array.shape)}")
@@ -112,7 +113,7 @@ def _check_choices(model_spec: str | None, length: int, max_rows: int | None, st
     """Check arguments and return the model's configuration, None where there is none."""
     check_whole("length", length, 2)
     if max_rows is not None:
-        check_whole("max_rows", max_rows, 1)
+        check_whole("max_rows", max_rows)
     for name, value, known in (("start", start, ("every", "first")), ("short", short, ("drop", "pad"))):
         if value not in known:
             raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {value!r}")

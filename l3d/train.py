@@ -21,6 +21,7 @@ from l3d.extract import Extractor
 from l3d.model import Params
 from l3d.run import Run
 from l3d.settings import resolve
+from l3d.whole import check_whole
 
 
 @torch.inference_mode(False)
@@ -155,12 +156,12 @@ def decompose(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         backend=backend,
     )
-    every = max(1, settings.steps // 10) if checkpoint_every is None else checkpoint_every
-    for name, value in (("n_restarts", n_restarts), ("checkpoint_every", every)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    if micro_batch_size is not None and not (isinstance(micro_batch_size, int) and micro_batch_size >= 1):
-        raise ValueError(f"micro_batch_size: expected a positive whole number or None, got {micro_batch_size!r}")
+    every = max(1, settings.steps // 10)
+    if checkpoint_every is not None:
+        every = check_whole("checkpoint_every", checkpoint_every)
+    n_restarts = check_whole("n_restarts", n_restarts)
+    if micro_batch_size is not None:
+        micro_batch_size = check_whole("micro_batch_size", micro_batch_size)
     if resume and (out is None or overwrite):
         raise ValueError("resume: expected the run folder as out, and no overwrite")
     first = next(model.parameters(), None)

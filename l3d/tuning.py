@@ -14,6 +14,7 @@ from l3d.decomposition import Decomposition
 from l3d.intervention import intervene
 from l3d.model import check_fixed, model_output, only_trainable, to_device
 from l3d.store import write_tensors
+from l3d.whole import check_whole
 
 Loss = Callable[[Tensor, Any], Tensor]
 
@@ -85,8 +86,7 @@ def finetune(
     chosen = list(subnetworks)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(decomposition.n_subnetworks)):
         raise ValueError(f"subnetworks: expected different ones of {decomposition.n_subnetworks}, got {chosen}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a positive whole number, got {steps!r}")
+    check_whole("steps", steps)
     if lr is not None and not lr > 0:
         raise ValueError(f"lr: expected a positive number, got {lr!r}")
     check_fixed(model)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from l3d.whole import check_whole
+
 
 class _Block(nn.Module):
     """Two 3×3 convolutions beside a shortcut that has no parameters of its own (option A)."""
@@ -100,8 +102,7 @@ def efficientnet_lite0(weights: str | None = "package", size: int = 224) -> nn.M
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ImportError("efficientnet-lite-pytorch is not installed: pip install 'l3d[zoo]'") from error
-    if not isinstance(size, int) or size < 32:
-        raise ValueError(f"size: expected a whole number of pixels from 32, got {size!r}")
+    size = check_whole("size", size, 32)  # pixels
     model = EfficientNet.from_name("efficientnet-lite0", image_size=size).eval()
     if weights is not None:
         _load_efficientnet(model, _efficientnet_file() if weights == "package" else weights)

@@ -433,6 +433,13 @@ def test_weights_that_are_moved_are_seen_under_autocast() -> None:
 
 def test_numpy_s_numbers_are_numbers() -> None:
     """As loops over np.arange and np.linspace give them."""
-    d = trained(n_subnetworks=np.int64(4), steps=np.int64(30), k=np.float64(0.1), seed=np.int32(0), rank=1)
+    d = trained(
+        n_subnetworks=np.int64(4),
+        steps=np.int64(30),
+        k=np.float64(0.1),
+        seed=np.int32(0),
+        rank=1,
+        n_restarts=np.int64(1),
+    )
     assert d.history["error"] == trained().history["error"]
     assert type(d.settings["steps"]) is int

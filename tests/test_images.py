@@ -129,7 +129,7 @@ def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as refusal:
             load_model("python:l3d.zoo:efficientnet_lite0", weights=str(tmp_path / name))
         assert "\n" not in str(refusal.value)
-    with pytest.raises(ValueError, match="size: expected a whole number of pixels from 32, got 8"):
+    with pytest.raises(ValueError, match="size: expected a whole number from 32, got 8"):
         load_model("python:l3d.zoo:efficientnet_lite0", size=8)
 
 

@@ -219,9 +219,7 @@ def test_a_senseless_size_is_refused() -> None:
     """As every size is, in one line."""
     model, data = language()
     for size in (0, -1, 2.5):
-        with pytest.raises(
-            ValueError, match=rf"micro_batch_size: expected a positive whole number or None, got {size}"
-        ):
+        with pytest.raises(ValueError, match=rf"micro_batch_size: expected a positive whole number, got {size}"):
             l3d.decompose(model, data, micro_batch_size=size, divergence="kl", steps=1)
 
 

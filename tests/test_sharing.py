@@ -107,6 +107,30 @@ def test_a_run_is_not_resumed_on_other_weights(tmp_path: Path) -> None:
         l3d.decompose(network(1), DATA, resume=True, **arguments)
 
 
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    """Nor with other rows, more of them, or another reference; rows that are made when asked for cannot be compared."""
+    arguments: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "progress": False, "checkpoint_every": 2}
+
+    def run(folder: str, data: Any, resume: bool = False, **changed: Any) -> l3d.Decomposition:
+        return l3d.decompose(network(), data, out=tmp_path / folder, resume=resume, **(arguments | changed))
+
+    run("rows", DATA)
+    for other in (DATA + 1, DATA[:-1], TensorDataset(DATA)):
+        with pytest.raises(ValueError, match="resume: data differ from the interrupted run's; pass the same arguments"):
+            run("rows", other, resume=True)
+    run("rows", DATA.clone(), resume=True)
+    run("reference", DATA, reference=torch.zeros(3))
+    with pytest.raises(ValueError, match="resume: reference differ"):
+        run("reference", DATA, resume=True, reference=torch.ones(3))
+    run("dataset", TensorDataset(DATA))
+    run("dataset", TensorDataset(DATA + 1), resume=True)
+    with pytest.raises(ValueError, match="resume: data differ"):
+        run("dataset", TensorDataset(DATA[1:]), resume=True)
+    for state in tmp_path.glob("rows/checkpoints/*/state.json"):
+        state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "seen"}))
+    run("rows", DATA + 1, resume=True)  # one of before these were told
+
+
 def test_a_local_folder_is_named_without_its_path(tmp_path: Path) -> None:
     """Names come from the user, the configuration or the class; a hub's commit comes along."""
     model: Any = network()

@@ -140,7 +140,7 @@ def test_hf_model_and_text_fit_together(data_dir: Path) -> None:
         ({"length": "x"}, "length: expected a whole number from 2, got 'x'"),
         ({"lenght": 8}, "arguments it takes: length, separator, max_rows, tokenizer, start, short"),
         ({"start": "last"}, "start: expected 'every' or 'first', got 'last'"),
-        ({"max_rows": 0}, "max_rows: expected a whole number from 1, got 0"),
+        ({"max_rows": 0}, "max_rows: expected a positive whole number, got 0"),
         ({"rows": 620}, 'rows: expected "START:STOP"'),
         ({"rows": "5000000:"}, "no rows in '5000000:'"),
         ({"tokenizer": "/no/such/folder"}, "tokenizer /no/such/folder: no such folder"),

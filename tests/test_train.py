@@ -962,6 +962,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"revive": 1}, r"revive: expected True, False or None, got 1"),
     ({"n_restarts": 0}, r"n_restarts: expected a positive whole number, got 0"),
     ({"n_restarts": "2"}, r"n_restarts: "),
+    ({"n_restarts": True}, r"n_restarts: expected a positive whole number, got True"),
+    ({"n_subnetworks": True}, r"n_subnetworks: expected a positive whole number, got True"),
     ({"checkpoint_every": 0}, r"checkpoint_every: expected a positive whole number, got 0"),
     ({"seed": 1.5}, r"seed: "),
     ({"seed": "one"}, r"seed: "),
