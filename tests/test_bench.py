@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import exchanges
 from bench.cases import CASES
 
 from helpers import assert_relative
@@ -22,3 +23,16 @@ def test_a_baseline_gives_our_loss_and_gradients(name, method):
     assert_relative(ours, theirs, 1e-9)
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
         assert_relative(a, b, 1e-8)
+
+
+def test_the_bench_of_exchanges_starts_where_it_says() -> None:
+    """Four starts that have hardly trained are far from the circuits, one from the circuits is at them."""
+    made = exchanges.problem("10, with biases", seed=0)
+    short = made._replace(chosen=made.chosen | {"steps": 10})
+    starts = exchanges.train(short, "with", own=False)
+    assert len(starts) == exchanges.STARTS
+    assert all(start.mmcs < 0.8 for start in starts)
+    (start,) = exchanges.train(short, "from the circuits", own=False)
+    assert start.mmcs > 0.95
+    assert start.missed == 0
+    assert start.error < min(start.error for start in starts)

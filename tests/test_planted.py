@@ -1,77 +1,23 @@
 """Circuits planted in networks that nothing else has seen are recovered, by default settings, from any seed.
 
-The weights are set by hand. Feature i enters along a direction u_i, goes through hidden units of its own and leaves
-along v_i; the u_i, and the v_i, are orthonormal but not along the axes. Its circuit is the gradient of its own gain
-<v_i, f(u_i)> by the weights. Features and sizes are drawn by the seed; all gains are alike.
+The weights are set by hand, as in `bench.planted`: there are perceptrons, here also convolutions and embeddings.
+Features and sizes are drawn by the seed; all gains are alike.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import l3d
-
-Direction = dict[str, Tensor]
-
-
-class Planted(NamedTuple):
-    """A network, rows for it, its circuits, and the share of (sample, circuit) pairs in which the circuit acts."""
-
-    model: nn.Module
-    data: Tensor
-    circuits: list[Direction]
-    share: float
-    divergence: str = "mse"
-    reference: str = "sample"
+from bench.planted import Direction, Planted, circuits_of, orthonormal, perceptron, sparse
 
 
-def orthonormal(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw so many orthonormal columns: [n, count]."""
-    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q[:, :count].float()
-
-
-def sparse(n: int, count: int, share: float, generator: torch.Generator, signed: bool = False) -> Tensor:
-    """Draw features [n, count], each present with a probability and then uniform; no row is empty."""
-    values = torch.rand(4 * n, count, generator=generator) * (2 if signed else 1) - (1 if signed else 0)
-    values = values * (torch.rand(values.shape, generator=generator) < share)
-    return values[values.any(1)][:n]
-
-
-def circuits_of(model: nn.Module, alone: Tensor, out: Tensor) -> list[Direction]:
-    """Differentiate each feature's gain by the matrices: alone [i, ..] its input, out [i, O] its output's direction."""
-    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
-    found = []
-    for x, v in zip(alone, out, strict=True):
-        gradients = torch.autograd.grad((model(x[None])[0] * v).sum(), list(weights.values()))
-        found.append(dict(zip(weights, gradients, strict=True)))
-    return found
-
-
-def perceptron(seed: int, n_layers: int, activation: Callable[[], nn.Module], signed: bool = False) -> Planted:
-    """Blocks of two units per feature in every hidden layer, those of the first shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    n = int(torch.randint(7, 12, (), generator=generator))
-    n_inputs, n_outputs = 2 * n, n + 4
-    u, v = orthonormal(n_inputs, n, generator), orthonormal(n_outputs, n, generator)
-    sizes = [n_inputs, *[2 * n] * (n_layers - 1), n_outputs]
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(sizes)):
-        first, last = i == 0, i == n_layers - 1
-        blocks = 0.6 + 0.8 * torch.rand(n, 1 if last else 2, 1 if first else 2, generator=generator)
-        weight = torch.block_diag(*(blocks / torch.linalg.matrix_norm(blocks, 2, keepdim=True)))
-        linear = nn.Linear(a, b, bias=False)
-        linear.weight.data = weight @ u.mT if first else v @ weight if last else weight
-        layers += [linear, activation()]
-    model = nn.Sequential(*layers[:-1])
-    order = torch.randperm(2 * n, generator=generator)
-    model[0].weight.data = model[0].weight.data[order]  # type: ignore[union-attr,operator]
-    model[2].weight.data = model[2].weight.data[:, order]  # type: ignore[union-attr,operator]
-    features = sparse(4000, n, 0.05, generator, signed)
-    return Planted(model.eval(), features @ u.mT, circuits_of(model, u.mT, v.mT), float((features != 0).float().mean()))
+def drawn(seed: int, n_layers: int, activation: Callable[[], nn.Module], signed: bool = False) -> Planted:
+    """A perceptron with 7 to 11 features."""
+    n = int(torch.randint(7, 12, (), generator=torch.Generator().manual_seed(seed)))
+    return perceptron(seed, n, 0.05, n_layers, activation, signed)
 
 
 class Images(nn.Module):
@@ -151,9 +97,9 @@ def mmcs(circuits: list[Direction], decomposition: l3d.Decomposition) -> float:
 
 
 NETWORKS: dict[str, Callable[[int], Planted]] = {
-    "relu": lambda seed: perceptron(seed, 2, nn.ReLU),
-    "deep": lambda seed: perceptron(seed, 3, nn.ReLU),
-    "linear": lambda seed: perceptron(seed, 2, nn.Identity, signed=True),
+    "relu": lambda seed: drawn(seed, 2, nn.ReLU),
+    "deep": lambda seed: drawn(seed, 3, nn.ReLU),
+    "linear": lambda seed: drawn(seed, 2, nn.Identity, signed=True),
     "conv": pictures,
     "embedding": classes,
 }

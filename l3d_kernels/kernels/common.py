@@ -24,6 +24,9 @@ WATCHERS: list[Callable[[str], None]] = []
 # Launches that need memory between two steps cut it into pieces of about this many elements.
 WORKSPACE = 1 << 24
 
+# Programs that CUDA launches along the second or third axis of a grid; along the first it is 2**31 - 1.
+MOST_PROGRAMS = 65_535
+
 # Tests set this to find elements that no kernel wrote: fresh outputs are filled with NaN, or with NOWHERE.
 POISON = False
 NOWHERE = -(1 << 30)  # no index, count or offset
@@ -141,11 +144,20 @@ def float32_precision(highest: bool, kind: str) -> str:
 
 
 def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, **arguments: Any) -> None:
-    """Run a kernel on the tensors' device with the blocks, warps and stages of a row of the table."""
+    """Run a kernel on the tensors' device with the blocks, warps and stages of a row of the table.
+
+    Raises ValueError for a grid that a GPU does not take, whatever the device.
+    """
     if 0 in grid:
         return
+    name = kernel.fn.__name__
+    if max(grid[1:], default=0) > MOST_PROGRAMS:
+        raise ValueError(
+            f"{name}: would be a grid of {tuple(grid)} programs, and GPUs take {MOST_PROGRAMS} at most from the second "
+            "axis on; pass backend='torch', or fewer subnetworks at once"
+        )
     for watcher in WATCHERS:
-        watcher(kernel.fn.__name__)
+        watcher(name)
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))

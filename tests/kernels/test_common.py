@@ -1,11 +1,13 @@
 """Device functions that kernels share, by kernels of a line each."""
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels import common
+from l3d_kernels.kernels.table import Launch
 
 
 @triton.jit
@@ -45,3 +47,12 @@ def test_rounding_to_tf32() -> None:
     errors = (seen[finite].double() - values[finite].double()) / values[finite].double().abs().clamp_min(1e-300)
     assert errors.abs().max() <= 2.0**-11
     assert errors.mul(values[finite].sign()).mean().abs() < 2.0**-15
+
+
+def test_a_grid_that_no_gpu_takes_is_refused() -> None:
+    """One line, before anything runs."""
+    row = Launch({"SIZE": 1}, 1, 1)
+    values, out = torch.ones(1), torch.zeros(1)
+    with pytest.raises(ValueError, match=r"rounding: would be a grid of \(1, 65536\) programs.* backend='torch'"):
+        common.launch(rounding, (1, 65_536), row, values.device, out_ptr=out, in_ptr=values)
+    assert out == 0
