@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 TAKEN = ("index", "gather", "embedding", "index_select", "_embedding_bag")  # read as many elements as they return
 PUT = ("index_put", "scatter", "index_add", "index_put_", "scatter_", "index_add_", "_unsafe_index_put")
 NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "_local_scalar_dense")
+ROUNDS = 50  # of a call that is timed
 
 
 class Counts(NamedTuple):
@@ -91,9 +92,9 @@ def rates() -> Rates:
     return Rates(2 * 512**3 / products, 2 * b.nbytes / copies, _fastest(lambda: one + 1))
 
 
-def _fastest(call: Callable[[], Any], rounds: int = 50) -> float:
+def _fastest(call: Callable[[], Any]) -> float:
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         before = time.process_time()
         call()
         times.append(time.process_time() - before)

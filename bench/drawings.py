@@ -10,6 +10,7 @@ from l3d.plots import INK, NEGATIVE, POSITIVE, RULE, _style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OURS = "l3d torch"  # the provider that others are compared with
 LOOKS = {"published": (NEGATIVE, "s"), "afternoon": (INK, "o"), "l3d triton": (POSITIVE, "D")}  # colour and marker
 
 
@@ -46,12 +47,12 @@ def scaling_curves(rows: list[dict[str, Any]]) -> Figure:
         return figure
 
 
-def ratios(rows: list[dict[str, Any]], baseline: str = "l3d torch") -> Figure:
+def ratios(rows: list[dict[str, Any]]) -> Figure:
     """Draw how much longer other providers take than ours, a line per group.
 
     rows: as in bench/results/suites.json.
     """
-    ours = {row["group"]: row["median"] for row in rows if row["provider"] == baseline}
+    ours = {row["group"]: row["median"] for row in rows if row["provider"] == OURS}
     groups = [group for group in dict.fromkeys(row["group"] for row in rows) if group in ours]
     with _style():
         from matplotlib.figure import Figure
@@ -72,6 +73,6 @@ def ratios(rows: list[dict[str, Any]], baseline: str = "l3d torch") -> Figure:
         axes.grid(color=RULE, alpha=0.3, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"time ÷ {baseline}'s: right of the line ours is faster")
+        axes.set_xlabel(f"time ÷ {OURS}'s: right of the line ours is faster")
         figure.legend(loc="outside upper right", ncols=len(LOOKS), frameon=False)
         return figure

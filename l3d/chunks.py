@@ -17,9 +17,9 @@ import l3d_kernels as lk
 from l3d.costs import Path, choose_paths
 from l3d.directions import Directions, Whole
 from l3d.factors import Gradients, concatenate
-from l3d.objective import Objective, energy, n_kept
+from l3d.objective import Objective, at_pairs, energy, everywhere, n_kept
 from l3d.processes import Ranks
-from l3d.project import project, project_at
+from l3d.project import project
 from l3d_kernels.sparse import sparse_coefficients
 from l3d_kernels.topk import batch_topk_over_columns
 
@@ -122,7 +122,8 @@ def objective_in_chunks(
         entries = slice(*kept.row_offsets[[start, start + chunk.n_samples]].tolist())
         part = _between(kept, start, start + chunk.n_samples, entries)
         start += chunk.n_samples
-        values, overlap = _at_kept(chunk, encoder, decoder, part, path, backend)
+        sums, sampled = everywhere(chunk, (encoder, decoder), path, backend)
+        values, overlap = at_pairs(chunk, (encoder, decoder), sums, part, sampled, backend)
         products[entries] = (values * overlap).detach()
         share = (values * d_leaf[entries]).sum() - 2 * (values * overlap).sum()
         if not share.requires_grad:
@@ -154,26 +155,6 @@ def _between(kept: lk.SparseCoefficients, start: int, stop: int, entries: slice)
     """Take the kept entries of neighbouring samples."""
     rows, columns = kept.rows[entries] - start, kept.columns[entries]
     return sparse_coefficients(kept.values[entries], rows, columns, kept.threshold, (stop - start, kept.shape[1]))
-
-
-def _at_kept(
-    chunk: Gradients,
-    encoder: Directions,
-    decoder: Directions,
-    kept: lk.SparseCoefficients,
-    paths: dict[str, Path],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Return <Vin_k, g_s> and <Vout_k, g_s> at the kept pairs: [N] each, differentiable."""
-    sampled = [name for name, path in paths.items() if path.sampled]
-    direct = [name for name, path in paths.items() if not path.sampled]
-    both = project(chunk, (encoder, decoder), paths, direct, backend)
-    coefficients, overlaps = both.split(encoder.n_subnetworks, dim=1)
-    values, overlap = coefficients[kept.rows, kept.columns], overlaps[kept.rows, kept.columns]
-    if sampled:
-        values = values + project_at(chunk, encoder, kept, sampled, backend)
-        overlap = overlap + project_at(chunk, decoder, kept, sampled, backend)
-    return values, overlap
 
 
 def _energy(

@@ -177,7 +177,7 @@ def impact(
     if isinstance(getattr(data, "sampler", None), RandomSampler):
         raise ValueError("data: this DataLoader shuffles, so that samples have no numbers; pass one with shuffle=False")
     decomposition = _widened(decomposition)
-    seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference)
+    seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference, positions)
     every = _gradients(decomposition, model, data, divergence, reference, None, seeds, any_weights, positions)
     rows: list[Tensor] = []
     for draw, gradients in zip(cycle(range(len(seeds))), every, strict=False):
@@ -217,13 +217,20 @@ def _widened(decomposition: Decomposition) -> Decomposition:
     return copy.deepcopy(decomposition).float()
 
 
-def _draws(decomposition: Decomposition, n_references: int, seed: int, reference: str | Tensor | None) -> list[int]:
+def _draws(
+    decomposition: Decomposition,
+    n_references: int,
+    seed: int,
+    reference: str | Tensor | None,
+    positions: str | int | None = None,
+) -> list[int]:
     """Return the seeds of each batch's repeated draws; one where nothing is drawn."""
     if n_references < 1:
         raise ValueError(f"n_references: expected at least 1, got {n_references}")
     reference = decomposition.settings.get("reference", "sample") if reference is None else reference
     drawn = isinstance(reference, str) and reference == "sample"
-    drawn = drawn or isinstance(decomposition.settings.get("positions", "all"), int)
+    positions = decomposition.settings.get("positions", "all") if positions is None else positions
+    drawn = drawn or isinstance(positions, int)
     return [mix(seed, i) for i in range(n_references if drawn else 1)]
 
 

@@ -1,9 +1,9 @@
 """Per-sample gradients of a model: one forward pass, one backward pass of the whole batch per target position.
 
-No weight gradient is ever computed. Backward passes start at the output (for language models below the last layer's
-attention, since above it one pass serves all positions), stop at the first decomposed layer, and on their way leave
-behind, at each layer that uses a chosen parameter, what came back. With what the layer saw, that is the gradient in
-factors.
+No weight gradient of a layer with a rule is computed. Backward passes start at the output (for language models below
+the last layer's attention, since above it one pass serves all positions), stop at the first decomposed layer, and on
+their way leave behind, at each layer that uses a chosen parameter, what came back. With what the layer saw, that is the
+gradient in factors.
 
 The uses of a parameter are read off the autograd graph (`l3d.graph`); a rule per layer kind turns each into a part
 (`l3d.rules`). Whatever has no rule is pulled back sample by sample, exactly: through its own node if the batch can

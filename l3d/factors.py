@@ -131,7 +131,7 @@ class Gradients:
         return self.n_samples * self.shapes[name].numel() <= max(held, reference.CHUNK)
 
     def materialize(self) -> dict[str, Tensor]:
-        """Multiply everything out: {name: [S, *shape]}. For tests and small models; training never does."""
+        """Multiply everything out: {name: [S, *shape]}. As the model has them; training uses `matrix` and `flat`."""
         return {name: self.matrix(name).reshape(-1, *shape) for name, shape in self.shapes.items()}
 
     def squared_norm(self, backend: str = "auto") -> Tensor:

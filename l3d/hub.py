@@ -56,7 +56,7 @@ def push(
     return str(commit.commit_url)
 
 
-def pull(address: str, token: str | None = None) -> Decomposition:
+def pull(address: str) -> Decomposition:
     """Load a decomposition from "hf://USER/NAME" or "hf://USER/NAME@REVISION"; nothing that it holds is executed.
 
     Raises ValueError in one line where the hub cannot be reached or refuses, or where what came is damaged.
@@ -66,7 +66,7 @@ def pull(address: str, token: str | None = None) -> Decomposition:
     repo, revision = parse(address)
     hub = _client(repo)
     try:
-        folder = hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES), token=token)
+        folder = hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES))
     except Exception as error:  # of the hub's client or its HTTP library, by version
         raise ValueError(f"{SCHEME}{repo}: cannot be downloaded: {_reason(error)}") from error
     if not (Path(folder) / FILES[0]).is_file():

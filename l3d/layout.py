@@ -13,7 +13,7 @@ LAYOUTS = ("major", "minor", "dim1")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the B rows of data lie in a tensor inside the model. It is proved by a probe, never assumed.
+    """How the B rows of data lie in a tensor inside the model. It is read off the graph or proved by a probe.
 
     "major": dimension 0 is B blocks of m rows; "minor": dimension 0 is m blocks of B rows; "dim1": dimension 1
     is B (sequence-first models).

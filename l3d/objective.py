@@ -7,6 +7,7 @@ No reconstruction is formed. Everything on the right is summed over the paramete
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,19 +87,46 @@ def keep(
     backend: str = "auto",
 ) -> tuple[lk.SparseCoefficients, Tensor]:
     """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
-    sampled = [name for name, path in paths.items() if path.sampled]
-    direct = [name for name, path in paths.items() if not path.sampled]
-    # encoder and decoder at once: a gradient that is multiplied out on the fly is so only once
-    both = project(gradients, (encoder, decoder), paths, direct, backend)
-    coefficients, overlaps = both.split(encoder.n_subnetworks, dim=1)
+    sides = encoder, decoder
+    sums, sampled = everywhere(gradients, sides, paths, backend)
     if not sampled:
-        kept = lk.batch_topk(coefficients, n, n_groups, backend=backend)
-        return kept, overlaps[kept.rows, kept.columns]
+        kept = lk.batch_topk(sums[0], n, n_groups, backend=backend)
+        return kept, sums[1][kept.rows, kept.columns]
     with torch.no_grad():
-        kept = project_topk(gradients, encoder, coefficients.detach(), n, paths, sampled, n_groups, backend)
-    values = coefficients[kept.rows, kept.columns] + project_at(gradients, encoder, kept, sampled, backend)
-    kept = kept._replace(values=values)
-    return kept, overlaps[kept.rows, kept.columns] + project_at(gradients, decoder, kept, sampled, backend)
+        kept = project_topk(gradients, encoder, sums[0].detach(), n, paths, sampled, n_groups, backend)
+    values, overlap = at_pairs(gradients, sides, sums, kept, sampled, backend)
+    return kept._replace(values=values), overlap
+
+
+Sides = tuple[Directions, Directions]  # encoder and decoder
+
+
+def everywhere(
+    gradients: Gradients, sides: Sides, paths: dict[str, Path], backend: str
+) -> tuple[tuple[Tensor, ...], list[str]]:
+    """Return both sides' <V_k, g_s> [S, K] over the tensors that are projected everywhere, and the others' names.
+
+    Encoder and decoder at once: a gradient that is multiplied out on the fly is so only once.
+    """
+    direct = [name for name, path in paths.items() if not path.sampled]
+    both = project(gradients, sides, paths, direct, backend)
+    return both.split(sides[0].n_subnetworks, dim=1), [name for name in paths if name not in direct]
+
+
+def at_pairs(
+    gradients: Gradients,
+    sides: Sides,
+    sums: Sequence[Tensor],
+    kept: lk.SparseCoefficients,
+    sampled: list[str],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return <Vin_k, g_s> and <Vout_k, g_s> at the kept pairs, [N] each: `everywhere`'s and the sampled tensors'."""
+    values, overlap = (each[kept.rows, kept.columns] for each in sums)
+    if not sampled:
+        return values, overlap
+    encoder, decoder = (project_at(gradients, side, kept, sampled, backend) for side in sides)
+    return values + encoder, overlap + decoder
 
 
 def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ its K/P subnetworks, their gradients and Adam's moments, from the first step to 
 optimiser exist whole on any device, and K may grow with the number of devices. Per step there travel
 
 * outputs of the model, where references are drawn from the whole batch: S · (size of an output);
-* the gradients' factors, to everybody: Σ S·T·(I+O), far less than the directions' gradients, which data-parallel
+* the gradients' factors, to everybody: Σ S·T·O + B·T·I, far less than the directions' gradients, which data-parallel
   training would sum: 2·K·R·Σ(I+O), and which here never travel;
-* histograms of magnitudes, for a batch top-k that is exact over all ranks (`lk.batch_topk_over_columns`);
+* histograms of magnitudes, for a batch top-k that is exact over all ranks (`batch_topk_over_columns`);
 * for ‖ĝ‖² = Σ_pq c_pᵀ M_pq c_q, the decoder directions that some sample has kept, one rank's at a time: a rank holds
   its own and one visitor's. What a rank needs of the derivative is that of c_pᵀ M_pp c_p + 2 Σ_{q≠p} c_pᵀ M_pq c_q by
   its own c_p and V_p, the visitors' taken as constants: the backward pass exchanges nothing.
@@ -51,10 +51,9 @@ class Ranks:
             return Ranks()
         return None
 
-    def share(self, n: int, rank: int | None = None) -> slice:
-        """Return which of n items a rank (default: this one) owns: neighbours, as many for each as can be."""
-        rank = self.rank if rank is None else rank
-        return slice(n * rank // self.size, n * (rank + 1) // self.size)
+    def share(self, n: int) -> slice:
+        """Return which of n items this rank owns: neighbours, as many for each rank as can be."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def stacked(self, tensor: Tensor) -> Tensor:
         """Stack every rank's tensor, all of one shape: [P, ...]."""

@@ -66,9 +66,9 @@ def project_topk(
     n_groups: int = 1,
     backend: str = "auto",
 ) -> lk.SparseCoefficients:
-    """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K].
+    """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K], at least one name.
 
-    The last tensor's share is added and counted as it is made, so that the selection reads the coefficients once less.
+    The last tensor's share is added and counted as it is made, which saves the selection a pass over the coefficients.
     """
     *others, last = names
     parts = gradients.parts[last]

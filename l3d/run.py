@@ -1,6 +1,7 @@
 """One training run: the loop from a batch's gradients to the next step, and what it carries along.
 
-gradients (read, extracted ahead, or in chunks) ─ loss and derivatives ─► Adam, unit norm ─ record ─ revive the dead
+gradients (read, extracted ahead, or in chunks) ─ loss and derivatives ─► Adam, unit norm ─ record
+    ─ revive the dead ─ exchange what others can stand in for
 """
 
 import math
@@ -45,7 +46,7 @@ from l3d.whole import check_whole
 
 
 class Update(NamedTuple):
-    """What a batch was like before it was learned from."""
+    """A batch's losses, what was kept of it and what was left, before the step."""
 
     losses: list[float]  # [restarts]
     kept: Kept  # of all processes
@@ -317,7 +318,7 @@ class Run:
         if not self.probe.due(step):
             return
         samples = ProbeGradients.of(self.probe.take(), self.decomposition.decoder, settings.backend)
-        part = self.decomposition.part(0, self.n_restarts)
+        part = self.decomposition.part(0, self.n_restarts)  # one for all restarts: to make it takes a millisecond
         for restart in self.probe.turn(step, self.n_restarts):
             first = restart * settings.n_subnetworks
             with torch.no_grad():

@@ -2,7 +2,8 @@
 
 "published" is the paper's recipe: Adam, one absolute step size, times .8 after every tenth of the run, everything
 kept at first. "default" takes steps relative to each factor's own entries, leaves subnetworks alone that a batch does
-not keep, follows a cosine schedule, and lets the kept fraction fall gradually.
+not keep, follows a cosine schedule, lets the kept fraction fall gradually, and gives a new start to subnetworks that
+are dead or that others can stand in for.
 """
 
 import math

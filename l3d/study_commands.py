@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -131,7 +132,7 @@ def intervene(settings: Settings) -> None:
     if "control" in found:
         lines["control run"] = found["control"].ratio
     for name, values in lines.items():
-        print(f"{name}: {len(values)}, median ratio {float(values.median()):.3g}")
+        print(f"{name}: {len(values)}, median ratio {statistics.median(values.tolist()):.3g}")
     print(f"above the random direction: {100 * found[''].share_above_random:.1f} %")
     try:
         paths += write_figure(draw({name: values.tolist() for name, values in lines.items()}), target / "interventions")

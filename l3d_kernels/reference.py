@@ -20,9 +20,9 @@ from torch import Tensor
 
 from l3d_kernels.sparse import SparseCoefficients, from_arrays, sparse_coefficients
 
-# Temporaries are cut into pieces of about this many elements. Measured on one CPU core, a step of one block of
-# TinyStories-8M's shape without its extraction: 957 ms at half of it, 908 ms. On two, loss and gradients of one
-# 256 x 256 tensor: 115 ms at half of it, 172 ms at twice it. At width 64 it makes no difference.
+# Temporaries are cut into pieces of about this many elements. A step of one block of TinyStories-8M's shape, without
+# its extraction, on one CPU core: 957 ms with half of this, 908 ms with this. Loss and gradients of one 256 x 256
+# tensor on two: 115 ms with half of this, 172 ms with twice this. At width 64 it makes no difference.
 CHUNK = 1 << 23
 
 
@@ -258,10 +258,12 @@ def _largest_by_torch(coefficients: Tensor, n: int, n_groups: int) -> tuple[Tens
     return chosen.reshape(n_rows, n_groups * width), thresholds
 
 
-def largest_of_array(coefficients: np.ndarray, n: int, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """`largest` of an array, n > 0, in a tenth of torch.topk's time; None where there are ties to break, or NaN."""
+def _largest_by_numpy(coefficients: Tensor, n: int, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """In a tenth of torch.topk's time; None where there are ties to break, or NaN, or numpy has no such arrays."""
+    if not n or coefficients.device.type != "cpu" or coefficients.dtype not in (torch.float32, torch.float64):
+        return None
     n_rows = len(coefficients)
-    magnitude = np.abs(coefficients)
+    magnitude = np.abs(coefficients.detach().numpy())
     if n_groups > 1:
         magnitude = magnitude.reshape(n_rows, n_groups, -1).swapaxes(0, 1)
     by_group = magnitude.reshape(n_groups, -1)  # [groups, S * columns of a group]
@@ -275,12 +277,6 @@ def largest_of_array(coefficients: np.ndarray, n: int, n_groups: int) -> tuple[n
     if n_groups > 1:
         chosen = chosen.reshape(n_groups, n_rows, -1).swapaxes(0, 1)
     return chosen.reshape(coefficients.shape), thresholds
-
-
-def _largest_by_numpy(coefficients: Tensor, n: int, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
-    if not n or coefficients.device.type != "cpu" or coefficients.dtype not in (torch.float32, torch.float64):
-        return None
-    return largest_of_array(coefficients.detach().numpy(), n, n_groups)
 
 
 def project_topk(
@@ -370,7 +366,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     """Inner products <V_k, V_j> of all directions: [K, K].
 
     left [K, R, O], right [K, R, I]. Formed from the factors, K²R²(I+O) multiply-adds, or from tiles of V,
-    K²·I·O, whichever is less.
+    K(K+R)·I·O, whichever is less.
     """
     n_subnetworks, rank, n_outputs = left.shape
     n_inputs = right.shape[2]
@@ -495,7 +491,6 @@ def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) 
     counts = kept.row_offsets.diff()
     if kept.rows.numel() == 0:
         return left.new_zeros(n_samples) + 0 * (left.sum() + right.sum())
-    energy = left.new_zeros(n_samples)
     longest = int(counts.max())
     slot = torch.arange(longest, device=left.device)
     per_sample = longest * rank * (left.shape[2] + right.shape[2] + 2 * longest * rank)
@@ -510,7 +505,7 @@ def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) 
         weighted = (left[columns] * values[:, :, None, None]).flatten(1, 2)  # [s, m*R, O]
         other = right[columns].flatten(1, 2)  # [s, m*R, I]
         chunks.append(((weighted @ weighted.mT) * (other @ other.mT)).sum((1, 2)))
-    return energy + torch.cat(chunks)
+    return torch.cat(chunks)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:

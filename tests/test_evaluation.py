@@ -200,6 +200,19 @@ def test_an_overriding_reference_decides_whether_anything_is_drawn() -> None:
     assert d.evaluate(model, points(), reference="sample", n_references=5).error != once.error
 
 
+def test_overriding_positions_decide_whether_anything_is_drawn() -> None:
+    """With a fixed reference only positions that are drawn differ between passes, whatever was trained on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).eval()
+    tokens = torch.randint(9, (6, 5))
+    chosen = {"divergence": "kl", "reference": "mean", "steps": 3, "batch_size": 3, "progress": False}
+    d = l3d.decompose(model, tokens, 3, rank=2, k=0.5, **chosen)
+    one, ten = (d.impact(model, tokens, n_references=n, positions=2) for n in (1, 10))
+    assert not torch.equal(one, ten)
+    one, ten = (d.impact(model, tokens, n_references=n) for n in (1, 10))
+    assert torch.equal(one, ten)
+
+
 def test_samples_of_a_language_model_are_positions() -> None:
     """With kl every chosen position of every row is a sample, and rates are per position."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from l3d.intervention import intervene
 from l3d.matching import match
 from l3d.model import Params
 from l3d.toys import Deep, Toy
+from l3d.toys.recovery import cosines
 
 REACH = 0.2  # how far a sweep goes, as a share of the norm of all weights..
 REACH_DEEP = 0.03  # ..and of a deep network's, in which all samples move before long
@@ -117,13 +118,8 @@ def pairwise(toy: Toy, decomposition: Decomposition, owner: Sequence[int], first
 
 def direction_cosines(toy: Toy, directions: Directions) -> Tensor:
     """Return |cos| between the features' circuits and directions, over the circuits' tensors: [features, K]."""
-    found = [directions.tensors(k) for k in range(directions.n_subnetworks)]
-    rows = []
-    for circuit in toy.truth:
-        t = torch.cat([circuit[name].flatten() for name in circuit])
-        v = torch.stack([torch.cat([each[name].flatten() for name in circuit]) for each in found]).detach()
-        rows.append((v @ t).abs() / (v.norm(dim=1) * t.norm()).clamp_min(1e-30))
-    return torch.stack(rows)
+    with torch.no_grad():
+        return cosines(toy.truth, [directions.tensors(k) for k in range(directions.n_subnetworks)])
 
 
 def columns(toy: Toy, decomposition: Decomposition, owner: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

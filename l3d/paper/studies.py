@@ -42,7 +42,7 @@ def tms(seed: int) -> Iterator[Picture]:
         "Grey: where each feature lies in the plane of the two hidden units. Blue: where its subnetwork lies there; "
         f"|cos| is {short(float(cosines['subnetwork'].min()))} at least. Red: what the subnetwork's encoder reads, "
         f"which may turn away from other features: |cos| from {short(float(cosines['encoder'].min()))} on, "
-        f"{short(float(cosines['encoder'].median()))} in the median.",
+        f"{short(statistics.median(cosines['encoder'].tolist()))} in the median.",
         draw.planes(truth, planes["subnetwork"], planes["encoder"], ["in W_in, beside W_out", "in W_out, beside W_in"]),
         {name: values.tolist() for name, values in cosines.items()},
     )
@@ -64,8 +64,8 @@ def tmcs(seed: int) -> Iterator[Picture]:
         "directions",
         "Feature directions",
         f"|cos| of each feature's circuit with each subnetwork, {short(float(own.min()))} at least with its "
-        f"own, and with what each encoder reads, {short(float(read.median()))} in the median: it turns away "
-        "from the other features.",
+        f"own, and with what each encoder reads, {short(statistics.median(read.tolist()))} in the median: it turns "
+        "away from the other features.",
         draw.heat(cosines, "subnetwork, by its feature", "feature's circuit", "|cos|"),
         {name: values.tolist() for name, values in cosines.items()},
     )
@@ -183,8 +183,7 @@ def _means(values: list[int], errors: list[list[float]]) -> str:
 
 
 def _hidden_directions(side: Directions, owner: list[int]) -> list[torch.Tensor]:
-    """Return what each feature's direction has in its column of W_in and in its row of W_out: two of "
-    "[features, 2]."""
+    """Return each feature's part of its direction: its column of W_in and its row of W_out, [features, 2] each."""
     found = [side.tensors(k) for k in owner]
     into = [v["W_in.weight"][:, i].detach() for i, v in enumerate(found)]
     return [torch.stack(into), torch.stack([v["W_out.weight"][i].detach() for i, v in enumerate(found)])]

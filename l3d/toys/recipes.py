@@ -40,8 +40,9 @@ def tms_40_10(seed: int) -> Toy:
     return _superposition("tms_40_10", seed, model, n_points=100_000, steps=3000)
 
 
-def tms_parallel(seed: int, n_copies: int = 3) -> Toy:
+def tms_parallel(seed: int) -> Toy:
     """Build three of 5-2 side by side: one network of block-diagonal matrices, each block trained by itself."""
+    n_copies = 3
 
     def build() -> Network:
         return Superposition(5 * n_copies, 2 * n_copies)

@@ -29,11 +29,15 @@ LIVE = 0.01  # activation rate from which a subnetwork counts as live
 
 
 def similarity(circuits: Circuits, decomposition: "Decomposition", own: bool = False) -> Tensor:
-    """Return |cos| between circuits and subnetworks over the tensors each circuit is given in: [circuits, K].
+    """Return |cos| between circuits and subnetworks: [circuits, K]; see `cosines`."""
+    return cosines(circuits, [decomposition.subnetwork(i) for i in range(decomposition.n_subnetworks)], own)
+
+
+def cosines(circuits: Circuits, found: Circuits, own: bool = False) -> Tensor:
+    """Return |cos| between circuits and directions over the tensors each circuit is given in: [circuits, directions].
 
     Over all entries of those tensors, or over the circuit's `own` alone, those that are not zero in it.
     """
-    found = [decomposition.subnetwork(i) for i in range(decomposition.n_subnetworks)]
     rows = []
     for circuit in circuits:
         t = torch.cat([circuit[name].flatten() for name in circuit])

@@ -13,7 +13,7 @@ import torch
 
 from l3d_kernels.kernels.table import kind_of
 
-FUSED = "fused"  # one kernel, nothing written but the result
+FUSED = "fused"  # one kernel that keeps its products in registers
 CHUNKED = "chunked"  # library products in chunks, and a kernel behind them
 TWIN = "twin"  # plain torch; taken by backend="auto" only
 

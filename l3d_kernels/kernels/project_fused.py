@@ -1,12 +1,12 @@
-"""Coefficients with both products kept in registers: the path of `project` that writes nothing but its result.
+"""Coefficients with both products of a tile kept in registers: the path of `project` that writes none of them.
 
     c[s, k] = Σ_t Σ_r (x[b, t] . right[k, r]) (dy[s, t] . left[k, r]),  b = s // (S // B)      [S, K]
 
 A program makes the coefficients of a few samples and a few subnetworks. A tile's rows are some positions of each of
 its samples (SLOT_T, a power of two), its columns some ranks of each of its subnetworks (SLOT_R); tiles follow one
 another until all positions and ranks were met. Both products stay in registers, are multiplied there and summed by
-sample and subnetwork. Where samples share their sequence, x.right is one library product for each sequence, and the
-tile meets it in the epilogue; for indices that product is a look-up.
+sample and subnetwork. Where samples share their sequence, x.right comes first, from the library, [B·T, K·R], and each
+tile loads its part of it; for indices that product is a look-up.
 """
 
 from typing import Any

@@ -28,7 +28,6 @@ class Launch(NamedTuple):
 
 
 KINDS = ("sm_80", "sm_90", "sm_100", "gfx942")  # what is compiled ahead of time
-CLASSES = ("16", "32", "64")  # bits of an element
 
 # kernel -> {(kind, class): Launch}. A kind or class of None stands for all that have no row of their own. The kind
 # "interpreter" has small blocks: a test's sizes shall need several of them.
