@@ -53,7 +53,14 @@ mean over the true features of the largest |cosine| with a subnetwork; 1 is perf
 given, the toy's own setting holds. NAME all runs every toy over several seeds and writes a table, with the
 published figures beside the measured ones, to DIR/table.md and DIR/results.json.""",
         {
-            "toy": [options.TOY, options.TOY_SEED, options.REDRAWN, options.SEEDS, options.README],
+            "toy": [
+                options.TOY,
+                options.TOY_SEED,
+                options.REDRAWN,
+                options.WEIGHTS_SEED,
+                options.SEEDS,
+                options.README,
+            ],
             "what is learned": options.unset(options.LEARNED),
             "training": options.unset(options.TRAINING),
             "machine": options.unset(options.MACHINE),
@@ -81,7 +88,7 @@ Decompose a model's parameters on data: learn directions in parameter space of w
 rebuild each sample's gradient of the divergence between its output and a reference output.
 The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no better than nothing.""",
         {
-            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT, options.REDRAWN),
+            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT, options.REDRAWN, options.WEIGHTS_SEED),
             "what is learned": options.LEARNED,
             "training": options.TRAINING,
             "memory": options.MEMORY,

@@ -62,8 +62,8 @@ def toy(settings: Settings) -> None:
         for name, value in suite_only.items():
             if value is not None:
                 raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
-    elif settings["random_weights"] or settings["toy_seed"] is not None:
-        raise ValueError("--random_weights and --toy_seed: for one toy, not for l3d toy all")
+    elif settings["random_weights"] or settings["toy_seed"] is not None or settings["weights_seed"] is not None:
+        raise ValueError("--random_weights, --weights_seed and --toy_seed: for one toy, not for l3d toy all")
     out, overwrite = _take_out(settings, f"runs/{settings['name']}")
     if settings["name"] == "all":
         from l3d import study_commands
@@ -206,8 +206,11 @@ def _redraw_if_asked(model: nn.Module, settings: Settings) -> bool:
     from l3d.controls import redraw_
 
     asked: bool = settings.get("random_weights", False)
+    seed = settings.get("weights_seed")
+    if seed is not None and not asked:
+        raise ValueError("--weights_seed: needs --random_weights, whose draw it is")
     if asked:
-        redraw_(model, settings.get("params"), settings.get("seed") or 0)
+        redraw_(model, settings.get("params"), (settings.get("seed") or 0) if seed is None else seed)
     return asked
 
 
@@ -260,8 +263,13 @@ def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
     else:
         names = [option.name for option in (*options.MODEL, *options.DATA, options.HELD_OUT)]
         settings |= {name: job.settings[name] for name in names}
-    settings["random_weights"] = random_weights
+    settings |= {"random_weights": random_weights, "weights_seed": weights_seed(job) if random_weights else None}
     return job._replace(settings=settings, toy=None if random_weights else job.toy)
+
+
+def weights_seed(job: Job) -> int:
+    """Return the seed that all controls of a sweep redraw with: one network, so that seeds of runs can be compared."""
+    return job.settings.get("seed") or 0
 
 
 def model_name(job: Job) -> str | None:

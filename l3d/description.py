@@ -53,7 +53,7 @@ def describe(
 
     Args:
         decomposition, model: as trained.
-        data: a tensor or Dataset of rows, or a list of batches.
+        data: a tensor, mapping of tensors or Dataset of rows, or a list of batches.
         n_rows: how many rows at most, evenly spaced, to look at; a list of batches is looked at whole.
         view: how tokens, classes and images are shown; without it by number.
         activation_rate: [K] P_act, from `evaluate`.
@@ -74,9 +74,7 @@ def describe(
     length = shown.shape[1] if kind == "text" else 1
     source.limit(max(2, IMPACTS_AT_ONCE // (length * decomposition.n_subnetworks)))
     kl = decomposition.settings.get("divergence") == "kl"
-    drawn = isinstance(decomposition.settings.get("positions"), int)
-    positions = "all" if drawn else None
-    found = decomposition.impact(model, source.data, N_REFERENCES, positions=positions, any_weights=any_weights).cpu()
+    found = decomposition.impact(model, source.data, N_REFERENCES, any_weights=any_weights).cpu()
     impacts, at = _by_place(found, source, length)
     tokens = source.inputs() if kind == "text" else None
     contexts = top_contexts(impacts, N_SHOWN, tokens if impacts.shape[1] == length else None)

@@ -165,18 +165,19 @@ def impact(
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,
     any_weights: bool = False,
-    positions: str | int | None = None,
 ) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another. Padding is no sample and has no
-    number: with an `attention_mask`, number s is the s-th of the positions where the mask is not 0. `divergence`,
-    `reference` and `positions` replace the trained ones, and `any_weights` takes a model of other weights, as in
-    `evaluate`. Raises ValueError for a DataLoader that shuffles, whose samples have no order to be numbered in.
+    Samples are numbered in the order of the data, positions of a row one after another: all of them, also where
+    training drew a few, or the last where it took the last. Padding is no sample and has no number: with an
+    `attention_mask`, number s is the s-th of the positions where the mask is not 0. `divergence` and `reference`
+    replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`. Raises ValueError for
+    a DataLoader that shuffles, whose samples have no order to be numbered in.
     """
     if isinstance(getattr(data, "sampler", None), RandomSampler):
         raise ValueError("data: this DataLoader shuffles, so that samples have no numbers; pass one with shuffle=False")
     decomposition = _widened(decomposition)
+    positions = "all" if isinstance(decomposition.settings.get("positions"), int) else None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference, positions)
     every = _gradients(decomposition, model, data, divergence, reference, None, seeds, any_weights, positions)
     rows: list[Tensor] = []
@@ -222,15 +223,14 @@ def _draws(
     n_references: int,
     seed: int,
     reference: str | Tensor | None,
-    positions: str | int | None = None,
+    positions: str | None = None,
 ) -> list[int]:
     """Return the seeds of each batch's repeated draws; one where nothing is drawn."""
     if n_references < 1:
         raise ValueError(f"n_references: expected at least 1, got {n_references}")
     reference = decomposition.settings.get("reference", "sample") if reference is None else reference
     drawn = isinstance(reference, str) and reference == "sample"
-    positions = decomposition.settings.get("positions", "all") if positions is None else positions
-    drawn = drawn or isinstance(positions, int)
+    drawn = drawn or (positions is None and isinstance(decomposition.settings.get("positions", "all"), int))
     return [mix(seed, i) for i in range(n_references if drawn else 1)]
 
 
@@ -243,7 +243,7 @@ def _gradients(
     batch_size: int | None,
     seeds: list[int],
     any_weights: bool = False,
-    positions: str | int | None = None,
+    positions: str | None = None,
 ) -> Iterator[Gradients]:
     """Extract the gradients of all of the data by the decomposition's settings: each batch in order, for every seed."""
     settings = decomposition.settings

@@ -339,6 +339,13 @@ TOY_SEED = Option(
     "SEED",
     "Seed of the toy's network and points. null: that of --seed.",
 )
+WEIGHTS_SEED = Option(
+    "weights_seed",
+    int | None,
+    None,
+    "SEED",
+    "Seed that --random_weights redraws with. null: that of --seed.",
+)
 RANDOM_WEIGHTS = Option(
     "random_weights",
     bool,
@@ -387,7 +394,7 @@ def unset(options: Iterable[Option]) -> list[Option]:
 def expected(name: str) -> str | None:
     """Say what values an option takes; None for an unknown one."""
     studies = (TOY_MODEL, OVER, RANDOM_WEIGHTS, PAPER, INTERVENE_ROWS, SAMPLES, CONTROL)
-    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG, TOY_SEED)
+    added = (*studies, *MEMORY, DRY_RUN, DESCRIBE, LOG, TOY_SEED, WEIGHTS_SEED)
     every = (*DECOMPOSE, *MODEL, *DATA, HELD_OUT, EVALUATE_ROWS, OVERWRITE, COPY, TOY, SEEDS, README, RUN, *added)
     option = next((option for option in every if option.name == name), None)
     if option is None:

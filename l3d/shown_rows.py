@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
-from l3d.data import count_rows
+from l3d.data import count_rows, take
 from l3d.view import plain_inputs
 
 
 class ShownRows:
-    """At most so many rows of a tensor, Dataset or list of batches.
+    """At most so many rows of a tensor, mapping of tensors, Dataset or list of batches.
 
     Attributes:
         data: the rows, as the decomposition's functions take them.
@@ -30,9 +31,9 @@ class ShownRows:
             self.data: Any = batches
             self.numbers = list(range(sum(sizes)))
         else:
-            self._row = data.__getitem__
-            self.numbers = [i * count // min(most, count) for i in range(min(most, count))]
-            self._take(data)
+            self._row = partial(_row_in, data) if isinstance(data, Mapping) else data.__getitem__
+            self._all = data
+            self._keep([i * count // min(most, count) for i in range(min(most, count))])
 
     @property
     def count(self) -> int:
@@ -40,13 +41,14 @@ class ShownRows:
         return len(self.numbers)
 
     def limit(self, most: int) -> None:
-        """Keep the first of the rows only, if there are more than so many; a list of batches is kept whole."""
+        """Keep so many of the rows only, evenly spaced again, if there are more; a list of batches is kept whole."""
         if not isinstance(self.data, list) and self.count > most:
-            self.numbers = self.numbers[:most]
-            self.data = self.data[:most] if isinstance(self.data, Tensor) else Subset(self.data, list(range(most)))
+            self._keep([self.numbers[i * self.count // most] for i in range(most)])
 
-    def _take(self, data: Any) -> None:
-        self.data = data[self.numbers] if isinstance(data, Tensor) else Subset(data, self.numbers)
+    def _keep(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+        by_row = not isinstance(self._all, (Tensor, Mapping))
+        self.data = Subset(self._all, numbers) if by_row else take(self._all, numbers)
 
     def batch(self, rows: Sequence[int]) -> Any:
         """Return rows (numbers below `count`) as the model takes them; labels and contrasts are left out."""
@@ -75,11 +77,16 @@ class ShownRows:
         return self.batch(range(self.count))["attention_mask"] != 0
 
 
+def _row_in(data: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Return one row of a mapping of tensors."""
+    return {name: values[index] for name, values in data.items()}
+
+
 def _row_of(batches: list[Any], sizes: list[int], index: int) -> Any:
     """Return one row of a list of batches."""
     for batch, size in zip(batches, sizes, strict=True):
         if index < size:
             whole = batch[0] if isinstance(batch, (tuple, list)) else batch
-            return {name: v[index] for name, v in whole.items()} if isinstance(whole, Mapping) else whole[index]
+            return _row_in(whole, index) if isinstance(whole, Mapping) else whole[index]
         index -= size
     raise IndexError(index)

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from l3d.readers import read_array
 from l3d.token_data import load_dataset, load_text, load_tokens
 from l3d.whole import check_whole
 
-Data = torch.Tensor | Dataset | Iterable
+Data = torch.Tensor | Mapping[str, torch.Tensor] | Dataset | Iterable
 Factory = Callable[..., Any]
 
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
@@ -68,7 +68,7 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     * "npz:FILE" -> the array `key` (default: "images", else the only one). Images, uint8 [n, H, W, C],
       become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given; with size=224
       (or [height, width]) they are resized as they are read. Other numbers are taken as they are.
-    * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, Dataset or iterable.
+    * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, mapping of tensors, Dataset or iterable.
 
     max_rows (all but python): take only the first so many rows.
     rows: "START:STOP" then keeps a slice, as x[START:STOP] does: "-200:" is the last 200 rows.
@@ -91,7 +91,10 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
             raise FileNotFoundError(f"{spec}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{spec}: {error}") from error
-    scalar = isinstance(data, (str, bytes, dict)) or (isinstance(data, torch.Tensor) and data.ndim == 0)
+    if isinstance(data, Mapping):
+        count_rows(data)  # says what is wrong with it
+        data = dict(data)
+    scalar = isinstance(data, (str, bytes)) or (isinstance(data, torch.Tensor) and data.ndim == 0)
     if scalar or not isinstance(data, (torch.Tensor, Dataset, Iterable)):
         raise ValueError(f"{spec}: expected a tensor, Dataset or iterable, got {type(data).__name__}")
     if rows is not None:
@@ -102,9 +105,11 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
 
 
 def take_rows(data: Data, rows: slice | list[int], name: str = "data") -> Data:
-    """Take some rows of a tensor or a Dataset; raise ValueError for what can only be iterated."""
+    """Take some rows of a tensor, a mapping of tensors or a Dataset; raise ValueError for what can only be iterated."""
     if isinstance(data, torch.Tensor):
         return data[rows]
+    if isinstance(data, Mapping):
+        return {key: value[rows] for key, value in data.items()}
     count = count_rows(data)
     if count is None:
         raise ValueError(f"{name}: rows can only be chosen from a tensor or a Dataset with a length")

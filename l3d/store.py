@@ -183,7 +183,8 @@ def _remove_run(folder: Path) -> None:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite will not touch it; choose another folder")
     for name in ("checkpoints", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = ("config.yaml", "metrics.json", "subnetworks.json", "report.html")
+    files = ["config.yaml", "metrics.json", "subnetworks.json", "report.html"]
+    files += [f"interventions.{ending}" for ending in ("json", "svg", "png")]
     for name in ("decomposition.safetensors", "decomposition.json", *files):
         (folder / name).unlink(missing_ok=True)
     if is_card(folder / CARD):

@@ -83,7 +83,7 @@ def sweep(settings: Settings) -> None:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
         own = commands.standing_alone(job, chosen, point.random_weights)
-        control = redrawn(job.model, chosen.get("params"), chosen.get("seed", 0))
+        control = redrawn(job.model, chosen.get("params"), commands.weights_seed(job))
 
         def write_config(path: Path) -> None:
             run_folder.write_config(path, own.command, own.settings)

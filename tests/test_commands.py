@@ -247,7 +247,11 @@ def test_a_run_folder_is_never_mixed_with_another(user: list[str], capsys: pytes
     assert "run" in refusal(capsys, [*user, "--out", "run"])
     assert [path.name for path in Path("run").iterdir()] == ["mine.txt"]
     assert main([*user, "--out", "first"]) == 0
+    Path("first", "interventions.json").write_text("{}")  # of the run that goes
+    Path("first", "mine.txt").write_text("mine")
     assert main([*user, "--out", "first", "--seed", "1", "--overwrite"]) == 0
+    assert not Path("first", "interventions.json").exists()
+    assert Path("first", "mine.txt").exists()
     config = yaml.safe_load(Path("first", "config.yaml").read_text())
     assert config["seed"] == 1
     assert "overwrite" not in config

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import l3d
 from l3d.decomposition import Decomposition
@@ -142,6 +142,43 @@ def test_few_rows_are_taken_evenly() -> None:
     assert {row["number"] for row in found["rows"].values()} <= set(range(0, 40, 5))
     with pytest.raises(ValueError, match="n_rows: expected at least 2, got 1"):
         l3d.describe(untrained(model, divergence="mse"), model, torch.randn(40, 4), n_rows=1)
+
+
+def test_rows_are_even_where_memory_allows_but_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first ones: what can be held is spread over the data too."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    d = untrained(model, divergence="mse")
+    monkeypatch.setattr(l3d.description, "IMPACTS_AT_ONCE", 8 * d.n_subnetworks)
+    for data in (torch.randn(40, 4), TensorDataset(torch.randn(40, 4))):
+        found = l3d.describe(d, model, data, n_rows=20)
+        assert found["n_rows"] == 8
+        assert {row["number"] for row in found["rows"].values()} <= {0, 4, 10, 14, 20, 24, 30, 34}
+
+
+def test_a_mapping_of_tensors_is_described_as_a_dataset_is() -> None:
+    """Rows by name, as decompose and the rest take them; also where each is a token row with its mask."""
+    torch.manual_seed(0)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model, rows = Named().eval(), torch.randn(30, 4)
+    d = untrained(model, divergence="mse")
+
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"x": rows[index]}
+
+    assert l3d.describe(d, model, {"x": rows}, n_rows=10) == l3d.describe(d, model, Rows(), n_rows=10)
 
 
 def test_the_rows_looked_at_are_few_beside_those_trained_on() -> None:

@@ -200,19 +200,6 @@ def test_an_overriding_reference_decides_whether_anything_is_drawn() -> None:
     assert d.evaluate(model, points(), reference="sample", n_references=5).error != once.error
 
 
-def test_overriding_positions_decide_whether_anything_is_drawn() -> None:
-    """With a fixed reference only positions that are drawn differ between passes, whatever was trained on."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).eval()
-    tokens = torch.randint(9, (6, 5))
-    chosen = {"divergence": "kl", "reference": "mean", "steps": 3, "batch_size": 3, "progress": False}
-    d = l3d.decompose(model, tokens, 3, rank=2, k=0.5, **chosen)
-    one, ten = (d.impact(model, tokens, n_references=n, positions=2) for n in (1, 10))
-    assert not torch.equal(one, ten)
-    one, ten = (d.impact(model, tokens, n_references=n) for n in (1, 10))
-    assert torch.equal(one, ten)
-
-
 def test_samples_of_a_language_model_are_positions() -> None:
     """With kl every chosen position of every row is a sample, and rates are per position."""
     torch.manual_seed(0)
@@ -225,7 +212,22 @@ def test_samples_of_a_language_model_are_positions() -> None:
         found = d.evaluate(model, tokens)
         assert found.n_samples == 6 * per_row
         assert found.kept_per_sample == pytest.approx(1.5, abs=1 / (3 * per_row))
-        assert d.impact(model, tokens, n_references=2).shape == (6 * per_row, 3)
+        numbered = 5 if positions == 2 else per_row
+        assert d.impact(model, tokens, n_references=2).shape == (6 * numbered, 3)
+
+
+def test_drawn_positions_have_all_of_them_numbered() -> None:
+    """Each draw picks others, so that a number would mean another position in each: all are looked at instead."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).eval()
+    tokens = torch.randint(9, (6, 5))
+    chosen = {"divergence": "kl", "reference": "mean", "steps": 3, "batch_size": 3, "progress": False}
+    d = l3d.decompose(model, tokens, 3, rank=2, k=0.5, positions=2, **chosen)
+    gradients = [l3d.extract_gradients(model, rows, "kl", "mean") for rows in tokens.split(3)]
+    expected = torch.cat([d.encode(each).abs() for each in gradients])  # nothing is drawn
+    assert torch.equal(d.impact(model, tokens), expected)
+    found = l3d.top_samples(d, model, tokens, n=4)
+    assert torch.equal(found.indices, expected.topk(4, dim=0).indices.mT)
 
 
 def test_the_model_and_the_decomposition_are_left_as_they_were() -> None:

@@ -55,6 +55,22 @@ def test_python_model_is_in_evaluation_mode_and_gets_its_arguments(factories: st
     assert not any(module.training for module in model.modules())
 
 
+def test_a_factory_may_return_tensors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tokenizer does, whose result is a mapping but no dict; rows are taken from all of them."""
+    (tmp_path / "by_name.py").write_text(
+        "import collections, torch\n"
+        "def rows(n=4):\n"
+        "    return collections.UserDict(input_ids=torch.arange(8).view(4, 2), attention_mask=torch.ones(n, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = load_data("python:by_name:rows", rows="1:3")
+    assert isinstance(found, dict)
+    assert found["input_ids"].tolist() == [[2, 3], [4, 5]]
+    assert found["attention_mask"].shape == (2, 2)
+    with pytest.raises(ValueError, match="expected a mapping of tensors with one row for each sample"):
+        load_data("python:by_name:rows", n=3)
+
+
 def test_python_search_leaves_the_path_as_it_was(factories: str) -> None:
     """The working directory is searched during the call only, also when the call fails."""
     before = list(sys.path)

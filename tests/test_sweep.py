@@ -151,7 +151,10 @@ def test_a_sweeps_runs_are_run_folders_like_any(
     """Every other command takes one: the toy is that of the sweep's seed, whatever the run's own is."""
     monkeypatch.chdir(tmp_path)
     arguments = ["sweep", "--toy", "tms", "--steps", "12", "--n_restarts", "1", "--evaluate_rows", "64"]
-    assert main([*arguments, "--over.seed", "[3]", "--random_weights", "--out", "s"]) == 0
+    assert main([*arguments, "--over.seed", "[3,5]", "--random_weights", "--out", "s"]) == 0
+    weights = [l3d.load(f"s/runs/seed={seed},random").base_model["parameters"] for seed in (3, 5)]
+    assert weights[0] == weights[1]  # of one network: else how alike they are would be no figure of seeds
+    assert weights[0] != l3d.load("s/runs/seed=3").base_model["parameters"]
     run = Path("s/runs") / ("seed=3,random" if random_weights else "seed=3")
     metrics = json.loads((run / "metrics.json").read_text())
     assert {"steps_per_second", "peak_memory_bytes", "environment"} <= set(metrics)
