@@ -46,7 +46,8 @@ def model_card(header: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         lines.append(f"| `{_plain(parameter)}` | {shape} | {ranks} | {hashes.get(parameter, 'unknown')} |")
     lines += ["", "| setting | value |", "|---|---|"]
     lines += [f"| {key} | {_plain(settings[key])} |" for key in _SETTINGS if key in settings]
-    rows = {label: figures[key] for key, label in _FIGURES.items() if isinstance(figures.get(key), (int, float))}
+    labels = _FIGURES | ({"error": "error on other data"} if "evaluated_on" in figures else {})
+    rows = {label: figures[key] for key, label in labels.items() if isinstance(figures.get(key), (int, float))}
     errors = header.get("history", {}).get("error", [])
     if "error" not in figures and errors:
         rows = {"error of the last training batches": errors[-1], **rows}

@@ -66,7 +66,9 @@ def write_results(run: Path, metrics: Mapping[str, Any], described: Mapping[str,
 
     paths = {"metrics": run_folder.write_metrics(run, metrics)}
     renew_card(run, metrics)
-    if described is not None:
+    if described is None:
+        described = run_folder.with_rates(run_folder.read_subnetworks(run), metrics["activation_rate"])
+    if described:
         paths["subnetworks"] = run_folder.write_subnetworks(run, described)
     try:
         paths["report"] = write_report(run)

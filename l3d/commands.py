@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,9 +78,20 @@ def resume(settings: Settings) -> None:
     """Go on with an interrupted run from its last checkpoint."""
     run, target = find_run(settings)
     job = reload(run, {})
-    if target != run and is_first():
+    copied = target != run and is_first()
+    if copied:
         run_folder.copy_run(run, target)
-    _train(job, target, resume=True)
+    try:
+        _train(job, target, resume=True)
+    except ValueError:
+        if copied and _checkpoint_name(target) == _checkpoint_name(run):  # refused: the copy is worth nothing
+            shutil.rmtree(target)
+        raise
+
+
+def _checkpoint_name(run: Path) -> str | None:
+    last = run_folder.last_checkpoint(run)
+    return None if last is None else last.name
 
 
 def evaluate(settings: Settings) -> None:
@@ -90,7 +102,7 @@ def evaluate(settings: Settings) -> None:
     names = ("evaluate_rows", "describe", "device")
     changes = {name: settings[name] for name in names if settings[name] is not None}
     if settings["data"] is not None:
-        changes |= {"data": settings["data"], "data_args": settings["data_args"] or {}, "held_out": 0}
+        changes |= {"data": settings["data"], "data_args": _data_args(run, settings), "held_out": 0}
     elif settings["data_args"] is not None:
         raise ValueError("--data_args: needs --data, to which they belong")
     job = reload(run, changes)
@@ -106,6 +118,21 @@ def evaluate(settings: Settings) -> None:
     if target != run:
         run_folder.copy_run(run, target)
     write_results(target, metrics, described)
+
+
+def _data_args(run: Path, settings: Settings) -> Settings:
+    """Return the arguments of --data: those given, else how the run's own data of the same kind are read."""
+    if settings["data_args"] is not None:
+        given: Settings = settings["data_args"]
+        return given
+    own = read_settings(run_folder.read_command(run), run)
+    kind = settings["data"].partition(":")[0]
+    if kind == "python" or kind != str(own.get("data")).partition(":")[0]:
+        return {}
+    kept = {name: value for name, value in own["data_args"].items() if name not in ("rows", "max_rows")}
+    if kept:
+        print(f"l3d: --data_args as in the run: {', '.join(kept)} (--data_args {{}} for none)", file=sys.stderr)
+    return kept
 
 
 def report(settings: Settings) -> None:
@@ -165,6 +192,9 @@ def reload(run: Path, changes: Settings) -> Job:
     settings = read_settings(command, run)
     for name in ("out", "overwrite", "dry_run"):
         settings.pop(name, None)
+    for name in ("name",) if command == "toy" else ("model", "data"):
+        if not isinstance(settings.get(name), str):
+            raise ValueError(f"{run / run_folder.CONFIG}: {name}: expected a text, got {settings.get(name)!r}")
     if command == "toy" and "data" in changes:
         raise ValueError("--data: a toy has its own data")
     return load_toy(settings | changes) if command == "toy" else load(settings | changes)
@@ -176,6 +206,9 @@ def load(settings: Settings) -> Job:
     data = load_data(settings["data"], model_spec=settings["model"], **settings["data_args"])
     _redraw_if_asked(model, settings)
     n_held_out = settings["held_out"]
+    for name in ("held_out", "evaluate_rows"):
+        if settings.get(name) == 1:
+            raise ValueError(f"--{name}: expected at least 2 rows: one alone has no other to refer to")
     if n_held_out == 0:
         return Job("decompose", settings, model, data, None, None)
     count = count_rows(data)
@@ -191,6 +224,8 @@ def load_toy(settings: Settings) -> Job:
     """Make the toy that settings name, and complete them by its own."""
     from l3d import toys
 
+    if settings.get("evaluate_rows") == 1:
+        raise ValueError("--evaluate_rows: expected at least 2 rows: one alone has no other to refer to")
     seed = settings["seed"] or 0
     own_seed = settings.get("toy_seed")
     made = toys.make(settings["name"], seed=seed if own_seed is None else own_seed)
@@ -345,5 +380,8 @@ def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = Fal
     if job.held_out is not None:
         figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, **options).error)
     if job.toy is not None:
-        figures |= job.toy.recovery(d)
+        try:
+            figures |= job.toy.recovery(d)
+        except ValueError as error:  # --params left out what it looks at
+            print(f"l3d: {error}", file=sys.stderr)
     return figures

@@ -5,6 +5,7 @@ those and on some of the rest, for the subnetwork and for a random direction of 
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -107,11 +108,19 @@ def intervention_ratios(
         seed: of references, samples and random directions; default the decomposition's.
         any_weights: go on where the model's weights are others than those decomposed.
 
-    Cost: a forward pass of at most 2·n_samples rows per subnetwork, δ and direction.
+    Cost: a forward pass of at most 2·n_samples rows per subnetwork, δ and direction. Warns of a model in bfloat16 or
+    float16, most of whose weights a small step leaves as they are.
     Raises ValueError where no subnetwork can be measured, and for arguments out of range.
     """
     for name, value in (("n_rows", n_rows), ("n_samples", n_samples), ("min_active", min_active)):
         check_whole(name, value)
+    narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow:
+        warnings.warn(
+            f"intervention_ratios: the model holds {', '.join(sorted(narrow))}, which rounds such small steps away; "
+            "measure on model.float() with any_weights=True",
+            stacklevel=2,
+        )
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
     extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
     chosen = {name for name in select_parameters(model, params) if name in decomposition.shapes}

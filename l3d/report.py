@@ -23,7 +23,7 @@ from l3d import plots
 from l3d.files import replace_text
 from l3d.formats import duration, figure, percent, size
 from l3d.report_table import common_prefix, make_table
-from l3d.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_metrics, read_subnetworks
+from l3d.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_metrics, read_ratios, read_subnetworks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,8 +79,12 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     if described and len(described["subnetworks"]) != d.n_subnetworks:
         got = len(described["subnetworks"])
         raise ValueError(f"{folder / SUBNETWORKS}: expected {d.n_subnetworks} subnetworks, got {got}")
+    ratios = read_ratios(folder)
+    for k, seen in enumerate(described.get("subnetworks", ())):
+        if k in ratios:
+            seen["intervention_ratio"] = ratios[k]
     prefix = common_prefix(list(shapes))
-    table = make_table(d, rates, described, prefix)
+    table = make_table(d, rates, described, prefix, ratios)
     history = {key: list(values) for key, values in d.history.items()}
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
 
@@ -151,9 +155,10 @@ _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label
 
 def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
     """Return those of the figures that belong at the top of the page, in the order of _HEADLINES."""
+    other = {"error": "error on other data"} if "evaluated_on" in figures else {}
     return [
         Headline(
-            label,
+            other.get(key, label),
             "not finite" if figures[key] is None else shown(figures[key]),
             json.dumps(figures[key]),
             note,

@@ -41,12 +41,16 @@ class Table(NamedTuple):
 
 
 def make_table(
-    d: Decomposition, rates: Sequence[float] | None, described: Mapping[str, Any], prefix: str = ""
+    d: Decomposition,
+    rates: Sequence[float] | None,
+    described: Mapping[str, Any],
+    prefix: str = "",
+    ratios: Mapping[int, float] | None = None,
 ) -> Table:
     """Return one row per subnetwork.
 
     rates: [K] activation rates. described: what `l3d.describe` returned, empty where nothing was described. prefix: to
-    be left out of the tensors' names.
+    be left out of the tensors' names. ratios: intervention ratios by subnetwork, in the place of those described.
     """
     names = [name.removeprefix(prefix) for name in d.parameter_names]
     shares = squared_shares(d)
@@ -64,7 +68,7 @@ def make_table(
             [entry_name(described, entry) for entry, _ in seen.get(side, ())[:N_MOVES]]
             for side in ("raised", "lowered")
         )
-        ratio = seen.get("intervention_ratio")
+        ratio = (ratios or {}).get(i, seen.get("intervention_ratio"))
         rate = None if rates is None else rates[i]
         words = acts_on(described, seen)
         rows.append(Row(i, rate, seen.get("impact"), ratio, words, raised, lowered, names[main[i]], row))

@@ -31,6 +31,7 @@ from l3d.extract import Extractor
 from l3d.factors import Gradients, concatenate
 from l3d.flat import flattened, is_small
 from l3d.identity import identity
+from l3d.lock import release
 from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import to_device
 from l3d.modes import own_precision
@@ -136,8 +137,12 @@ class Run:
 
         def opened() -> store.RunFolder:
             folder = store.RunFolder.open(out, overwrite, resume)
-            if on_start is not None:
-                on_start(folder.path)
+            try:
+                if on_start is not None:
+                    on_start(folder.path)
+            except BaseException:
+                release(folder.path)
+                raise
             return folder
 
         return opened() if self.ranks is None else self.ranks.agreed(opened)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from l3d.files import read_json, replace_text
+from l3d.lock import LOCK
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 SUBNETWORKS = "subnetworks.json"
 REPORT = "report.html"
+INTERVENTIONS = "interventions.json"
 SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
 
 
@@ -66,7 +68,14 @@ def read_metrics(run: Path) -> dict[str, Any]:
     path = run / METRICS
     if not path.is_file():
         return {}
-    return read_json(path)
+    found = read_json(path)
+    rates = found.get("activation_rate", [])
+    if not isinstance(rates, list) or not all(isinstance(rate, (int, float)) for rate in rates):
+        raise ValueError(f"{path}: activation_rate: expected a list of numbers")
+    for name in ("error", "held_out_error", "kept_per_sample", "dead_fraction", "seconds"):
+        if not isinstance(found.get(name, 0.0), (int, float, type(None))):
+            raise ValueError(f"{path}: {name}: expected a number, got {found[name]!r}")
+    return found
 
 
 def write_subnetworks(run: Path, described: Mapping[str, Any]) -> Path:
@@ -83,6 +92,30 @@ def read_subnetworks(run: Path) -> dict[str, Any]:
     if found.get("format") != SUBNETWORKS_FORMAT or not isinstance(found.get("subnetworks"), list):
         raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {found.get('format')!r}")
     return found
+
+
+def read_ratios(run: Path) -> dict[int, float]:
+    """Read intervention ratios by subnetwork from RUN/interventions.json; none where they were not measured."""
+    path = run / INTERVENTIONS
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    try:
+        pairs = zip(found["subnetworks"], found["ratio"], strict=True)
+        return {int(k): float(ratio) for k, ratio in pairs if ratio is not None}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not what l3d intervene writes ({error})") from error
+
+
+def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str, Any]:
+    """Return what was described of subnetworks with other activation rates [K]; nothing where they are not as many."""
+    each = described.get("subnetworks", [])
+    if len(each) != len(rates):
+        return {}
+    return {
+        **described,
+        "subnetworks": [seen | {"activation_rate": rate} for seen, rate in zip(each, rates, strict=True)],
+    }
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -115,7 +148,7 @@ def check_copy(run: Path, out: Path) -> None:
 def copy_run(run: Path, out: Path) -> None:
     """Copy a run folder to `out`, which check_copy has allowed."""
     check_copy(run, out)
-    shutil.copytree(run, out, dirs_exist_ok=True)
+    shutil.copytree(run, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
 
 
 def _finite(value: Any) -> Any:

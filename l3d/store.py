@@ -23,6 +23,7 @@ from torch import Tensor
 from l3d.card import CARD, is_card, write_card
 from l3d.decomposition import Decomposition
 from l3d.files import read_json, replace_text, replacing
+from l3d.lock import LOCK, check_free, claim
 
 FORMAT = "l3d-decomposition-1"
 
@@ -126,17 +127,19 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, overwrite: bool, resume: bool) -> "RunFolder":
-        """Make the folder, or check that it may be used."""
+        """Make the folder, or check that it may be used, and claim it for this process until `l3d.lock.release`."""
         folder = Path(path)
+        check_free(folder)
         if resume and not (folder / "checkpoints").is_dir():
             raise FileNotFoundError(f"out: nothing to resume in {folder}; it holds no checkpoints")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out: {folder} is a file; name a folder")
-        if folder.exists() and any(folder.iterdir()) and not resume:
+        if folder.exists() and any(each.name != LOCK for each in folder.iterdir()) and not resume:
             if not overwrite:
                 raise ValueError(f"out: {folder} is not empty; choose another folder or pass overwrite")
             _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
         return cls(folder)
 
     def checkpoints(self) -> list[Path]:

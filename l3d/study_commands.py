@@ -14,11 +14,11 @@ from typing import Any
 from l3d import commands, options, run_folder
 from l3d.command_output import environment
 from l3d.files import replace_text
+from l3d.lock import check_free
 from l3d.sources import absolute
 
 Settings = dict[str, Any]
 
-INTERVENTIONS = "interventions.json"
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
 
@@ -31,18 +31,27 @@ def toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -
 
     if readme is not None:
         replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
+    for option in (options.LOG, options.DESCRIBE, options.EVALUATE_ROWS):
+        if settings[option.name] != option.default:
+            raise ValueError(f"--{option.name}: for one toy, not for l3d toy all")
+    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
+        raise ValueError(f"--out: {out} holds no results of l3d toy all, so --overwrite will not touch it")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
     arguments = {name: settings[name] for name in names if settings[name] is not None}
     first = settings["seed"] or 0
     seeds = range(first, first + n_seeds)
-    results = suite.run_suite(seeds, suite.EXPERIMENTS, tell=lambda line: print(line, file=sys.stderr), **arguments)
-    table = suite.to_markdown(results, suite.EXPERIMENTS)
-    out.mkdir(parents=True, exist_ok=True)
-    holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds), "arguments": arguments}
-    paths = [
-        replace_text(out / "table.md", table),
-        replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
-    ]
+    results: suite.Results = {}
+    for done, seed in enumerate(seeds, start=1):  # what is done stays, whatever happens to the rest
+        suite.run_suite(
+            [seed], suite.EXPERIMENTS, results=results, tell=lambda line: print(line, file=sys.stderr), **arguments
+        )
+        table = suite.to_markdown(results, suite.EXPERIMENTS)
+        holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds[:done]), "arguments": arguments}
+        paths = [
+            replace_text(out / "table.md", table),
+            replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
+        ]
     if readme is not None:
         paths.append(replace_between(Path(readme), TABLE_MARKS, table))
     print(table)
@@ -80,6 +89,7 @@ def sweep(settings: Settings) -> None:
 
     def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
         chosen = {name: job.settings[name] for name in names if name in job.settings} | point.values
+        check_free(folder)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
         own = commands.standing_alone(job, chosen, point.random_weights)
@@ -110,14 +120,15 @@ def intervene(settings: Settings) -> None:
     from l3d.plots import intervention_ratios as draw
     from l3d.plots import write_figure
     from l3d.ratios import InterventionRatios
+    from l3d.report import write_report
     from l3d.store import to_json
 
     run, target = commands.find_run(settings)
     job = commands.reload(run, {})
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
+    loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
     found: dict[str, InterventionRatios] = {}
-    for name, folder in runs.items():
-        d = l3d.load(folder).to(next(job.model.parameters()).device)
+    for name, d in loaded.items():
         found[name] = l3d.intervention_ratios(
             d, job.model, job.data, n_rows=settings["rows"], n_samples=settings["samples"]
         )
@@ -127,7 +138,7 @@ def intervene(settings: Settings) -> None:
     for name, ratios in found.items():
         figures = ratios.as_dict()
         holds |= {name: {"run": str(runs[name]), **figures}} if name else figures
-    paths = [replace_text(target / INTERVENTIONS, to_json(holds))]
+    paths = [replace_text(target / run_folder.INTERVENTIONS, to_json(holds))]
     lines = {"subnetworks": found[""].ratio, "random directions": found[""].random_ratio}
     if "control" in found:
         lines["control run"] = found["control"].ratio
@@ -136,6 +147,8 @@ def intervene(settings: Settings) -> None:
     print(f"above the random direction: {100 * found[''].share_above_random:.1f} %")
     try:
         paths += write_figure(draw({name: values.tolist() for name, values in lines.items()}), target / "interventions")
+        if (target / run_folder.REPORT).is_file():  # which has a column for them
+            paths.append(write_report(target))
     except ImportError as error:
         print(f"no plot: {error}")
     for path in paths:
@@ -155,5 +168,6 @@ def paper(settings: Settings) -> None:
             raise ValueError(f"--out: {out} exists and is not an empty folder")
         if not (out / MARK).is_file():
             raise ValueError(f"--out: {out} holds no figures of l3d, so --overwrite will not touch it")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     for path in write_figures(name, out, settings["seed"]):
         print(f"written: {path}")

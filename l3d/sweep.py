@@ -20,6 +20,7 @@ from l3d.matching import consistency
 from l3d.run_folder import METRICS, last_checkpoint, read_metrics, write_metrics
 from l3d.store import load, to_json
 from l3d.toys.suite import short
+from l3d.whole import check_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +65,11 @@ def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> l
             raise ValueError(f"over.{name}: expected a list of different values, got {values!r}")
         if any(isinstance(value, (dict, list)) for value in values):
             raise ValueError(f"over.{name}: expected numbers (or rank auto), got {values!r}")
+        for value in values:  # before the first run, not at the one that has it
+            if name == "k" and not (isinstance(value, (int, float)) and 0 < value <= 1):
+                raise ValueError(f"over.k: expected fractions in (0, 1], got {value!r}")
+            if name == "n_subnetworks" or (name == "rank" and value != "auto"):
+                check_whole(f"over.{name}", value)
     names = [name for name in OVER if name in over]
     combinations = [dict(zip(names, each, strict=True)) for each in itertools.product(*(over[name] for name in names))]
     return [

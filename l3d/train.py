@@ -18,6 +18,7 @@ from l3d.data import count_rows
 from l3d.decomposition import Decomposition
 from l3d.divergence import Divergence
 from l3d.extract import Extractor
+from l3d.lock import release
 from l3d.model import Params
 from l3d.run import Run
 from l3d.settings import resolve
@@ -170,6 +171,7 @@ def decompose(
     home = first.device
     target = home if device is None else torch.device(device)
     model.to(target)
+    folder = None
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
         run = Run(settings, extractor, data, target, n_restarts, micro_batch_size, recompute, model_name)
@@ -187,11 +189,13 @@ def decompose(
             run.train(heard, folder, every)
         if run.cache is not None and progress and run.is_first():
             print(run.cache.choice(), file=sys.stderr)
+        best = run.best()
+        if folder is not None and run.is_first():
+            best.save(folder.path)
     finally:
         model.to(home)
-    best = run.best()
-    if folder is not None and run.is_first():
-        best.save(folder.path)
+        if folder is not None and run.is_first():
+            release(folder.path)
     for callback in heard[1:]:
         callback.on_end({name: values[-1] for name, values in best.history.items() if values})
     return best

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -344,6 +345,112 @@ def test_language_model_from_the_command_line(tmp_path: Path, data_dir: Path) ->
     assert read(run) == metrics
 
 
+# --- what a run folder holds, after other commands ----------------------------------------------------------------
+
+
+def test_other_data_are_read_as_the_runs_and_said_to_be_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mean and deviation come along, the rows do not; the page and the card name what the error is of."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(f"{name}.npz", images=generator.integers(0, 255, (24, 4, 4, 3), dtype=np.uint8))
+    Path("pictures.py").write_text(
+        "import torch\n"
+        "def model():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))\n"
+    )
+    how = ["--data_args.mean", "[.5,.4,.3]", "--data_args.std", "[.2,.2,.2]", "--data_args.max_rows", "20"]
+    run = ["decompose", "--model", "python:pictures:model", "--data", "npz:a.npz", *how, "--rank", "1", "--steps", "5"]
+    assert main([*run, "--out", "run"]) == 0
+    assert "error on the training data" in Path("run/README.md").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--data", "npz:b.npz"]) == 0
+    assert "--data_args as in the run: mean, std" in capsys.readouterr().err
+    inherited = read("run")
+    assert inherited["n_rows"] == 24
+    assert "error on other data" in Path("run/README.md").read_text()
+    assert "error on the training data" not in Path("run/README.md").read_text()
+    assert "error on other data" in Path("run/report.html").read_text(encoding="utf-8")
+    assert main(["evaluate", "run", "--data", "npz:b.npz", "--data_args", json.dumps({"mean": [0.5, 0.4, 0.3]})]) == 0
+    assert read("run")["error"] != inherited["error"]
+    assert main(["evaluate", "run"]) == 0
+    assert "error on the training data" in Path("run/README.md").read_text()
+
+
+def test_a_refused_resumption_leaves_no_copy(user: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that has others' settings by now is not gone on with, and the copy to go on in is not left behind."""
+    assert main([*user, "--out", "run"]) == 0
+    path = Path("run/config.yaml")
+    path.write_text(path.read_text().replace("n_subnetworks: 6", "n_subnetworks: 5"))
+    assert "n_subnetworks differ from" in refusal(capsys, ["resume", "run", "--out", "copy"])
+    assert not Path("copy").exists()
+    assert main(["resume", "run"]) == 2
+    assert Path("run/checkpoints").is_dir()
+
+
+def test_rates_on_the_cards_are_those_of_the_table(user: list[str]) -> None:
+    """Where the descriptions stay what they were, because none are asked for."""
+    assert main([*user, "--out", "run"]) == 0
+    assert main(["evaluate", "run", "--evaluate_rows", "20", "--describe", "0"]) == 0
+    described = json.loads(Path("run/subnetworks.json").read_text())
+    assert [seen["activation_rate"] for seen in described["subnetworks"]] == read("run")["activation_rate"]
+    assert described["subnetworks"][0]["top"]
+
+
+@pytest.mark.parametrize("option", ["held_out", "evaluate_rows"])
+def test_a_single_row_to_score_is_refused_before_training(
+    option: str, user: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, [*user, f"--{option}", "1", "--out", "run"])
+    assert line == f"--{option}: expected at least 2 rows: one alone has no other to refer to"
+    assert not Path("run").exists()
+
+
+def test_measured_ratios_stand_in_the_report(user: list[str]) -> None:
+    """`l3d intervene` writes them, and draws the page again with a column for them."""
+    assert main([*user, "--k", ".5", "--out", "run"]) == 0
+    assert '"intervention_ratio"' not in Path("run/report.html").read_text(encoding="utf-8")
+    assert main(["intervene", "run", "--rows", "60", "--samples", "8"]) == 0
+    found = json.loads(Path("run/interventions.json").read_text())
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert page.count('"intervention_ratio":') == len(found["subnetworks"])
+    assert f'"intervention_ratio":{found["ratio"][0]}' in page
+    Path("run/interventions.json").write_text('{"subnetworks": [0]}')
+    assert main(["report", "run"]) == 2
+
+
+def test_a_toy_without_one_of_its_matrices_is_decomposed_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only how well circuits were found cannot be told, and that is said."""
+    run = tmp_path / "run"
+    assert main(["toy", "tms", "--params", "W_in.weight", "--steps", "5", "--n_restarts", "1", "--out", str(run)]) == 0
+    assert "how well circuits were found cannot be told without 'W_out.weight'" in capsys.readouterr().err
+    assert "mmcs" not in read(str(run))
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("config.yaml", {"model": None}, "model: expected a text, got None"),
+        ("config.yaml", {"data": None}, "data: expected a text, got None"),
+        ("metrics.json", {"error": "low"}, "error: expected a number, got 'low'"),
+        ("metrics.json", {"activation_rate": 5}, "activation_rate: expected a list of numbers"),
+        ("metrics.json", {"activation_rate": [None] * 6}, "activation_rate: expected a list of numbers"),
+    ],
+)
+def test_a_file_edited_by_hand_is_named(
+    name: str, change: dict[str, Any], message: str, user: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*user, "--out", "run"]) == 0
+    path = Path("run", name)
+    path.write_text(json.dumps(yaml.safe_load(path.read_text()) | change))  # which is YAML too
+    command = "evaluate" if name == "config.yaml" else "report"
+    assert refusal(capsys, [command, "run"]) == f"run/{name}: {message}"
+
+
 # --- the recovery suite -----------------------------------------------------------------------------------------
 
 
@@ -366,6 +473,36 @@ def test_toy_all_writes_the_table_here_and_into_a_readme(
     assert len(written["results"]["columns"]["error"]) == 2
     assert len(set(written["results"]["columns"]["error"])) == 2
     assert refusal(capsys, command) == f"--out: {tmp_path / 'all'} exists and is not an empty folder"
+    assert main([*command[:3], "1", *command[4:], "--overwrite"]) == 0
+    assert json.loads((tmp_path / "all" / "results.json").read_text(encoding="utf-8"))["seeds"] == [3]
+
+
+def test_toy_all_keeps_the_seeds_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after may fail, or be interrupted."""
+    monkeypatch.setattr(suite, "EXPERIMENTS", (suite.Experiment("columns", "tmcs"),))
+    original = suite.make
+
+    def make(name: str, seed: int) -> Any:
+        if seed == 1:
+            raise KeyboardInterrupt
+        return original(name, seed)
+
+    monkeypatch.setattr(suite, "make", make)
+    assert main(["toy", "all", "--seeds", "2", "--steps", "20", "--out", str(tmp_path / "all")]) == 130
+    written = json.loads((tmp_path / "all" / "results.json").read_text(encoding="utf-8"))
+    assert written["seeds"] == [0]
+    assert len(written["results"]["columns"]["error"]) == 1
+
+
+@pytest.mark.parametrize("option", [["--log", "tensorboard"], ["--describe", "0"], ["--evaluate_rows", "5"]])
+def test_toy_all_refuses_what_it_would_not_do(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, ["toy", "all", *option, "--out", str(tmp_path / "all")])
+    assert line == f"{option[0]}: for one toy, not for l3d toy all"
+    (tmp_path / "mine.txt").write_text("mine")
+    line = refusal(capsys, ["toy", "all", "--overwrite", "--out", str(tmp_path)])
+    assert line == f"--out: {tmp_path} holds no results of l3d toy all, so --overwrite will not touch it"
 
 
 def test_toy_all_looks_for_the_place_of_its_table_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Interventions measured: every figure against a loop by definition, and what it says of circuits that are known."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_a_part_that_some_samples_do_not_use_moves_them_not_at_all() -> None:
     assert found.ratio.tolist() == [math.inf]
     assert 0 < float(found.random_ratio) < math.inf
     assert found.share_above_random == 1.0
+
+
+def test_a_model_that_rounds_small_steps_away_is_warned_of() -> None:
+    """In bfloat16 most weights stay as they are at default distances, and what is measured is rounding."""
+    made = l3d.toys.make("tms")
+    model = copy.deepcopy(made.model).bfloat16()
+    d = l3d.decompose(model, made.data.bfloat16(), 5, rank=1, k=0.1, steps=20, progress=False)
+    with pytest.warns(UserWarning, match=r"holds torch.bfloat16, which rounds such small steps away; measure on"):
+        l3d.intervention_ratios(d, model, made.data.bfloat16(), n_rows=200)
+    l3d.intervention_ratios(d, model.float(), made.data, n_rows=200, any_weights=True)
 
 
 @pytest.mark.usefixtures("float64")

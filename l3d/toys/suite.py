@@ -58,16 +58,19 @@ def run_suite(
     seeds: Iterable[int],
     experiments: Sequence[Experiment] = EXPERIMENTS,
     tell: Callable[[str], None] = print,
+    results: Results | None = None,
     **arguments: Any,
 ) -> Results:
-    """Run every experiment for every seed, each seed another toy, and return the figures.
+    """Run every experiment for every seed, each seed another toy, and return the figures: after those of `results`.
 
     Besides the toy's own measures there are `error` (30 draws of references for each of at most 1,000 points) and
     `seconds` (of the decomposition, its restarts included). `arguments` go to `decompose`, above all else.
     """
     import l3d
 
-    results: Results = {experiment.title: {} for experiment in experiments}
+    results = {} if results is None else results
+    for experiment in experiments:
+        results.setdefault(experiment.title, {})
     for seed in seeds:
         for experiment in experiments:
             toy = make(experiment.toy, seed)

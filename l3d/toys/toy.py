@@ -59,5 +59,11 @@ class Toy:
         return float(self.similarity(decomposition).max(1).values.mean())
 
     def recovery(self, decomposition: "Decomposition") -> dict[str, float]:
-        """Say how well the circuits were found, by the toy's own measures; see `l3d.toys.recovery.MEASURES`."""
-        return self.measure(self, decomposition)
+        """Say how well the circuits were found, by the toy's own measures; see `l3d.toys.recovery.MEASURES`.
+
+        Raises ValueError where tensors that the measures look at were not decomposed.
+        """
+        try:
+            return self.measure(self, decomposition)
+        except KeyError as error:
+            raise ValueError(f"toy: how well circuits were found cannot be told without {error.args[0]!r}") from error
