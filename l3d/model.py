@@ -169,18 +169,10 @@ def _copied(inputs: Any) -> Any:
 
 
 def check_fixed(model: nn.Module) -> None:
-    """Refuse a model that is not a fixed function of a sample.
-
-    That is dropout or batch norm in training mode, batch norm without running statistics, embeddings with max_norm.
-    """
+    """Refuse a model that is not a fixed function: dropout or batch norm in training mode, embeddings with max_norm."""
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(f"model: {name or 'the model'!r} has max_norm, which changes its weights as it runs")
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None and not module.training:
-            raise ValueError(
-                f"model: {name or 'the model'!r} ({type(module).__name__}) has no running statistics, so what it does "
-                "to a sample depends on the others of the batch; give it some (track_running_stats=True)"
-            )
         if not module.training:
             continue
         dropout = getattr(module, "dropout", None) if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) else None

@@ -863,14 +863,6 @@ def test_training_mode_that_does_not_act_is_taken(make: Callable[[], nn.Module])
         assert torch.equal(gradients[name], grad)
 
 
-def test_batch_norm_without_running_statistics_is_refused() -> None:
-    """It averages over the batch in evaluation mode too; an instance norm averages over one sample."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
-    refuse(r"model: '1' \(BatchNorm1d\) has no running statistics", model, torch.randn(4, 6))
-    alone = nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3), nn.Flatten()).eval()
-    extract_gradients(alone, torch.randn(4, 2, 6))
-
-
 def test_a_submodule_put_into_training_mode_later_is_refused() -> None:
     """The mode is looked at before every batch, in every module."""
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
