@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from l3d.inputs import describe, join, rows_in
-from l3d.whole import check_whole
+from l3d.numbers import check_whole
 
 ENDED = object()  # stands for the batch after the last
 

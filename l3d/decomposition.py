@@ -12,6 +12,7 @@ from l3d.directions import Directions, Rank, resolve_ranks
 from l3d.factors import Gradients
 from l3d.model import exact_pattern
 from l3d.modes import own_precision
+from l3d.numbers import check_fraction
 from l3d.objective import objective
 from l3d.project import project
 from l3d_kernels.sparse import above
@@ -146,9 +147,7 @@ class Decomposition(nn.Module):
         k is the fraction of coefficients kept, by default the trained one. Nothing is reconstructed; see
         `l3d.objective`.
         """
-        k = self.settings.get("k", 0.1) if k is None else k
-        if not 0 < k <= 1:
-            raise ValueError(f"k: expected a fraction in (0, 1], got {k}")
+        k = check_fraction("k", self.settings.get("k", 0.1) if k is None else k)
         return objective(self._checked(gradients), self.encoder, self.decoder, k).loss
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from l3d.factors import Gradients
 from l3d.identity import check_identity
 from l3d.model import exact_pattern, to_device
 from l3d.modes import own_precision
+from l3d.numbers import check_fraction
 from l3d.objective import energy, objective, residual_norms
 from l3d.objective import n_kept as n_kept_of
 from l3d.project import project
@@ -84,8 +85,7 @@ def evaluate(
     residual = norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
-    if not (isinstance(k, (int, float)) and 0 < k <= 1):
-        raise ValueError(f"k: expected a fraction in (0, 1], got {k!r}")
+    k = check_fraction("k", k)
     if selection not in SELECTIONS:
         raise ValueError(f"selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
     seed = decomposition.settings.get("seed", 0) if seed is None else seed

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from l3d.factors import Gradients
 from l3d.model import exact_pattern
+from l3d.numbers import check_fraction, check_whole
 from l3d.start import singular
-from l3d.whole import check_whole
 
 SHARE = 0.9  # of the gradients' squared norm that rank="auto" asks the ranks to hold
 MOST = 16  # the largest rank that rank="auto" gives
@@ -28,8 +28,7 @@ def ranks_from_gradients(gradients: Gradients, share: float = SHARE, most: int =
     >>> ranks_from_gradients(extract_gradients(torch.nn.Linear(5, 3), torch.randn(8, 5)))
     {'weight': 1}
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share: expected a fraction in (0, 1], got {share!r}")
+    check_fraction("share", share)
     check_whole("most", most)
     count = min(SAMPLES, gradients.n_samples)
     some = gradients.select(torch.arange(count) * gradients.n_samples // count)

@@ -21,9 +21,9 @@ from l3d.evaluation import extractor_of
 from l3d.extract import Extractor
 from l3d.intervention import shifted
 from l3d.model import Params, check_fixed, model_output, select_parameters, to_device
+from l3d.numbers import check_whole
 from l3d.objective import n_kept
 from l3d.samples import Samples, padding_mask
-from l3d.whole import check_whole
 
 # Default δ, as shares of the norm of the decomposed weights: small, for a decomposition says what is so nearby. On
 # stories260k the largest moves outputs by .3 nats, the next (.01) would by 2, as far as another text's are.

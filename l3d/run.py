@@ -35,6 +35,7 @@ from l3d.lock import release
 from l3d.microbatch import Microbatches, in_chunks
 from l3d.model import to_device
 from l3d.modes import own_precision
+from l3d.numbers import check_whole
 from l3d.objective import Objective, n_kept, objective
 from l3d.optimizer import RelativeAdam
 from l3d.processes import Ranks
@@ -43,7 +44,6 @@ from l3d.ranks import ranks_from_gradients
 from l3d.settings import Settings, kept_fraction, learning_rate
 from l3d.small import SmallSteps, has_pairs_only
 from l3d.start import draw_samples, set_from_samples
-from l3d.whole import check_whole
 
 
 class Update(NamedTuple):

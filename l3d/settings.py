@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from l3d.data import batches_per_epoch
-from l3d.whole import check_whole
+from l3d.numbers import check_fraction, check_whole
 
 PRESETS = ("default", "published")
 STARTS = ("random", "data")
@@ -78,8 +78,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     chosen = {name: value.item() if isinstance(value, np.generic) else value for name, value in chosen.items()}
-    if not (isinstance(chosen["k"], (int, float)) and 0 < chosen["k"] <= 1):
-        raise ValueError(f"k: expected a fraction in (0, 1], got {chosen['k']!r}")
+    check_fraction("k", chosen["k"])
     for name in ("batch_size", "n_subnetworks", "updates"):
         check_whole(name, chosen[name])
     if not isinstance(chosen["seed"], int):

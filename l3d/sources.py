@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, Subset
 
 from l3d.data import count_rows
 from l3d.images import array_rows
+from l3d.numbers import check_whole
 from l3d.pretrained import causal_lm, source_of
 from l3d.readers import read_array
 from l3d.token_data import load_dataset, load_text, load_tokens
-from l3d.whole import check_whole
 
 Data = torch.Tensor | Mapping[str, torch.Tensor] | Dataset | Iterable
 Factory = Callable[..., Any]

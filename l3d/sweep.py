@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l3d.files import replace_text
 from l3d.matching import consistency
+from l3d.numbers import check_fraction, check_whole
 from l3d.run_folder import METRICS, last_checkpoint, read_metrics, write_metrics
 from l3d.store import load, to_json
 from l3d.toys.suite import short
-from l3d.whole import check_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,8 +66,8 @@ def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> l
         if any(isinstance(value, (dict, list)) for value in values):
             raise ValueError(f"over.{name}: expected numbers (or rank auto), got {values!r}")
         for value in values:  # before the first run, not at the one that has it
-            if name == "k" and not (isinstance(value, (int, float)) and 0 < value <= 1):
-                raise ValueError(f"over.k: expected fractions in (0, 1], got {value!r}")
+            if name == "k":
+                check_fraction("over.k", value)
             if name == "n_subnetworks" or (name == "rank" and value != "auto"):
                 check_whole(f"over.{name}", value)
     names = [name for name in OVER if name in over]

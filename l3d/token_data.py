@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from l3d.numbers import check_whole
 from l3d.pretrained import first_line, from_pretrained, source_of
 from l3d.readers import TokenRows, array_names, read_array, read_texts, token_rows
-from l3d.whole import check_whole
 
 Rows = torch.Tensor | TokenRows
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}

@@ -20,9 +20,9 @@ from l3d.divergence import Divergence
 from l3d.extract import Extractor
 from l3d.lock import release
 from l3d.model import Params
+from l3d.numbers import check_whole
 from l3d.run import Run
 from l3d.settings import resolve
-from l3d.whole import check_whole
 
 
 @torch.inference_mode(False)
@@ -184,9 +184,9 @@ def decompose(
         if folder is not None and resume:
             restore(run, folder)
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
-        heard = (ProgressBar(label) if progress else Callback(), *callbacks) if run.is_first() else ()
-        with heard[0] if heard else Callback():
-            run.train(heard, folder, every)
+        told = callbacks if run.is_first() else ()
+        with ProgressBar(label) if progress and run.is_first() else Callback() as bar:
+            run.train((bar, *told), folder, every)
         if run.cache is not None and progress and run.is_first():
             print(run.cache.choice(), file=sys.stderr)
         best = run.best()
@@ -196,6 +196,6 @@ def decompose(
         model.to(home)
         if folder is not None and run.is_first():
             release(folder.path)
-    for callback in heard[1:]:
+    for callback in told:
         callback.on_end({name: values[-1] for name, values in best.history.items() if values})
     return best

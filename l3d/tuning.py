@@ -13,8 +13,8 @@ from l3d.data import Batches
 from l3d.decomposition import Decomposition
 from l3d.intervention import intervene
 from l3d.model import check_fixed, model_output, only_trainable, to_device
+from l3d.numbers import check_whole
 from l3d.store import write_tensors
-from l3d.whole import check_whole
 
 Loss = Callable[[Tensor, Any], Tensor]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import exchanges
+from bench import exchanges, floor
 from bench.cases import CASES
 
 from helpers import assert_relative
@@ -36,3 +36,19 @@ def test_the_bench_of_exchanges_starts_where_it_says() -> None:
     assert start.mmcs > 0.95
     assert start.missed == 0
     assert start.error < min(start.error for start in starts)
+
+
+def test_the_bench_of_the_floor_takes_the_same_loss() -> None:
+    """In a whole basis it is the loss by its definition; what a smaller basis leaves out is counted as left."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    encoder, decoder = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    coefficients = gradients @ encoder.mT
+    kept = coefficients.abs() >= coefficients.abs().flatten().sort(descending=True).values[int(0.25 * 48) - 1]
+    left = (gradients - (coefficients * kept) @ decoder).square().sum()
+    norms = gradients.square().sum(1)
+    found = floor.loss(floor.Projected(gradients, norms), encoder, decoder, 0.25)
+    assert_relative(found, left / norms.sum(), 1e-12)
+    outside = torch.rand(12, generator=generator, dtype=torch.float64)
+    found = floor.loss(floor.Projected(gradients, norms + outside), encoder, decoder, 0.25)
+    assert_relative(found, (left + outside.sum()) / (norms + outside).sum(), 1e-12)

@@ -137,7 +137,7 @@ def test_the_command_sweeps_a_toy(
     for wrong, message in (
         (["sweep", "--toy", "tms", "--over.k", "[.1]", "--steps", "13", "--out", "s"], "sweep with other steps"),
         (["sweep", "--toy", "tms"], "--over: expected at least one list"),
-        (["sweep", "--toy", "tms", "--over.k", "[.1,2]"], "over.k: expected fractions in (0, 1], got 2"),
+        (["sweep", "--toy", "tms", "--over.k", "[.1,2]"], "over.k: expected a fraction in (0, 1], got 2"),
         (["sweep", "--toy", "tms", "--over.rank", "[0]"], "over.rank: expected a positive whole number, got 0"),
         (["sweep", "--over.k", "[.1]"], "--model SPEC is required, or --toy NAME"),
         (["sweep", "--toy", "tms", "--model", "hf:x", "--over.k", "[.1]"], "--model: a toy has its own model"),

@@ -1,13 +1,14 @@
-"""Arguments that count something."""
+"""Arguments that count something, or are a share of it."""
 
 import operator
 from typing import Any
+
+import numpy as np
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number as an int, whoever's integer it is; raises ValueError for anything else, or less.
 
-    >>> import numpy as np
     >>> check_whole("steps", np.int64(3))
     3
     """
@@ -18,4 +19,16 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         wanted = "a positive whole number" if least == 1 else f"a whole number from {least}"
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return number
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """Return a number above 0 and up to 1 as it is, numpy's as a float; raises ValueError for anything else.
+
+    >>> check_fraction("k", 0.1)
+    0.1
+    """
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1:
+        raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}")
     return number
