@@ -202,13 +202,11 @@ def reload(run: Path, changes: Settings) -> Job:
 
 def load(settings: Settings) -> Job:
     """Load the model and the data that settings name."""
+    _check_scored_rows(settings)
     model = _move(load_model(settings["model"], **settings["model_args"]), settings["device"])
     data = load_data(settings["data"], model_spec=settings["model"], **settings["data_args"])
     _redraw_if_asked(model, settings)
     n_held_out = settings["held_out"]
-    for name in ("held_out", "evaluate_rows"):
-        if settings.get(name) == 1:
-            raise ValueError(f"--{name}: expected at least 2 rows: one alone has no other to refer to")
     if n_held_out == 0:
         return Job("decompose", settings, model, data, None, None)
     count = count_rows(data)
@@ -224,8 +222,7 @@ def load_toy(settings: Settings) -> Job:
     """Make the toy that settings name, and complete them by its own."""
     from l3d import toys
 
-    if settings.get("evaluate_rows") == 1:
-        raise ValueError("--evaluate_rows: expected at least 2 rows: one alone has no other to refer to")
+    _check_scored_rows(settings)
     seed = settings["seed"] or 0
     own_seed = settings.get("toy_seed")
     made = toys.make(settings["name"], seed=seed if own_seed is None else own_seed)
@@ -234,6 +231,13 @@ def load_toy(settings: Settings) -> Job:
     model = _move(made.model, settings["device"])
     redrawn = _redraw_if_asked(model, resolved)
     return Job("toy", resolved, model, made.data, None, None if redrawn else made)  # redrawn, it has no true circuits
+
+
+def _check_scored_rows(settings: Settings) -> None:
+    """Refuse to score a single row, before the work and not after."""
+    for name in ("held_out", "evaluate_rows"):
+        if settings.get(name) == 1:
+            raise ValueError(f"--{name}: expected at least 2 rows: one alone has no other to refer to")
 
 
 def _redraw_if_asked(model: nn.Module, settings: Settings) -> bool:
