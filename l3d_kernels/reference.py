@@ -258,12 +258,10 @@ def _largest_by_torch(coefficients: Tensor, n: int, n_groups: int) -> tuple[Tens
     return chosen.reshape(n_rows, n_groups * width), thresholds
 
 
-def _largest_by_numpy(coefficients: Tensor, n: int, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """In a tenth of torch.topk's time; None where there are ties to break, or NaN, or numpy has no such arrays."""
-    if not n or coefficients.device.type != "cpu" or coefficients.dtype not in (torch.float32, torch.float64):
-        return None
+def largest_of_array(coefficients: np.ndarray, n: int, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """`largest` of an array, n > 0, in a tenth of torch.topk's time; None where there are ties to break, or NaN."""
     n_rows = len(coefficients)
-    magnitude = np.abs(coefficients.detach().numpy())
+    magnitude = np.abs(coefficients)
     if n_groups > 1:
         magnitude = magnitude.reshape(n_rows, n_groups, -1).swapaxes(0, 1)
     by_group = magnitude.reshape(n_groups, -1)  # [groups, S * columns of a group]
@@ -277,6 +275,12 @@ def _largest_by_numpy(coefficients: Tensor, n: int, n_groups: int) -> tuple[np.n
     if n_groups > 1:
         chosen = chosen.reshape(n_groups, n_rows, -1).swapaxes(0, 1)
     return chosen.reshape(coefficients.shape), thresholds
+
+
+def _largest_by_numpy(coefficients: Tensor, n: int, n_groups: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if not n or coefficients.device.type != "cpu" or coefficients.dtype not in (torch.float32, torch.float64):
+        return None
+    return largest_of_array(coefficients.detach().numpy(), n, n_groups)
 
 
 def project_topk(
