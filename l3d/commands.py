@@ -18,7 +18,7 @@ from l3d.callbacks import Callback, log_to
 from l3d.cli import read_settings
 from l3d.command_output import environment, peak_memory, write_results
 from l3d.data import count_rows
-from l3d.sources import Data, absolute, load_data, load_model, take_rows
+from l3d.sources import Data, absolute, absolute_files, load_data, load_model, take_rows
 from l3d.watch import is_first, together
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def decompose(settings: Settings) -> None:
         if not settings[name]:
             raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
         settings[name] = absolute(settings[name])
+        settings[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
     if settings["cache"] is not None:
         settings["cache"] = str(Path(settings["cache"]).resolve())  # a resumed run may start elsewhere
     if dry_run:

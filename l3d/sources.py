@@ -123,6 +123,19 @@ def absolute(spec: str) -> str:
     return f"{scheme}:{path.resolve()}" if scheme in ("hf", *_LOADERS) and path.exists() else spec
 
 
+def absolute_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Write out in full the paths of files among arguments, so that they hold in any working directory.
+
+    A file is what has an ending and is there: "weights.pt", but no "main" beside a folder of that name.
+    """
+    return {
+        name: str(Path(value).resolve())
+        if isinstance(value, str) and Path(value).suffix and Path(value).is_file()
+        else value
+        for name, value in arguments.items()
+    }
+
+
 def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
     scheme, _, target = spec.partition(":")
     if scheme not in schemes or not target:

@@ -15,7 +15,7 @@ from l3d import commands, options, run_folder
 from l3d.command_output import environment
 from l3d.files import replace_text
 from l3d.lock import check_free
-from l3d.sources import absolute
+from l3d.sources import absolute, absolute_files
 
 Settings = dict[str, Any]
 
@@ -81,6 +81,8 @@ def sweep(settings: Settings) -> None:
             if not settings[name]:
                 raise ValueError(f"--{name} SPEC is required, or --toy NAME; see l3d sweep --help")
             given[name] = absolute(settings[name])
+            if settings[f"{name}_args"]:
+                given[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
         defaults = {option.name: option.default for option in options.DECOMPOSE}
         job = commands.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}

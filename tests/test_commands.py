@@ -379,6 +379,30 @@ def test_other_data_are_read_as_the_runs_and_said_to_be_others(
     assert "error on the training data" in Path("run/README.md").read_text()
 
 
+def test_files_among_arguments_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model's weights in a file beside it; what is no file stays as it was written."""
+    monkeypatch.chdir(tmp_path)
+    Path("weighed.py").write_text(
+        "import torch\n"
+        "def model(weights, kind):\n"
+        "    layer = torch.nn.Linear(4, 3)\n    layer.load_state_dict(torch.load(weights))\n    return layer\n"
+        "def points():\n    return torch.randn(40, 4, generator=torch.Generator().manual_seed(0))\n"
+    )
+    torch.save(torch.nn.Linear(4, 3).state_dict(), "layer.pt")
+    Path("wide").mkdir()
+    sources = ["--model", "python:weighed:model", "--data", "python:weighed:points", "--model_args.kind", "wide"]
+    run = ["--rank", "1", "--steps", "3", "--describe", "0", "--out", "run"]
+    assert main(["decompose", *sources, "--model_args.weights", "layer.pt", *run]) == 0
+    chosen = yaml.safe_load(Path("run/config.yaml").read_text())["model_args"]
+    assert chosen == {"kind": "wide", "weights": str(tmp_path / "layer.pt")}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["evaluate", "../run", "--describe", "0"]) == 0, capsys.readouterr().err
+
+
 def test_a_refused_resumption_leaves_no_copy(user: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A run that has others' settings by now is not gone on with, and the copy to go on in is not left behind."""
     assert main([*user, "--out", "run"]) == 0
