@@ -170,10 +170,10 @@ examples:
         """\
 For each subnetwork: how far outputs move with the weights along it, on samples it is active for and on the
 rest, over a sweep of distances; and the same for a random direction of its norm and rank. Writes
-RUN/interventions.json and a plot. This runs the code that RUN/config.yaml names.""",
+RUN/interventions.json and a plot, and the report again. This runs the code that RUN/config.yaml names.""",
         {
             "run": [options.RUN],
-            "what is measured": [options.INTERVENE_ROWS, options.SAMPLES, options.CONTROL],
+            "what is measured": [options.INTERVENE_ROWS, options.SAMPLES, options.CONTROL, options.ANY_WEIGHTS],
             "results": [options.COPY],
         },
         """\

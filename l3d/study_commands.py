@@ -130,10 +130,9 @@ def intervene(settings: Settings) -> None:
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
     found: dict[str, InterventionRatios] = {}
+    how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
     for name, d in loaded.items():
-        found[name] = l3d.intervention_ratios(
-            d, job.model, job.data, n_rows=settings["rows"], n_samples=settings["samples"]
-        )
+        found[name] = l3d.intervention_ratios(d, job.model, job.data, **how)
     if target != run:
         run_folder.copy_run(run, target)
     holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,19 @@ def test_a_single_row_to_score_is_refused_before_training(
     line = refusal(capsys, [*user, f"--{option}", "1", "--out", "run"])
     assert line == f"--{option}: expected at least 2 rows: one alone has no other to refer to"
     assert not Path("run").exists()
+
+
+def test_other_weights_are_refused_by_interventions_unless_asked_for(
+    user: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by `l3d evaluate`, which the refusal names the option of."""
+    assert main([*user, "--k", ".5", "--describe", "0", "--out", "run"]) == 0
+    module = next(Path().glob("user_*.py"))
+    module.write_text(module.read_text().replace("manual_seed(0)", "manual_seed(9)", 1))
+    sys.modules.pop(module.stem)
+    measure = ["intervene", "run", "--rows", "60", "--samples", "8"]
+    assert "are not the weights of" in refusal(capsys, measure)
+    assert main([*measure, "--any_weights"]) == 0
 
 
 def test_measured_ratios_stand_in_the_report(user: list[str]) -> None:
