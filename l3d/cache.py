@@ -29,7 +29,8 @@ from l3d.data import count_rows, take
 from l3d.extract import Extractor
 from l3d.factors import Dense, Gradients, Part, Place, Rows, place_of
 from l3d.files import read_json, replace_text, replacing
-from l3d.identity import digest, leaves
+from l3d.identity import digest
+from l3d.inputs import tensors_of
 from l3d.processes import Ranks
 from l3d.settings import Settings
 
@@ -204,7 +205,7 @@ def _tensors_in(data: Any) -> Iterator[Tensor]:
         yield data
         return
     for row in range(count_rows(data) or 0):
-        yield from leaves(take(data, [row]))
+        yield from tensors_of(take(data, [row]))
 
 
 def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:

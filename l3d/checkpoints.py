@@ -8,7 +8,8 @@ from torch import Tensor
 
 from l3d import store
 from l3d.decomposition import Decomposition
-from l3d.identity import check_identity, digest, leaves
+from l3d.identity import check_identity, digest
+from l3d.inputs import tensors_of
 
 if TYPE_CHECKING:
     from l3d.run import Run
@@ -64,7 +65,7 @@ def _seen(run: "Run") -> dict[str, Any]:
     Rows that are made when they are asked for, a Dataset's or a stream's, may be others each time.
     """
     data, reference = run.batches.data, run.extractor.reference
-    rows = digest(leaves(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None
+    rows = digest(tensors_of(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None
     return {
         "data": [run.batches.n_rows, rows],
         "reference": digest([reference]) if isinstance(reference, Tensor) else None,

@@ -53,18 +53,6 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
     return hashed.hexdigest()
 
 
-def leaves(value: Any) -> Iterator[Tensor]:
-    """Walk over the tensors in a batch: a tensor, or mappings, lists and tuples of such."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from leaves(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from leaves(each)
-
-
 def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError where a parameter has other entries than the decomposition's had.
 

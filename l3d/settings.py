@@ -78,9 +78,9 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
     chosen = {name: value.item() if isinstance(value, np.generic) else value for name, value in chosen.items()}
-    check_fraction("k", chosen["k"])
+    chosen["k"] = check_fraction("k", chosen["k"])
     for name in ("batch_size", "n_subnetworks", "updates"):
-        check_whole(name, chosen[name])
+        chosen[name] = check_whole(name, chosen[name])
     if not isinstance(chosen["seed"], int):
         raise ValueError(f"seed: expected a whole number, got {chosen['seed']!r}")
     published = preset == "published"
@@ -89,7 +89,7 @@ def resolve(preset: str, n_rows: int | None, **chosen: Any) -> Settings:
         steps = 2000
         if published and n_rows is not None:
             steps = 1000 * batches_per_epoch(n_rows, chosen["batch_size"])  # a thousand epochs
-    check_whole("steps", steps)
+    steps = check_whole("steps", steps)
     warm_start = chosen.pop("warm_start")
     warm_start = steps // 10 if warm_start is None else warm_start
     if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
