@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bench.environment import RESULTS, environment
 from bench.training import CHOICES, Block, table
-from l3d.data import count_rows
+from l3d.data import batches_per_epoch, count_rows
 from l3d.extract import Extractor
 from l3d.run import Run
 from l3d.settings import kept_fraction, learning_rate, resolve
@@ -60,8 +60,7 @@ def run_of(block: Block, windows: Tensor) -> Run:
 
 def dense(run: Run, step: int) -> Tensor:
     """Write the gradients of a step's batch out: [S, parameters]."""
-    gradients = run.gradients(step)
-    return torch.cat([g.flatten(1) for g in gradients.materialize().values()], 1)  # type: ignore[union-attr]
+    return torch.cat([g.flatten(1) for g in run.extract(step).materialize().values()], 1)
 
 
 def principal(gradients: Tensor) -> Tensor:
@@ -166,7 +165,8 @@ def main() -> None:
     own, others = run_of(block, block.train), run_of(block, block.held_out)
     basis = principal(torch.cat([dense(own, step) for step in range(FROM)]))
     seen = project(own, BATCHES, basis)
-    held_out = project(others, HELD_OUT_PASSES * others.batches.per_epoch, basis)  # type: ignore[operator]
+    n_batches = batches_per_epoch(len(block.held_out), others.batches.batch_size)
+    held_out = project(others, HELD_OUT_PASSES * n_batches, basis)
     shares = [float(p.coordinates.square().sum() / p.squared_norms.sum()) for p in (seen, held_out)]
     print(f"{DIRECTIONS} principal directions hold {shares[0]:.3f} of the gradients, {shares[1]:.3f} of held-out ones")
     rows = []

@@ -79,7 +79,7 @@ def perceptron(
     u, v = orthonormal(n_inputs, n, generator), orthonormal(n_outputs, n, generator)
     gain = gains[0] + (gains[1] - gains[0]) * torch.rand(n, generator=generator)
     sizes = [n_inputs, *[2 * n] * (n_layers - 1), n_outputs]
-    layers: list[nn.Module] = []
+    linears: list[nn.Linear] = []
     for i, (a, b) in enumerate(pairwise(sizes)):
         first, last = i == 0, i == n_layers - 1
         blocks = 0.6 + 0.8 * torch.rand(n, 1 if last else 2, 1 if first else 2, generator=generator)
@@ -88,10 +88,10 @@ def perceptron(
         linear.weight.data = weight @ u.mT if first else v * gain @ weight if last else weight
         if bias:
             linear.bias.data = 0.1 * torch.randn(b, generator=generator) * last
-        layers += [linear, activation()]
-    model = nn.Sequential(*layers[:-1])
+        linears.append(linear)
     order = torch.randperm(2 * n, generator=generator)
-    model[0].weight.data = model[0].weight.data[order]  # type: ignore[union-attr,operator]
-    model[2].weight.data = model[2].weight.data[:, order]  # type: ignore[union-attr,operator]
+    linears[0].weight.data = linears[0].weight.data[order]
+    linears[1].weight.data = linears[1].weight.data[:, order]
+    model = nn.Sequential(*[layer for linear in linears for layer in (linear, activation())][:-1])
     features = sparse(n_rows, n, share, generator, signed)
     return Planted(model.eval(), features @ u.mT, circuits_of(model, u.mT, v.mT), float((features != 0).float().mean()))
