@@ -131,6 +131,7 @@ def _write(
         column_offsets_ptr=column_offsets,
         threshold_ptr=threshold.view(bits.dtype),
         starts_ptr=starts,
+        N=n,
         **shared,
     )
     return parts

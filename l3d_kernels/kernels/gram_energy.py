@@ -38,6 +38,7 @@ def coactive_energy(
     row_offsets_ptr,  # [S+1] int64
     left_ptr,  # [K, R, O]
     right_ptr,  # [K, R, I]
+    N,
     O,
     I,
     R,
@@ -66,7 +67,8 @@ def coactive_energy(
             )
             weight = load(values_ptr + entry_q, mask_q).to(lefts.dtype)  # [Q]
             total += tl.sum(lefts * rights * weight[None, :], 1)
-        tl.store(sums_ptr + first * R + start_p + tl.arange(0, BLOCK_P), total, mask=mask_p)
+        places = first * R + start_p + tl.arange(0, BLOCK_P)
+        tl.store(sums_ptr + places, total, mask=mask_p & (places < tl.cast(N, tl.int64) * R))
         energy += total * load(values_ptr + entry_p, mask_p).to(total.dtype)
     tl.store(parts_ptr + sample.to(tl.int64) * tl.num_programs(1) + split, tl.sum(energy, 0))
 
@@ -110,6 +112,7 @@ def energy_forward(
         row_offsets_ptr=row_offsets,
         left_ptr=left,
         right_ptr=right,
+        N=values.numel(),
         O=left.shape[2],
         I=right.shape[2],
         R=left.shape[1],

@@ -128,6 +128,7 @@ class Pairs:
         tiles = schedule(self.offsets[start : stop + 1], row.blocks["BLOCK_ROWS"] // slot, n_pairs)
         if start or first:  # else nothing to add, and the copy would wait for the GPU
             tiles += torch.where(tiles[:, :1] < 0, 0, tiles.new_tensor([start, -first, -first]))
+        tiles[:, 2].clamp_max_(n_pairs)  # no pair is written beyond the outputs, whatever the offsets say
         pointers = {"tile_ptr": tiles, "sample_ptr": self.samples[first : first + n_pairs], **outputs, **self.tensors}
         flags = {"PRECISION": precision, "SLOT_T": slot, **self.flags}
         common.launch(kernel, (len(tiles),), row, dy.device, **pointers, **flags, **self.sizes)

@@ -150,6 +150,7 @@ def topk_write(
     limit_ptr,  # [2] int64: flat index of the last kept entry at the threshold; how many entries are kept
     S,
     K,
+    N,  # no entry is written beyond it, whatever the counts say
     INFINITY: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,9 +167,10 @@ def topk_write(
 
     starts = tl.load(starts_ptr + offs_s.to(tl.int64) * tl.num_programs(1) + tile_k, mask=mask_s, other=0)  # [S]
     place = starts[:, None] + (tl.cumsum(one, 1) - one)  # [S, K]
-    tl.store(values_ptr + place, bits, mask=kept)
-    tl.store(rows_ptr + place, offs_s.to(tl.int64)[:, None] + tl.zeros_like(place), mask=kept)
-    tl.store(columns_ptr + place, offs_k.to(tl.int64)[None, :] + tl.zeros_like(place), mask=kept)
+    in_range = kept & (place < N)
+    tl.store(values_ptr + place, bits, mask=in_range)
+    tl.store(rows_ptr + place, offs_s.to(tl.int64)[:, None] + tl.zeros_like(place), mask=in_range)
+    tl.store(columns_ptr + place, offs_k.to(tl.int64)[None, :] + tl.zeros_like(place), mask=in_range)
 
     before = tl.zeros([BLOCK], dtype=tl.int64)
     for start in range(0, tile_k * BLOCK_K, BLOCK):
@@ -178,7 +180,7 @@ def topk_write(
     column_starts = tl.sum(before, 0) + tl.cumsum(totals, 0) - totals  # [K]
     ranks = tl.load(ranks_ptr + tile_s.to(tl.int64) * K + offs_k, mask=mask_k, other=0)  # [K]
     by_column = (column_starts + ranks)[None, :] + (tl.cumsum(one, 0) - one)  # [S, K]
-    tl.store(column_order_ptr + by_column, place, mask=kept)
+    tl.store(column_order_ptr + by_column, place, mask=kept & (by_column < N))
 
     if tile_k == 0:
         tl.store(row_offsets_ptr + offs_s, starts, mask=mask_s)

@@ -9,6 +9,7 @@ sequence and one subnetwork, if that is more); x.right is made once for each seq
 their inputs' dtype, as the twin's are, and multiplied and summed in float32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,12 +111,12 @@ def products(side: Tensor, factor: Tensor) -> Tensor:
     return factor.mT[side.flatten()]
 
 
-def compile_cases(kind: str, count: bool = False) -> list[common.CompileCase]:
+def compile_cases(kind: str, count: bool = False, slots: Sequence[int] = (1, 8, 256)) -> list[common.CompileCase]:
     """Return every form in which the kernel is launched on a kind of device; `count`: as `project_topk` does."""
     cases = []
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         row = lookup("project_multiply", kind, common.size_class(torch_dtype))
-        for ranks in (1, 8, 256):
+        for ranks in slots:
             constants: dict[str, Any] = {"SLOT_R": ranks, "BASED": count, **counting(torch_dtype, count)}
             types, late = {"histogram_ptr": "*i64"}, dtype == "fp16" or ranks != 8
             form: dict[str, Any] = {"is_matrix": False, "long": late, "divisible": ()}

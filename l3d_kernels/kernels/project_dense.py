@@ -49,15 +49,13 @@ def project_dense_sum(
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_k, mask_s = offs_k < K, offs_s < S
     patch = tl.arange(0, BLOCK_O * BLOCK_I)
-    grads = grad_ptr + offs_s.to(tl.int64) * O * I
+    rows_s = offs_s.to(tl.int64) * O * I
     total = zeros(grad_ptr, BLOCK_S, BLOCK_K)
     first = tl.program_id(2) * rows_split
     for start_o in range(first, tl.minimum(first + rows_split, O), BLOCK_O):
         offs_o = start_o + tl.arange(0, BLOCK_O)
-        patch_o = start_o + patch // BLOCK_I
         for start_i in range(0, I, BLOCK_I):
             offs_i = start_i + tl.arange(0, BLOCK_I)
-            patch_i = start_i + patch % BLOCK_I
             v = zeros(grad_ptr, BLOCK_K, BLOCK_O * BLOCK_I)
             v = tl.reshape(v, [BLOCK_K, BLOCK_O, BLOCK_I])
             for start_r in range(0, R, BLOCK_R):
@@ -70,8 +68,11 @@ def project_dense_sum(
                 right = load(places, mask[:, :, None] & (offs_i < I)[None, None, :])  # [K, R, I]
                 v = add_dot(left, right, v, PRECISION)
             v = feed(tl.trans(tl.reshape(v, [BLOCK_K, BLOCK_O * BLOCK_I])), grad_ptr)  # [patch, K]
-            mask = mask_s[:, None] & ((patch_o < O) & (patch_i < I))[None, :]
-            grad = load(grads[:, None] + (patch_o * I + patch_i)[None, :], mask)  # [S, patch]
+            mask = mask_s[:, None] & ((patch // BLOCK_I < O - start_o) & (patch % BLOCK_I < I - start_i))[None, :]
+            corner = grad_ptr + tl.cast(start_o, tl.int64) * I + start_i  # O·I may pass 2^31
+            grad = load(
+                corner + rows_s[:, None] + (patch // BLOCK_I * I + patch % BLOCK_I)[None, :], mask
+            )  # [S, patch]
             total = add_dot(grad, v, total, PRECISION)
     places = out_ptr + (tl.program_id(2).to(tl.int64) * S + offs_s)[:, None] * K + offs_k[None, :]
     store(places, total, mask_s[:, None] & mask_k[None, :])

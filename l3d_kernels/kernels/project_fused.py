@@ -9,6 +9,7 @@ sample and subnetwork. Where samples share their sequence, x.right comes first, 
 tile loads its part of it; for indices that product is a look-up.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -223,14 +224,20 @@ def coefficients(
     return out
 
 
-def compile_cases(kind: str, count: bool = False) -> list[common.CompileCase]:
-    """Return every form in which the kernels are launched on a kind of device; `count`: as `project_topk` does."""
+TILES = ((16, 4), (1, 1), (16, 2), (16, 32), (32, 1), (64, 32), (8, 32), (16, 1))  # (SLOT_T, SLOT_R)
+
+
+def compile_cases(kind: str, count: bool = False, tiles: Sequence[tuple[int, int]] = TILES) -> list[common.CompileCase]:
+    """Return every form in which the kernels are launched on a kind of device; `count`: as `project_topk` does.
+
+    Those that are not `long` are the first two of TILES; of other tiles, all.
+    """
     cases, types = [], {"index_ptr": "*i64", "histogram_ptr": "*i64"}
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for dtype, bits, precision, long in common.compile_dtypes(kind):
-        for slot_t, slot_r in ((16, 4), (1, 1), (16, 2), (16, 32), (32, 1), (64, 32), (8, 32), (16, 1)):
+        for slot_t, slot_r in tiles:
             spread = " spread" if is_spread(slot_t, slot_r) else ""
-            late = long or (slot_t, slot_r) not in ((16, 4), (1, 1))
+            late = long or (tiles is TILES and (slot_t, slot_r) not in TILES[:2])
             constants = {"PRECISION": precision, "SLOT_T": slot_t, "SLOT_R": slot_r}
             constants |= {"BASED": count, **counting(names[dtype], count)}
             row = lookup(f"project_pair{spread}", kind, bits)

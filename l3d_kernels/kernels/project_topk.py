@@ -72,3 +72,12 @@ def compile_cases(kind: str) -> list[common.CompileCase]:
     cases = project_fused.compile_cases(kind, count=True)
     cases = [case._replace(long=case.long or case.constants["SLOT_T"] != 1) for case in cases]
     return cases + project_chunked.compile_cases(kind, count=True)
+
+
+def counting_cases(kind: str, largest: int) -> list[common.CompileCase]:
+    """Return the forms that count for any T and R from 1 to `largest`, each once."""
+    sizes = range(1, largest + 1)
+    lines = {project_fused.slots(size, 128) for size in sizes}
+    tiles = [(slot_t, slot_r) for slot_t in sorted(lines) for slot_r in sorted(lines)]
+    ranks = sorted({project_chunked.slot(size, 256) for size in sizes})
+    return project_fused.compile_cases(kind, True, tiles) + project_chunked.compile_cases(kind, True, ranks)

@@ -65,7 +65,10 @@ def count_magnitudes(
     For an epilogue that has the coefficients in registers; the sums are of integers, so their order is free.
     """
     digit = (magnitude_key(bits_of(tile, out_ptr), INFINITY) >> SHIFT).to(tl.int32)
-    counts = tl.histogram(tl.ravel(digit), 1 << BITS, mask=tl.ravel(mask))
+    # Triton (3.6 to 3.9) lets each reshape before a histogram reorder its elements, and reorders a tile and its mask
+    # differently where their layouts differ. So the mask travels inside the digit, through one reshape.
+    digit = tl.ravel(tl.where(mask, digit, -1))
+    counts = tl.histogram(tl.maximum(digit, 0), 1 << BITS, mask=digit >= 0)
     tl.atomic_add(histogram_ptr + tl.arange(0, 1 << BITS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 

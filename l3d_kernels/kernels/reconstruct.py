@@ -111,7 +111,7 @@ def residual_tile(
         acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
         PRECISION, BLOCK_Q,
     )  # fmt: skip
-    mask, places = (offs_o < O)[:, None] & (offs_i < I)[None, :], offs_o[:, None] * I + offs_i[None, :]
+    mask, places = (offs_o < O)[:, None] & (offs_i < I)[None, :], offs_o.to(tl.int64)[:, None] * I + offs_i[None, :]
     grad = load(grad_ptr + sample * stride_grad_s + places, mask).to(acc.dtype)  # [O, I]
     store(out_ptr + sample * O * I + places, tl.load(scale_ptr + sample) * (grad - acc), mask)
 
@@ -163,6 +163,7 @@ def reconstruct_backward(
     b_ptr,  # [K, R, B] the other side
     stride_d_a,
     stride_d_b,
+    N,
     A,
     B,
     R,
@@ -187,13 +188,15 @@ def reconstruct_backward(
         for start in range(0, B, BLOCK_B):
             offs_b = start + tl.arange(0, BLOCK_B)
             mask_b = offs_b < B
-            up = load(d_out + offs_a[:, None] * stride_d_a + offs_b[None, :] * stride_d_b, mask_a[:, None] & mask_b)
+            corner = d_out + tl.cast(tile_a * BLOCK_A, tl.int64) * stride_d_a + tl.cast(start, tl.int64) * stride_d_b
+            line_a, line_b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+            up = load(corner + line_a[:, None] * stride_d_a + line_b[None, :] * stride_d_b, mask_a[:, None] & mask_b)
             other = load(b_ptr + (column * R + offs_r[None, :]) * B + offs_b[:, None], mask_b[:, None] & mask_r)
             product = add_dot(up, other, product, PRECISION)  # [A, B], [B, R]
         if WITH_VALUES:
             side = load(a_ptr + places, mask).to(product.dtype)  # [A, R]
             part = (entry * tl.num_programs(1) + tile_a) * tl.num_programs(2) + tile_r
-            tl.store(parts_ptr + part, tl.sum(product * side))
+            tl.store(parts_ptr + part, tl.sum(product * side), mask=entry < N)
         total += product * tl.load(values_ptr + entry).to(product.dtype)
     tl.store(d_a_ptr + places, total, mask=mask)
 

@@ -152,6 +152,7 @@ def side_backward(
         b_ptr=other,
         stride_d_a=d_out.shape[2] if to_left else 1,
         stride_d_b=1 if to_left else d_out.shape[2],
+        N=values.numel(),
         A=A,
         B=other.shape[2],
         R=R,

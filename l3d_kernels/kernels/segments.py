@@ -22,6 +22,7 @@ def segment_sum(
     key_ptr,  # [J] int64, sorted
     order_ptr,  # [J] int64, the sorted keys' rows
     stop_ptr,  # [J] int64, where each sorted key's segment ends
+    I,
     C,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -40,7 +41,7 @@ def segment_sum(
         for place in range(first, stop):
             row = tl.load(order_ptr + place)
             total += load(rows_ptr + row * C + offs_c, mask_c)  # [C]
-        store(out_ptr + key * C + offs_c, total, mask_c)
+        store(out_ptr + key * C + offs_c, total, mask_c & (key < I))
 
 
 TABLE["segment_sum"] = {("interpreter", None): Launch({"BLOCK_COLS": 16}), (None, None): Launch({"BLOCK_COLS": 512})}
@@ -54,7 +55,7 @@ def sum_by_key(rows: Tensor, key: Tensor, n_keys: int) -> Tensor:
     stop = torch.searchsorted(ordered, ordered, right=True)
     row, _ = common.row_for("segment_sum", rows)
     pointers = {"out_ptr": out, "rows_ptr": rows, "key_ptr": ordered, "order_ptr": order, "stop_ptr": stop}
-    common.launch(segment_sum, (J, ceil_div(C, row.blocks["BLOCK_COLS"])), row, rows.device, C=C, **pointers)
+    common.launch(segment_sum, (J, ceil_div(C, row.blocks["BLOCK_COLS"])), row, rows.device, I=n_keys, C=C, **pointers)
     return out
 
 

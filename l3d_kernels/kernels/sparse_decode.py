@@ -75,6 +75,7 @@ def decode_d_values(
     weight_ptr,  # [L, D]
     row_offsets_ptr,  # [A+1] int64; read unless FIXED
     per_code,
+    N,
     L,
     D,
     FIXED: tl.constexpr,
@@ -92,7 +93,7 @@ def decode_d_values(
             d_out = load(d_out_ptr + code * D + offs_d, offs_d < D).to(acc.dtype)  # [D]
             rows = load_rows(weight_ptr, indices_ptr, offs_n, offs_n < last, offs_d, L, D)  # [N, D]
             acc += d_out[None, :] * rows.to(acc.dtype)
-        store(d_values_ptr + offs_n, tl.sum(acc, 1), offs_n < last)
+        store(d_values_ptr + offs_n, tl.sum(acc, 1), (offs_n < last) & (offs_n < N))
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -160,6 +161,7 @@ def d_values(d_out: Tensor, indices: Tensor, weight: Tensor, row_offsets: Tensor
         d_out_ptr=d_out.contiguous(),
         indices_ptr=indices,
         weight_ptr=weight,
+        N=indices.numel(),
         L=weight.shape[0],
         D=weight.shape[1],
         **_per_code(indices, row_offsets),
