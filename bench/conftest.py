@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench.environment import environment
+from bench.measure.environment import environment
 
 ACCOUNT = pytest.StashKey[dict[str, Any]]()
 

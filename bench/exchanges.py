@@ -1,6 +1,6 @@
 """What exchanges find that descent alone does not: `python -m bench.exchanges [KIND ...]`.
 
-Planted networks (bench/planted.py), five of each kind, and the toy tms_40_10, ten seeds: each with four starts by the
+Planted networks (methods/planted.py), five of each kind, and the toy tms_40_10, ten seeds: each with four starts by the
 defaults, once without exchanges and once with them, and a last time from the circuits themselves, which shows what
 there is to be found. MMCS is over all entries of the matrices, on tms_40_10 over each feature's own weights. Prints a
 table; all kinds together take minutes and write bench/results/exchanges.json, which docs/training.md shows.
@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.environment import RESULTS, environment
-from bench.planted import Direction, Planted, perceptron
+from bench.measure.environment import RESULTS, environment
+from bench.methods.planted import Direction, Planted, perceptron
 from bench.training import CHOICES, table
-from l3d.data import count_rows
-from l3d.decomposition import Decomposition
-from l3d.directions import LowRank, Whole
-from l3d.extract import Extractor
-from l3d.run import Run
-from l3d.settings import resolve
+from l3d.data.batches import count_rows
+from l3d.decomposition.directions import LowRank, Whole
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.extract import Extractor
 from l3d.toys import make, one_thread
 from l3d.toys.recovery import distinct, similarity
+from l3d.training.run import Run
+from l3d.training.settings import resolve
 
 STARTS = 4
 WAYS = ("without", "with", "from the circuits")

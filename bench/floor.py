@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.environment import RESULTS, environment
+from bench.measure.environment import RESULTS, environment
 from bench.training import CHOICES, Block, table
-from l3d.data import batches_per_epoch, count_rows
-from l3d.extract import Extractor
-from l3d.run import Run
-from l3d.settings import kept_fraction, learning_rate, resolve
+from l3d.data.batches import batches_per_epoch, count_rows
+from l3d.gradients.extract import Extractor
+from l3d.training.run import Run
+from l3d.training.settings import kept_fraction, learning_rate, resolve
 from l3d_kernels import reference
 
 N_SUBNETWORKS = 100

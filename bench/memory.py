@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bench.peak import added
+from bench.measure.peak import added
 from l3d.estimate import plan
-from l3d.run import Run
+from l3d.training.run import Run
 
 WIDTHS = (1024, 2048, 4096)
 S, T, K, R = 256, 8, 512, 4
@@ -62,7 +62,7 @@ def main() -> None:
     if width is not None:
         print(json.dumps(measure(width)))
         return
-    from bench.environment import RESULTS, ROOT, environment
+    from bench.measure.environment import RESULTS, ROOT, environment
 
     rows = []
     for each in WIDTHS:

@@ -9,10 +9,10 @@ import json
 import statistics
 import sys
 
-from bench.environment import RESULTS, environment
+from bench.measure.environment import RESULTS, environment
 from bench.training import CHOICES, Block
 from l3d.estimate import plan
-from l3d.factors import Gradients
+from l3d.gradients.factors import Gradients
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.environment import RESULTS, environment
-from l3d.costs import Path, Sizes, choose_paths, coactive_is_cheaper, projection_costs
+from bench.measure.environment import RESULTS, environment
+from l3d.decomposition.costs import Path, Sizes, choose_paths, coactive_is_cheaper, projection_costs
 from l3d.estimate import plan
-from l3d.factors import Gradients
-from l3d.run import Run
+from l3d.gradients.factors import Gradients
+from l3d.training.run import Run
 
 
 class Case(NamedTuple):

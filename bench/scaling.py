@@ -4,8 +4,8 @@
 
 One thread, and its processor time rather than the clock's, which other work on the machine disturbs less; all sizes of
 a quantity take turns, and the fastest round of each counts. Two predictions stand beside it: from the FLOPs, bytes and
-operations that torch runs, at this machine's rates (bench/counting.py), and from the multiply-adds by which paths are
-chosen (l3d/costs.py). Exponents are slopes of least squares in logarithms, over five sizes, the largest 16 times the
+operations that torch runs, at this machine's rates (measure/counting.py), and from the multiply-adds by which paths are
+chosen (costs.py). Exponents are slopes of least squares in logarithms, over five sizes, the largest 16 times the
 smallest. Writes bench/results/scaling.json and, with --page, the table between the page's marks and scaling.svg beside
 it; --again shows the file that is there.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from bench.counting import Rates, count, rates
-from bench.environment import RESULTS, described, environment
+from bench.measure.counting import Rates, count, rates
+from bench.measure.environment import RESULTS, described, environment
 from bench.memory import exponent
+from bench.methods.scaling_cases import AXES, QUANTITIES, Quantity
 from bench.scale import Case
-from bench.scaling_cases import AXES, QUANTITIES, Quantity
-from l3d.files import replace_between, replace_text
+from l3d.storage.files import replace_between, replace_text
 from l3d.toys import one_thread
 
 MARKS = ("<!-- scaling -->", "<!-- /scaling -->")
@@ -89,8 +89,8 @@ def _cell(row: dict[str, Any]) -> str:
 
 def show(found: dict[str, Any], page: Path) -> list[Path]:
     """Put the table between a page's marks, with the machine it is of, and draw the curves beside the page."""
-    from bench.drawings import scaling_curves
-    from l3d.plots import to_svg
+    from bench.measure.drawings import scaling_curves
+    from l3d.report.plots import to_svg
 
     replace_between(page, MARKS, described(found["environment"]) + "\n\n" + table(found["rows"]))
     return [page, replace_text(page.with_name("scaling.svg"), to_svg(scaling_curves(found["rows"])) + "\n")]

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from bench.cases import CASES, METHODS, Case
-from bench.environment import RESULTS, environment
-from l3d.files import replace_between, replace_text
-from l3d.memory import peak_memory
+from bench.measure.environment import RESULTS, environment
+from bench.methods.cases import CASES, METHODS, Case
+from l3d.storage.files import replace_between, replace_text
 from l3d.toys import one_thread
+from l3d.training.memory import peak_memory
 
 MARKS = ("<!-- steps -->", "<!-- /steps -->")
 SECONDS = 20.0  # of rounds per case, and at least so many rounds:

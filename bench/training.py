@@ -25,13 +25,13 @@ import torch
 from transformers import AutoTokenizer
 
 import l3d
-from bench.environment import RESULTS, environment
-from l3d.data import count_rows
-from l3d.extract import Extractor
-from l3d.run import Run
-from l3d.settings import Settings, resolve
-from l3d.sources import load_data, load_model
+from bench.measure.environment import RESULTS, environment
+from l3d.data.batches import count_rows
+from l3d.data.sources import load_data, load_model
+from l3d.gradients.extract import Extractor
 from l3d.toys import make, one_thread
+from l3d.training.run import Run
+from l3d.training.settings import Settings, resolve
 
 LENGTH = 16  # tokens
 HELD_OUT = 200  # windows, the last ones

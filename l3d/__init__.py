@@ -2,7 +2,7 @@
 
     decomposition = l3d.decompose(model, data, n_subnetworks=100, rank=8, k=0.1, params="h.4.attn.*", divergence="kl")
 
-Start at `l3d.train`; the loop is in `l3d.run`.
+Start at `l3d.train`; the loop is in `l3d.training.run`.
 """
 
 from importlib import import_module
@@ -11,51 +11,51 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l3d import callbacks as callbacks
     from l3d import toys as toys
-    from l3d.decomposition import Decomposition as Decomposition
-    from l3d.description import describe as describe
-    from l3d.evaluation import Evaluation as Evaluation
-    from l3d.evaluation import TopSamples as TopSamples
-    from l3d.evaluation import evaluate as evaluate
-    from l3d.evaluation import impact as impact
-    from l3d.evaluation import top_samples as top_samples
-    from l3d.extract import Extractor as Extractor
-    from l3d.extract import extract_gradients as extract_gradients
-    from l3d.factors import Gradients as Gradients
-    from l3d.intervention import intervene as intervene
-    from l3d.logits import TopLogits as TopLogits
-    from l3d.logits import top_logits as top_logits
-    from l3d.ratios import InterventionRatios as InterventionRatios
-    from l3d.ratios import intervention_ratios as intervention_ratios
-    from l3d.store import load as load
-    from l3d.store import save as save
+    from l3d.analysis.description import describe as describe
+    from l3d.analysis.evaluation import Evaluation as Evaluation
+    from l3d.analysis.evaluation import TopSamples as TopSamples
+    from l3d.analysis.evaluation import evaluate as evaluate
+    from l3d.analysis.evaluation import impact as impact
+    from l3d.analysis.evaluation import top_samples as top_samples
+    from l3d.analysis.finetune import FineTuned as FineTuned
+    from l3d.analysis.finetune import finetune as finetune
+    from l3d.analysis.intervention import intervene as intervene
+    from l3d.analysis.intervention_ratios import InterventionRatios as InterventionRatios
+    from l3d.analysis.intervention_ratios import intervention_ratios as intervention_ratios
+    from l3d.analysis.logits import TopLogits as TopLogits
+    from l3d.analysis.logits import top_logits as top_logits
+    from l3d.decomposition.subnetworks import Decomposition as Decomposition
+    from l3d.gradients.extract import Extractor as Extractor
+    from l3d.gradients.extract import extract_gradients as extract_gradients
+    from l3d.gradients.factors import Gradients as Gradients
+    from l3d.storage.store import load as load
+    from l3d.storage.store import save as save
     from l3d.train import decompose as decompose
-    from l3d.tuning import FineTuned as FineTuned
-    from l3d.tuning import finetune as finetune
 
 __version__ = "0.1.0"
 
 # Public name -> its module, imported on first use: torch takes seconds to import, and `l3d --help` should not.
 _HOMES = {
-    "Decomposition": "decomposition",
-    "Evaluation": "evaluation",
-    "Extractor": "extract",
-    "FineTuned": "tuning",
-    "Gradients": "factors",
-    "InterventionRatios": "ratios",
-    "TopLogits": "logits",
-    "TopSamples": "evaluation",
+    "Decomposition": "decomposition.subnetworks",
+    "Evaluation": "analysis.evaluation",
+    "Extractor": "gradients.extract",
+    "FineTuned": "analysis.finetune",
+    "Gradients": "gradients.factors",
+    "InterventionRatios": "analysis.intervention_ratios",
+    "TopLogits": "analysis.logits",
+    "TopSamples": "analysis.evaluation",
     "decompose": "train",
-    "describe": "description",
-    "evaluate": "evaluation",
-    "extract_gradients": "extract",
-    "finetune": "tuning",
-    "impact": "evaluation",
-    "intervene": "intervention",
-    "intervention_ratios": "ratios",
-    "load": "store",
-    "save": "store",
-    "top_logits": "logits",
-    "top_samples": "evaluation",
+    "describe": "analysis.description",
+    "evaluate": "analysis.evaluation",
+    "extract_gradients": "gradients.extract",
+    "finetune": "analysis.finetune",
+    "impact": "analysis.evaluation",
+    "intervene": "analysis.intervention",
+    "intervention_ratios": "analysis.intervention_ratios",
+    "load": "storage.store",
+    "save": "storage.store",
+    "top_logits": "analysis.logits",
+    "top_samples": "analysis.evaluation",
 }
 _MODULES = ("callbacks", "toys")
 __all__ = [*_MODULES, *_HOMES]

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from l3d.chunks import Chunks
-from l3d.costs import Path, choose_paths
-from l3d.data import count_rows
-from l3d.decomposition import Decomposition
-from l3d.extract import Extractor
-from l3d.factors import Gradients
-from l3d.memory import memory_now, peak_memory
-from l3d.objective import n_kept
-from l3d.run import Run
-from l3d.settings import Settings, kept_fraction, resolve
+from l3d.data.batches import count_rows
+from l3d.decomposition.chunked import Chunks
+from l3d.decomposition.costs import Path, choose_paths
+from l3d.decomposition.objective import n_kept
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.extract import Extractor
+from l3d.gradients.factors import Gradients
 from l3d.train import decompose
+from l3d.training.memory import memory_now, peak_memory
+from l3d.training.run import Run
+from l3d.training.settings import Settings, kept_fraction, resolve
 
 N_STEPS = 3  # that are timed, after one to warm up
 

@@ -1,4 +1,4 @@
-"""Train a decomposition: what the caller chooses, and the run that it makes (`l3d.run` holds the loop).
+"""Train a decomposition: what the caller chooses, and the run that it makes (`l3d.training.run` holds the loop).
 
 model + batch ─ extract ─► per-sample gradients ─ project ─► coefficients ─ batch top-k ─► kept ─ objective ─►
 loss ─ Adam, unit norm ─► decomposition
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from l3d.callbacks import Callback, ProgressBar
-from l3d.checkpoints import restore
-from l3d.data import count_rows
-from l3d.decomposition import Decomposition
-from l3d.divergence import Divergence
-from l3d.extract import Extractor
-from l3d.lock import release
-from l3d.model import Params
-from l3d.numbers import check_whole
-from l3d.run import Run
-from l3d.settings import resolve
+from l3d.data.arguments import check_whole
+from l3d.data.batches import count_rows
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.divergence import Divergence
+from l3d.gradients.extract import Extractor
+from l3d.gradients.model import Params
+from l3d.storage.lock import release
+from l3d.training.checkpoints import restore
+from l3d.training.run import Run
+from l3d.training.settings import resolve
 
 
 @torch.inference_mode(False)
@@ -76,7 +76,7 @@ def decompose(
             reference="pair" they are (input, contrasting input).
         n_subnetworks: K.
         rank: of every matrix, or {glob: rank or one rank per mode}; or "auto": for each tensor the least that holds
-            nine tenths of single gradients' squared norm, at most 16 (`l3d.ranks.ranks_from_gradients`). Default: 8, or
+            nine tenths of single gradients' squared norm, at most 16 (`ranks_from_gradients`). Default: 8, or
             as much as a smaller tensor allows; a rank that is asked for and not allowed is refused.
         k: fraction of the S·K coefficients of a batch that is kept, in (0, 1].
         params: glob, list of globs, or None for all parameters.
@@ -102,14 +102,14 @@ def decompose(
         start: "random", or "data": the subnetworks start as low-rank parts of single samples' gradients.
         revive: every 200 steps, as long as k is at its value and the last fifth of the run has not begun, start
             subnetworks anew that none of these steps has kept, from samples that are reconstructed badly; and every 100
-            steps exchange those that are worth less than what their place could hold (`l3d.exchange`; not where several
+            steps exchange those that are worth less than what their place could hold (`exchange`; not where several
             processes share the subnetworks). Default: True, False for "published".
         shuffle: learn from gradients whose parts are dealt out anew over a batch's samples, tensor by tensor: a control
-            that has learned no sample's gradient (`l3d.controls.shuffled`).
+            that has learned no sample's gradient (`l3d.analysis.controls.shuffled`).
         overwrite: replace an existing run folder.
         resume: continue the run in `out` from its last checkpoint, with the same arguments.
         progress: show a progress bar (on a terminal) with error, kept per sample, dead fraction and samples/s.
-        cache: a folder to keep gradients in, for this run and others on the same data (`l3d.cache`). The batches of the
+        cache: a folder to keep gradients in, for this run and others on the same data. The batches of the
             first `n_references` epochs, their references included, then come again and again.
         cache_reads: "auto" reads stored gradients where that is measured to be faster than extracting them again, "on"
             always, "off" never; the result is the same to the bit.
@@ -122,7 +122,7 @@ def decompose(
         callbacks: told of the run as it goes, such as `l3d.callbacks.TensorBoard`; left open.
 
     Where torch.distributed is initialised with several processes (torchrun), they train one decomposition together,
-    each its share of the subnetworks (`l3d.processes`); every process must call this alike, with the same data.
+    each its share of the subnetworks (`process_group`); every process must call this alike, with the same data.
 
     Returns the trained `Decomposition`; its `history` holds the training curve. Of several processes the first returns
     it, on the CPU, and the others their shares of it.

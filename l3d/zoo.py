@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from l3d.numbers import check_whole
+from l3d.data.arguments import check_whole
 
 
 class _Block(nn.Module):

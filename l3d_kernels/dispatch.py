@@ -1,7 +1,7 @@
 """Which implementation runs a call, and the checks every public op makes before it does.
 
 The choice is made per call, from the tensors' device: "auto" takes the Triton kernel where there is one for the
-device (and `l3d_kernels.kernels.paths` does not name the twin as the faster), else the plain-torch twin. An explicit
+device (and `path_table` does not name the twin as the faster), else the plain-torch twin. An explicit
 request that cannot be met raises; nothing falls back in silence.
 """
 
@@ -33,14 +33,14 @@ def load_kernels() -> str:
 
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, which is settled when they are first imported."""
-    from l3d_kernels.kernels import common
+    from l3d_kernels.kernels.shared import common
 
     return bool(common.INTERPRETED.value)
 
 
 def twin_is_faster(op: str, device: torch.device, dtype: torch.dtype, width: str) -> bool:
     """Whether the table of paths names the twin for an operation on a device, for a dtype and a width class."""
-    from l3d_kernels.kernels import paths
+    from l3d_kernels.kernels.shared import path_table as paths
 
     return paths.path_of(op, device, dtype, width) == paths.TWIN
 
@@ -67,7 +67,7 @@ def implementation(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
     if backend == "auto":
         if kernel is None or tensor.dtype == torch.float64:
             return twin
-        from l3d_kernels.kernels.paths import width_class
+        from l3d_kernels.kernels.shared.path_table import width_class
 
         width = width_class(tensor.shape[-1])
         return twin if twin_is_faster(op, tensor.device, tensor.dtype, width) else kernel

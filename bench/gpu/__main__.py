@@ -182,7 +182,7 @@ def checked(plan: Sequence[tuple[Sizes, Sequence[str]]], device: torch.device, s
 
 def measured(plan: Plan, device: torch.device, started: float, failed: Collection[str] = ()) -> dict[str, Any]:
     """Time everything but operations that failed, print the tables, and return what is written."""
-    from l3d_kernels.kernels.table import kind_of
+    from l3d_kernels.kernels.shared.launch_table import kind_of
 
     deadline = started + plan.limit if plan.limit else float("inf")
     best = ceilings(device, **plan.ceilings)
@@ -190,7 +190,7 @@ def measured(plan: Plan, device: torch.device, started: float, failed: Collectio
     steps = time_steps(plan.blocks, plan.dtypes, device, best, deadline - COMPILE_LIMIT, **plan.step)
     timings = compiled_too(timings, plan.timed, device, deadline - COMPILE_LIMIT if plan.limit else 0.0)
     rows = report.path_rows(timings, plan.timed, kind_of(device))
-    print("rows for l3d_kernels/kernels/paths.py:")
+    print("rows for l3d_kernels/kernels/shared/path_table.py:")
     for key, path in rows:
         print(f"    {key!r}: {path!r},")
     print(report.table(timings, best))

@@ -72,9 +72,9 @@ class Step:
     """A step that can be taken phase by phase, with what it works on."""
 
     def __init__(self, z: StepSizes, dtype: torch.dtype, device: torch.device, backend: str) -> None:
-        from l3d.directions import Directions
-        from l3d.extract import Extractor
-        from l3d.optimizer import RelativeAdam
+        from l3d.decomposition.directions import Directions
+        from l3d.gradients.extract import Extractor
+        from l3d.training.optimizer import RelativeAdam
 
         self.z, self.backend = z, backend
         torch.manual_seed(0)
@@ -89,9 +89,9 @@ class Step:
         self.generator = torch.Generator().manual_seed(0)
 
     def take(self, mark: Callable[[str], Any] = lambda name: None) -> Tensor:
-        """Take a step and return its loss; `mark` is told each phase as it ends. As `l3d.run.Run.take_step` does."""
-        from l3d.costs import choose_paths
-        from l3d.objective import energy, keep, residual_norms
+        """Take a step and return its loss; `mark` is told each phase as it ends. As `Run.take_step` does."""
+        from l3d.decomposition.costs import choose_paths
+        from l3d.decomposition.objective import energy, keep, residual_norms
 
         mark("start")
         self.gradients = self.extractor(self.tokens, self.generator)

@@ -126,7 +126,7 @@ def project_by(path: str) -> Op:
         if backend != "triton":
             return lk.project(i["x"], i["dy"], i["left"], i["right"], backend=backend)
         dispatch.load_kernels()
-        from l3d_kernels.kernels.project import project
+        from l3d_kernels.kernels.project.project import project
 
         return project(i["x"], i["dy"], i["left"], i["right"], path)
 

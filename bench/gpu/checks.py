@@ -75,7 +75,7 @@ def check(name: str, sizes: Sizes, dtype: str, device: torch.device, generator: 
 @contextmanager
 def _poisoned() -> Iterator[list[str]]:
     """Fill what kernels are to write with NaN, and numbers that are no index; list the kernels launched within."""
-    from l3d_kernels.kernels import common
+    from l3d_kernels.kernels.shared import common
 
     launched: list[str] = []
     watch = launched.append

@@ -98,7 +98,7 @@ def count_launches(step: Step) -> dict[str, int]:
     totals: list[int] = []
     watchers: list[Any] = []
     if dispatch.load_kernels() == "":
-        from l3d_kernels.kernels import common
+        from l3d_kernels.kernels.shared import common
 
         watchers = common.WATCHERS
     watch = own.append

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from l3d.files import replacing
+from l3d.storage.files import replacing
 from l3d.toys.networks import Network
 
 

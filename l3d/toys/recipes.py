@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3d.data import mix
+from l3d.data.batches import mix
 from l3d.toys import recovery
 from l3d.toys.cache import trained
 from l3d.toys.networks import Deep, Network, Superposition, split_scale, train_network

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from l3d.decomposition import Decomposition
+    from l3d.decomposition.subnetworks import Decomposition
     from l3d.toys.toy import Toy
 
 Circuits = list[dict[str, Tensor]]

@@ -11,7 +11,7 @@ from l3d.toys import recovery
 from l3d.toys.networks import Network
 
 if TYPE_CHECKING:
-    from l3d.decomposition import Decomposition
+    from l3d.decomposition.subnetworks import Decomposition
 
 TRAINING = ("steps", "n_restarts")  # of a toy's settings, those that the published recipe has its own of
 

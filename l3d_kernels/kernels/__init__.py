@@ -4,27 +4,21 @@ Every file has the same order: formula and shapes, kernels, launch, autograd fun
 has its twin of the same name in `l3d_kernels.reference`, which is its specification.
 """
 
-from l3d_kernels.kernels import (
-    batch_topk,
-    gram,
-    gram_energy,
-    gram_energy_backward,
-    project,  # noqa: F401 (chooses between project_chunked and project_fused)
-    project_at,
-    project_at_backward,
-    project_backward,
-    project_chunked,
-    project_dense,
-    project_fused,
-    project_tiled,  # noqa: F401 (launches project_dense's kernel)
-    project_topk,
-    reconstruction,
-    segments,
-    softmax_mean,
-    sparse_decode,
-    sparse_decode_weight,
-    squared_gradient_norm,
+from l3d_kernels.kernels.decode import softmax_mean, sparse_decode, sparse_decode_weight
+from l3d_kernels.kernels.energy import gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm
+from l3d_kernels.kernels.project import (
+    at,
+    at_backward,
+    backward,
+    chunked,
+    dense,
+    fused,
+    project,  # noqa: F401 (chooses between chunked and fused)
+    tiled,  # noqa: F401 (launches dense's kernel)
+    topk,
 )
+from l3d_kernels.kernels.shared import segment_sum
+from l3d_kernels.kernels.topk import batch_topk
 
 # each exports compile_cases(kind): what the ahead-of-time test compiles
 MODULES = (
@@ -32,15 +26,15 @@ MODULES = (
     gram,
     gram_energy,
     gram_energy_backward,
-    project_at,
-    project_at_backward,
-    project_backward,
-    project_chunked,
-    project_dense,
-    project_fused,
-    project_topk,
-    reconstruction,
-    segments,
+    at,
+    at_backward,
+    backward,
+    chunked,
+    dense,
+    fused,
+    topk,
+    reconstruct,
+    segment_sum,
     softmax_mean,
     sparse_decode,
     sparse_decode_weight,

@@ -15,6 +15,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     from l3d_kernels import dispatch
 
     assert dispatch.load_kernels() == ""
-    from l3d_kernels.kernels import common
+    from l3d_kernels.kernels.shared import common
 
     monkeypatch.setattr(common, "POISON", True)

@@ -4,12 +4,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_topk import together
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import batch_topk, common, radix
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.topk import batch_topk, radix
 
+from test_topk import together
 from tools import DTYPES, launches, normal, strided
 
 KERNELS = ("topk_histogram", "topk_count", "topk_scan_rows", "topk_scan_columns", "topk_write")

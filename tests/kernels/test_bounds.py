@@ -7,18 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from l3d_kernels.kernels import (
-    MODULES,
-    batch_topk,
-    common,
-    gram_energy,
-    pairs,
-    project_at,
-    radix,
-    reconstruction,
-    segments,
-    sparse_decode,
-)
+from l3d_kernels.kernels import MODULES
+from l3d_kernels.kernels.decode import sparse_decode
+from l3d_kernels.kernels.energy import gram_energy
+from l3d_kernels.kernels.energy import reconstruct as reconstruction
+from l3d_kernels.kernels.project import at as project_at
+from l3d_kernels.kernels.project import pairs
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared import segment_sum as segments
+from l3d_kernels.kernels.topk import batch_topk, radix
 
 from tools import normal
 

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels import common
-from l3d_kernels.kernels.table import Launch
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.launch_table import Launch
 
 
 @triton.jit

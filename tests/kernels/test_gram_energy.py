@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_reference import CASES as SHARED
-from test_reference import Case, kept_of, make
 from torch import Tensor
 
 import l3d_kernels as lk
 
+from test_reference import CASES as SHARED
+from test_reference import Case, kept_of, make
 from tools import DTYPES, Run, assert_kernel, assert_same_twice, launches, strided
 
 # sizes of their own: several tiles of samples, rows, ranks and features in the interpreter's blocks of 16
@@ -106,7 +106,7 @@ def test_same_bits_twice() -> None:
 
 def test_the_gradient_of_the_gram_matrix_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a budget for one subnetwork at a time the gradients are the same."""
-    from l3d_kernels.kernels import gram
+    from l3d_kernels.kernels.energy import gram
 
     monkeypatch.setattr(gram, "CHUNK", 1)
     assert_kernel(run_gram, make(CASES["odd"]), LEAVES[1:], torch.float64, "gram_tile")

@@ -4,11 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_reference import Case, kept_of, make
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import batch_topk, gram, gram_energy, reconstruction, sparse_decode, squared_gradient_norm
+from l3d_kernels.kernels.decode import sparse_decode
+from l3d_kernels.kernels.energy import gram, gram_energy, squared_gradient_norm
+from l3d_kernels.kernels.energy import reconstruct as reconstruction
+from l3d_kernels.kernels.topk import batch_topk
+
+from test_reference import Case, kept_of, make
 
 INPUTS = make(Case(), dtype=torch.float32)
 KEPT = kept_of(INPUTS)

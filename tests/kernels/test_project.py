@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_reference import Case
-from test_reference import make as make_all
 from torch import Tensor
 
 import l3d_kernels as lk
 
+from test_reference import Case
+from test_reference import make as make_all
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
 
 # in the interpreter a tile is 16 x 16, and 32 elements deep
@@ -114,7 +114,7 @@ def test_strides_do_not_matter(name: str) -> None:
 
 def test_workspace_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass in pieces of one subnetwork gives the gradients of one piece."""
-    from l3d_kernels.kernels import common
+    from l3d_kernels.kernels.shared import common
 
     for name in ("shared", "several tiles, one sample a sequence", "indices"):
         inputs, wanted = make(CASES[name]), leaves(CASES[name])

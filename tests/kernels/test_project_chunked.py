@@ -8,7 +8,11 @@ from torch import Tensor
 
 import l3d_kernels as lk
 from l3d_kernels import dispatch, reference
-from l3d_kernels.kernels import common, paths, project, project_chunked, radix
+from l3d_kernels.kernels.project import chunked as project_chunked
+from l3d_kernels.kernels.project import project
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared import path_table as paths
+from l3d_kernels.kernels.topk import radix
 
 from test_project import CASES, EMPTY, leaves, make
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided, to_dtype

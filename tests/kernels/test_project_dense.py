@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import common, project_dense
+from l3d_kernels.kernels.project import dense as project_dense
+from l3d_kernels.kernels.shared import common
 
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import batch_topk, project, radix
+from l3d_kernels.kernels.project import project
+from l3d_kernels.kernels.topk import batch_topk, radix
 
 from test_project import CASES, Case, make
 from tools import DTYPES, assert_as_good, assert_same_twice, gradients, launches, normal, strided, to_dtype

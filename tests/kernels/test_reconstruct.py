@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_reference import CASES as SHARED
-from test_reference import Case, kept_of, make, true_reconstruction
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import common
+from l3d_kernels.kernels.shared import common
 
+from test_reference import CASES as SHARED
+from test_reference import Case, kept_of, make, true_reconstruction
 from tools import DTYPES, assert_kernel, assert_same_twice, strided
 
 CASES = {

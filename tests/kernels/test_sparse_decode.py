@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels import sparse_decode_weight
+from l3d_kernels.kernels.decode import sparse_decode_weight
 
 from tools import DTYPES, assert_kernel, assert_same_twice, normal, strided
 

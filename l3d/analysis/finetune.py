@@ -1,0 +1,141 @@
+"""Fine-tuning along chosen subnetworks: W0 + Σ_k δ_k Vout_k, and only the δ are trained."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from l3d.analysis.intervention import intervene
+from l3d.data.arguments import check_whole
+from l3d.data.batches import Batches
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.model import check_fixed, model_output, only_trainable, to_device
+from l3d.storage.store import write_tensors
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+LR = 0.01  # Adam's step at the start, as a share of the norm of the decomposed weights
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What `finetune` learned; `l3d.intervene(model, decomposition, tuned.deltas)` applies it for a block."""
+
+    deltas: dict[int, float]  # subnetwork -> δ
+    losses: list[float]  # of every step's batch, before the step
+    model: nn.Module = field(repr=False)  # as it was before
+    decomposition: Decomposition = field(repr=False)
+    any_weights: bool = field(default=False, repr=False)  # as it was given
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state dict with the δ merged into its weights: copies, for `load_state_dict`."""
+        with intervene(self.model, self.decomposition, self.deltas, any_weights=self.any_weights):
+            return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write `state_dict()` into a safetensors file, and return its path."""
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, self.state_dict())
+        return file
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def finetune(
+    model: nn.Module,
+    decomposition: Decomposition,
+    data: Any,
+    loss: Loss,
+    subnetworks: Sequence[int],
+    *,
+    steps: int = 200,
+    batch_size: int = 16,
+    lr: float | None = None,
+    seed: int = 0,
+    any_weights: bool = False,
+) -> FineTuned:
+    """Train how far to move the weights along chosen subnetworks, one number δ each, by Adam.
+
+    Args:
+        model: in evaluation mode; it is left as it was, after an exception too.
+        decomposition: of its parameters; left as it was.
+        data: a tensor, Dataset or iterable of batches. Rows are (input, target); a single input is its own target, so
+            that a language model's loss takes (logits, tokens).
+        loss: f(output, target) -> scalar, such as torch.nn.functional.mse_loss; output is a tensor, or `.logits`.
+        subnetworks: indices of those to move along.
+        steps, batch_size, seed: of the training; rows are shuffled by the seed.
+        lr: Adam's step size at the start, which falls along a cosine; default `LR` times the norm of the decomposed
+            weights. The δ are distances, the directions being of unit norm.
+        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
+
+    Raises ValueError for arguments out of range and a loss that is not one finite number.
+
+    >>> from l3d.decomposition.subnetworks import Decomposition
+    >>> model = nn.Linear(3, 2)
+    >>> d = Decomposition({"weight": model.weight.shape}, 4, 1)
+    >>> x, y = torch.randn(32, 3), torch.randn(32, 2)
+    >>> tuned = finetune(model, d, torch.utils.data.TensorDataset(x, y), nn.functional.mse_loss, [0, 2], steps=3)
+    >>> sorted(tuned.deltas), len(tuned.losses)
+    ([0, 2], 3)
+    """
+    chosen = list(subnetworks)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(decomposition.n_subnetworks)):
+        raise ValueError(f"subnetworks: expected different ones of {decomposition.n_subnetworks}, got {chosen}")
+    check_whole("steps", steps)
+    if lr is not None and not lr > 0:
+        raise ValueError(f"lr: expected a positive number, got {lr!r}")
+    check_fixed(model)
+    with intervene(model, decomposition, {}, any_weights=any_weights):  # is it the decomposition's model?
+        weights = {name: model.get_parameter(name) for name in decomposition.shapes}
+    home = next(iter(weights.values()))
+    if lr is None:
+        lr = LR * float(torch.stack([w.detach().double().square().sum() for w in weights.values()]).sum().sqrt())
+    deltas = torch.zeros(len(chosen), device=home.device, requires_grad=True)
+    optimizer = torch.optim.Adam([deltas], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = Batches(data, batch_size, seed)
+    losses: list[float] = []
+    with only_trainable(model, {}):
+        factors = _factors(decomposition, chosen, home)
+        for step in range(steps):
+            batch = to_device(batches[step], home.device)
+            pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+            inputs, target = batch if pair else (batch, batch)
+            moved = {
+                name: weights[name] + _sum(deltas, *factors[name]).view(weights[name].shape).to(weights[name])
+                for name in factors
+            }
+
+            def run(*args: Any, moved: dict[str, Tensor] = moved, **kwargs: Any) -> Any:
+                return functional_call(model, moved, args, kwargs)
+
+            value = loss(model_output(run, inputs), target)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not torch.isfinite(value).all():
+                shown = list(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
+                raise ValueError(f"loss: expected one finite number, got {shown}; step {step}")
+            (deltas.grad,) = torch.autograd.grad(value.reshape(()), [deltas])
+            optimizer.step()
+            schedule.step()
+            losses.append(float(value.detach()))
+    return FineTuned(dict(zip(chosen, deltas.tolist(), strict=True)), losses, model, decomposition, any_weights)
+
+
+@torch.no_grad()
+def _factors(decomposition: Decomposition, chosen: list[int], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the chosen directions' factors by tensor: left [n, R, O], right [n, R, I]."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    result = {}
+    for name, piece in decomposition.decoder.items():
+        left, right = piece.factors()
+        result[name] = (left[chosen].to(like.device, wide), right[chosen].to(like.device, wide))
+    return result
+
+
+def _sum(deltas: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_k δ_k V_k as a matrix [O, rest]; no single V_k is formed."""
+    return (left * deltas[:, None, None].to(left)).flatten(0, 1).mT @ right.flatten(0, 1)

@@ -1,0 +1,69 @@
+"""Move a model's weights along its subnetworks, for as long as a block runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.model import Params, select_parameters
+from l3d.storage.identity import check_identity, moving
+
+
+@contextmanager
+def intervene(
+    model: nn.Module,
+    decomposition: Decomposition,
+    deltas: Mapping[int, float],
+    params: Params = None,
+    *,
+    any_weights: bool = False,
+) -> Iterator[nn.Module]:
+    """Set the weights to W0 + Σ_k δ_k Vout_k within the block; the very same bits return on exit, come what may.
+
+    Args:
+        model: the decomposed model.
+        decomposition: of its parameters.
+        deltas: {subnetwork: δ}; directions have unit norm over all tensors together, so δ is a distance.
+        params: glob or globs of the parameters to move; None moves all that were decomposed.
+        any_weights: go on where the model's weights are others than those decomposed.
+
+    Raises ValueError where a subnetwork does not exist or the model has other parameters, or other weights.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, shape in decomposition.shapes.items():
+        if name not in named or named[name].shape != shape:
+            raise ValueError(f"model: has no parameter {name!r} of shape {list(shape)}")
+    if not any_weights:
+        check_identity(decomposition.base_model, named)
+    chosen = set(decomposition.shapes if params is None else select_parameters(model, params))
+    chosen &= set(decomposition.shapes)
+    if not chosen:
+        raise ValueError(f"params: {params!r} matches none of the decomposed parameters")
+    moves: dict[str, Tensor] = {}
+    for index, delta in deltas.items():
+        for name, direction in decomposition.subnetwork(index).items():
+            if name in chosen:
+                moves[name] = moves.get(name, 0) + delta * direction
+    with shifted(model, moves):
+        yield model
+
+
+@contextmanager
+def shifted(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[None]:
+    """Add moves {parameter name: tensor of its shape} to the weights within the block; the same bits return on exit."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: named[name].detach().clone() for name in moves}
+    try:
+        with torch.no_grad():
+            for name, move in moves.items():
+                named[name].add_(move.to(named[name]))
+        torch.clear_autocast_cache()  # within torch.autocast copies of the weights are held
+        with moving([named[name] for name in moves]):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                named[name].copy_(values)
+        torch.clear_autocast_cache()

@@ -1,0 +1,268 @@
+"""Interventions measured: does moving the weights along a subnetwork change the samples it acts on, and no others?
+
+pool of rows ─ gradients ─ batch top-k ─► samples each subnetwork is active for ─ W0 + δ V ─► output change on some of
+those and on some of the rest, for the subnetwork and for a random direction of the same form
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import l3d_kernels as lk
+from l3d.analysis.evaluation import extractor_of
+from l3d.analysis.intervention import shifted
+from l3d.data.arguments import check_whole
+from l3d.data.batches import count_rows, in_order, mix, take
+from l3d.decomposition.directions import Directions
+from l3d.decomposition.objective import n_kept
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.divergence import Divergence, kl, mse
+from l3d.gradients.extract import Extractor
+from l3d.gradients.model import Params, check_fixed, model_output, select_parameters, to_device
+from l3d.gradients.samples import Samples, padding_mask
+
+# Default δ, as shares of the norm of the decomposed weights: small, for a decomposition says what is so nearby. On
+# stories260k the largest moves outputs by .3 nats, the next (.01) would by 2, as far as another text's are.
+SWEEP = (-0.003, -0.001, -0.0003, 0.0003, 0.001, 0.003)
+
+
+class InterventionRatios(NamedTuple):
+    """Output changes under interventions, of n live subnetworks at D sizes δ."""
+
+    deltas: Tensor  # [D]
+    subnetworks: Tensor  # [n] int64: those active for enough of the pool's samples, and not for all
+    activation_rate: Tensor  # [n] share of the pool's samples each is active for
+    active: Tensor  # [n, D] mean output change on samples it is active for
+    rest: Tensor  # [n, D] the same on samples it is not
+    random_active: Tensor  # [n, D] the same samples, moved along a random direction
+    random_rest: Tensor  # [n, D]
+
+    @property
+    def ratio(self) -> Tensor:
+        """active / rest, its geometric mean over the sweep: [n]."""
+        return _geometric_mean(self.active, self.rest)
+
+    @property
+    def random_ratio(self) -> Tensor:
+        """The same of the random directions: [n]."""
+        return _geometric_mean(self.random_active, self.random_rest)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures as json-able lists; what is not finite is None."""
+        fields = {name: _plain(value) for name, value in self._asdict().items()}
+        ratios = {"ratio": _plain(self.ratio), "random_ratio": _plain(self.random_ratio)}
+        return {"share_above_random": self.share_above_random, **ratios, **fields}
+
+    @property
+    def share_above_random(self) -> float:
+        """Share of the live subnetworks whose ratio is above that of their random direction."""
+        return float((self.ratio > self.random_ratio).double().mean())
+
+
+class Pool(NamedTuple):
+    """Rows of data, the places of their samples in the model's output, and which subnetworks are kept for each."""
+
+    rows: Any  # the model's inputs, rows first
+    row: Tensor  # [S] the row of each sample
+    position: Tensor | None  # [S] its place among the row's outputs; None: a row is a sample
+    kept: Tensor  # [S, K] bool
+
+
+@torch.no_grad()
+def intervention_ratios(
+    decomposition: Decomposition,
+    model: nn.Module,
+    data: Any,
+    *,
+    deltas: Sequence[float] | None = None,
+    n_rows: int = 256,
+    n_samples: int = 32,
+    min_active: int = 8,
+    params: Params = None,
+    divergence: str | Divergence | None = None,
+    reference: str | Tensor | None = None,
+    seed: int | None = None,
+    any_weights: bool = False,
+) -> InterventionRatios:
+    """Measure how much more an intervention changes the samples a subnetwork is active for than the rest.
+
+    The output change is the divergence of the moved model's output from the unmoved one's: KL where the decomposition
+    is one of KL, else the mean squared difference; averaged over samples, for every δ of a sweep. The control is a
+    random direction of the same low ranks, with the same norm in each tensor, on the same samples.
+
+    Args:
+        decomposition: a trained decomposition.
+        model: the model it belongs to; it comes back exactly as it was.
+        data: a tensor, Dataset or iterable of batches of rows that all have one shape.
+        deltas: distances to move by; default `SWEEP` times the norm of the decomposed weights.
+        n_rows: of the data to look for samples in, evenly spaced.
+        n_samples: to average over, per subnetwork, of those it is active for, and as many of the rest.
+        min_active: samples of the pool a subnetwork must be active for, and not active for, to be measured: a mean over
+            fewer says little.
+        params: glob or globs of the parameters to move; None moves all that were decomposed.
+        divergence, reference: what the subnetworks are chosen by, in the place of the trained ones.
+        seed: of references, samples and random directions; default the decomposition's.
+        any_weights: go on where the model's weights are others than those decomposed.
+
+    Cost: a forward pass of at most 2·n_samples rows per subnetwork, δ and direction. Warns of a model in bfloat16 or
+    float16, most of whose weights a small step leaves as they are.
+    Raises ValueError where no subnetwork can be measured, and for arguments out of range.
+    """
+    for name, value in (("n_rows", n_rows), ("n_samples", n_samples), ("min_active", min_active)):
+        check_whole(name, value)
+    narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow:
+        warnings.warn(
+            f"intervention_ratios: the model holds {', '.join(sorted(narrow))}, which rounds such small steps away; "
+            "measure on model.float() with any_weights=True",
+            stacklevel=2,
+        )
+    seed = decomposition.settings.get("seed", 0) if seed is None else seed
+    extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
+    chosen = {name for name in select_parameters(model, params) if name in decomposition.shapes}
+    if not chosen:
+        raise ValueError(f"params: {params!r} matches none of the decomposed parameters")
+    if deltas is None:
+        norm = float(torch.stack([p.double().square().sum() for p in extractor.parameters.values()]).sum().sqrt())
+        deltas = [share * norm for share in SWEEP]
+    if not deltas or 0 in deltas:
+        raise ValueError(f"deltas: expected distances other than 0, got {list(deltas)}")
+
+    pool = fill_pool(decomposition, extractor, data, n_rows, seed)
+    counts = pool.kept.sum(0)
+    live = ((counts >= min_active) & (counts <= len(pool.kept) - min_active)).nonzero()[:, 0]
+    if not len(live):
+        raise ValueError(
+            f"data: no subnetwork is active for {min_active} of its {len(pool.kept)} samples and inactive for as many; "
+            "raise n_rows, or lower min_active"
+        )
+    change = Change(model, pool, kl if extractor.is_kl else mse)
+    results = torch.zeros(4, len(live), len(deltas), dtype=torch.float64)
+    for i, index in enumerate(live.tolist()):
+        generator = torch.Generator().manual_seed(mix(seed, 8, index))
+        active, rest = (
+            where[torch.randperm(len(where), generator=generator)[:n_samples]]
+            for where in (pool.kept[:, index].nonzero()[:, 0], (~pool.kept[:, index]).nonzero()[:, 0])
+        )
+        change.look_at(torch.cat([active, rest]))
+        own = {name: v for name, v in decomposition.subnetwork(index).items() if name in chosen}
+        for j, direction in enumerate((own, alike(own, decomposition, generator))):
+            for column, delta in enumerate(deltas):
+                changes = change.by({name: delta * v for name, v in direction.items()})
+                results[2 * j, i, column] = changes[: len(active)].mean()
+                results[2 * j + 1, i, column] = changes[len(active) :].mean()
+    rates = counts[live].double() / len(pool.kept)
+    return InterventionRatios(torch.tensor(list(deltas), dtype=torch.float64), live, rates, *results)
+
+
+@torch.no_grad()
+def alike(
+    direction: Mapping[str, Tensor], decomposition: Decomposition, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw a random direction of the decomposition's ranks, with `direction`'s norm in each of its tensors."""
+    shapes = {name: decomposition.shapes[name] for name in direction}
+    drawn = Directions(shapes, decomposition.ranks, 1, generator).tensors(0)
+    return {name: v.to(direction[name]) * (direction[name].norm() / v.norm()) for name, v in drawn.items()}
+
+
+def fill_pool(decomposition: Decomposition, extractor: Extractor, data: Any, n_rows: int, seed: int) -> Pool:
+    """Look through at most `n_rows` of the data for what each subnetwork is active for, in batches as trained."""
+    count = count_rows(data)
+    batch_size = decomposition.settings.get("batch_size", 16)
+    if count is not None:
+        n_rows = min(n_rows, count)
+        data = [
+            take(data, [i * count // n_rows for i in range(start, min(start + batch_size, n_rows))])
+            for start in range(0, n_rows, batch_size)
+        ]
+        if len(data) > 1 and n_rows % batch_size == 1:
+            data.pop()  # a single row has no other sample to refer to
+    k = decomposition.settings.get("k", 0.1)
+    model, like = extractor.model, next(decomposition.parameters())
+    device = next(model.parameters()).device
+    found: list[Pool] = []
+    filled = 0
+    for i, batch in enumerate(in_order(data, batch_size)):
+        batch = to_device(batch, device)
+        gradients = extractor(batch, torch.Generator().manual_seed(mix(seed, 7, i))).to(like)
+        coefficients = decomposition.encode(gradients)
+        entries = lk.batch_topk(coefficients, n_kept(k, *coefficients.shape))
+        kept = torch.zeros(coefficients.shape, dtype=torch.bool)
+        kept[entries.rows.cpu(), entries.columns.cpu()] = True
+        rows = batch[0] if isinstance(batch, (tuple, list)) else batch
+        with torch.no_grad():  # the generator draws positions first, the same as above
+            output = model_output(model, rows)
+        drawn = torch.Generator().manual_seed(mix(seed, 7, i))
+        samples = Samples(output, extractor.positions, extractor.is_kl, drawn, padding_mask(rows, model))
+        row = torch.arange(samples.n_rows, device=device).repeat_interleave(samples.per_row)
+        row = samples.of(row).cpu() + filled
+        position = None if samples.positions is None else samples.of(samples.positions.flatten()).cpu()
+        found.append(Pool(rows, row, position, kept))
+        filled += samples.n_rows
+        if filled >= n_rows:
+            break
+    positions = [pool.position for pool in found if pool.position is not None]
+    return Pool(
+        _joined([pool.rows for pool in found]),
+        torch.cat([pool.row for pool in found]),
+        torch.cat(positions) if positions else None,
+        torch.cat([pool.kept for pool in found]),
+    )
+
+
+class Change:
+    """Measure how far chosen samples' outputs move with the weights."""
+
+    def __init__(self, model: nn.Module, pool: Pool, divergence: Divergence) -> None:
+        check_fixed(model)
+        self.model, self.pool, self.divergence = model, pool, divergence
+
+    def look_at(self, samples: Tensor) -> None:
+        """Choose samples [n] of the pool, and note their outputs."""
+        rows, self._row = self.pool.row[samples].unique(return_inverse=True)
+        self._position = None if self.pool.position is None else self.pool.position[samples]
+        self._inputs = _picked(self.pool.rows, rows)
+        self._before = self._outputs()
+
+    def by(self, moves: Mapping[str, Tensor]) -> Tensor:
+        """Return each chosen sample's output change under moves of the weights: [n]."""
+        with shifted(self.model, moves):
+            return self.divergence(self._outputs(), self._before).cpu()
+
+    def _outputs(self) -> Tensor:
+        output = model_output(self.model, self._inputs)
+        if self._position is None:
+            return output[self._row].double()
+        width = output.shape[-1:] if self.divergence is kl else output.shape[2:]
+        return output.reshape(len(output), -1, *width)[self._row, self._position].double()
+
+
+def _geometric_mean(active: Tensor, rest: Tensor) -> Tensor:
+    """Average active / rest over the sweep: infinite where nothing of the rest moves, 1 where nothing moves at all."""
+    logs = active.clamp_min(0).log() - rest.clamp_min(0).log()
+    return logs.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).mean(1).exp()
+
+
+def _plain(values: Tensor) -> Any:
+    """Turn a tensor into lists, with None for what is not finite."""
+    if values.ndim > 1:
+        return [_plain(row) for row in values]
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _joined(batches: list[Any]) -> Any:
+    if isinstance(batches[0], Mapping):
+        return {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
+    if any(batch.shape[1:] != batches[0].shape[1:] for batch in batches):
+        raise ValueError("data: expected rows of one shape in all batches; pad them or cut them to one length")
+    return torch.cat(batches)
+
+
+def _picked(rows: Any, chosen: Tensor) -> Any:
+    if isinstance(rows, Mapping):
+        return {key: _picked(value, chosen) for key, value in rows.items()}
+    return rows[chosen.to(rows.device)]

@@ -1,0 +1,168 @@
+"""How a subnetwork moves a model's output: the derivative along its direction, and the logits it moves most.
+
+    d f(x, W0 + δ Vout_i) / dδ  at δ = 0  =  J(x) Vout_i
+
+One product with the Jacobian, in forward mode: the output and its derivative come from a single forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from l3d.gradients.model import check_fixed, model_output, to_device
+from l3d.storage.identity import check_identity
+
+if TYPE_CHECKING:
+    from l3d.decomposition.subnetworks import Decomposition
+
+METHODS = ("forward", "double_backward")
+
+
+class TopLogits(NamedTuple):
+    """The entries of softmax(output) that a step along a subnetwork raises and lowers most.
+
+    For a language model every position has its own; values are derivatives per unit of δ.
+    """
+
+    raised: Tensor  # [..., n] int64 entries (classes, tokens), most raised first
+    raised_by: Tensor  # [..., n] their derivatives, descending
+    lowered: Tensor  # [..., n] int64 entries, most lowered first
+    lowered_by: Tensor  # [..., n] their derivatives, ascending
+
+
+class Movement(NamedTuple):
+    """A model's output and its derivative along a direction in parameter space."""
+
+    output: Tensor  # [B, ...]
+    derivative: Tensor  # [B, ...] per unit of δ
+
+
+def top_logits(
+    model: nn.Module,
+    decomposition: Decomposition,
+    index: int,
+    inputs: Any,
+    n: int = 10,
+    *,
+    method: str = "forward",
+    any_weights: bool = False,
+) -> TopLogits:
+    """Return the n logits that subnetwork `index` raises and lowers most, by d softmax(f(x, W0 + δ Vout))/dδ at δ = 0.
+
+    Args:
+        model: the decomposed model, whose output is logits: [B, classes], or [B, T, vocabulary].
+        decomposition: of its parameters.
+        index: of the subnetwork. Its sign is arbitrary, so both directions are returned.
+        inputs: one batch, as the model takes it.
+        n: entries in each direction.
+        method: "forward" for forward-mode differentiation; "double_backward" for models that hold an operation
+            which has none: the derivative of a vector-Jacobian product by its vector, at some three times the cost.
+        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
+
+    Raises ValueError for arguments out of range; RuntimeError where an operation has no forward mode, naming it.
+
+    >>> from l3d.decomposition.subnetworks import Decomposition
+    >>> model = nn.Linear(4, 3)
+    >>> d = Decomposition({name: p.shape for name, p in model.named_parameters()}, 2, rank=1)
+    >>> top_logits(model, d, 0, torch.randn(5, 4), n=2).raised.shape
+    torch.Size([5, 2])
+    """
+    direction = decomposition.subnetwork(index)
+    if not any_weights:
+        check_identity(decomposition.base_model, dict(model.named_parameters(remove_duplicate=False)))
+    moved = softmax_movement(move(model, direction, inputs, method))
+    if not 1 <= n <= moved.shape[-1]:
+        raise ValueError(f"n: expected between 1 and the output's {moved.shape[-1]} entries, got {n}")
+    raised, lowered = moved.topk(n), moved.topk(n, largest=False)
+    return TopLogits(raised.indices, raised.values, lowered.indices, lowered.values)
+
+
+def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method: str = "forward") -> Movement:
+    """Return the output on a batch and its derivative along {name: tensor of the parameter's shape}; see top_logits."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_fixed(model)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in direction.items():
+        if name not in named or named[name].shape != tensor.shape:
+            raise ValueError(f"model: has no parameter {name!r} of shape {list(tensor.shape)}")
+    weights = {name: named[name].detach() for name in direction}
+    tangents = {name: tensor.detach().to(weights[name]) for name, tensor in direction.items()}
+    inputs = to_device(inputs, next(iter(weights.values())).device)
+
+    def forward(changed: dict[str, Tensor]) -> Tensor:
+        return functional_call(_Output(model), {f"model.{name}": p for name, p in changed.items()}, (inputs,))
+
+    # the fused attention kernels have neither forward mode nor a second derivative; plain products have both
+    with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
+        if method == "double_backward":
+            return _double_backward(forward, weights, tangents)
+        try:
+            with torch.no_grad():
+                return Movement(*jvp(forward, (weights,), (tangents,)))
+        except (RuntimeError, NotImplementedError) as error:
+            if "forward" not in str(error).lower() and "jvp" not in str(error).lower():
+                raise
+            reason = " ".join(str(error).split())
+            raise RuntimeError(
+                f"model: an operation has no forward-mode derivative; pass method='double_backward' ({reason})"
+            ) from error
+
+
+def softmax_movement(moved: Movement) -> Tensor:
+    """Return the derivative of softmax(output), p (o' − Σ p o') with o' the output's: [B, ..., V]."""
+    p = moved.output.softmax(-1)
+    return p * (moved.derivative - (p * moved.derivative).sum(-1, keepdim=True))
+
+
+def move_many(model: nn.Module, directions: Mapping[str, Tensor], inputs: Any, method: str = "forward") -> Movement:
+    """Return the outputs and derivatives of C batches, each along a direction of its own: [C, B, ...].
+
+    directions: {name: [C, *shape]}; inputs: a batch with one more dimension, [C, B, ...]. All C go through the model
+    together where it can be batched so, which takes a fraction of the time; else one after another.
+    """
+    if method == "forward":
+        try:
+            with torch.inference_mode(False):
+                return Movement(*vmap(lambda one, batch: tuple(move(model, one, batch)))(dict(directions), inputs))
+        except (RuntimeError, ValueError, NotImplementedError):
+            pass  # control flow that looks at values cannot be batched; what is really wrong, the loop will say
+    count = len(next(iter(directions.values())))
+    each = [move(model, {n: d[c] for n, d in directions.items()}, _at(inputs, c), method) for c in range(count)]
+    return Movement(*(torch.stack(parts) for parts in zip(*each, strict=True)))
+
+
+def _at(inputs: Any, index: int) -> Any:
+    return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[index]
+
+
+class _Output(nn.Module):
+    """The model as a map from a batch to its output tensor, whatever it takes and returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, inputs: Any) -> Tensor:
+        return model_output(self.model, inputs)
+
+
+def _double_backward(forward: Any, weights: dict[str, Tensor], tangents: dict[str, Tensor]) -> Movement:
+    """Return J V as the derivative by u of <uᵀJ, V>, which is linear in u."""
+    with torch.enable_grad():
+        leaves = {name: p.clone().requires_grad_() for name, p in weights.items()}
+        output = forward(leaves)
+        u = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(
+            output, list(leaves.values()), u, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        along = torch.stack([(g * tangents[name]).sum() for name, g in zip(leaves, pulled, strict=True)]).sum()
+        (derivative,) = torch.autograd.grad(along, u)
+    return Movement(output.detach(), derivative.detach())

@@ -1,0 +1,132 @@
+"""How a person sees a model's inputs and outputs: tokens as text, images as thumbnails, outputs by name."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from l3d.analysis.png import encode_png
+
+THUMBNAIL = 64  # pixels along the longer side, at most
+MAX_POINT = 64  # numbers in a row that is shown as a point
+
+KINDS = ("text", "image", "point", "row")
+
+
+@dataclass(frozen=True)
+class View:
+    """What turns numbers into something to look at; each part may be missing.
+
+    Attributes:
+        tokens: token ids -> their texts, one each.
+        classes: the outputs' names.
+        mean, std: per channel, what was subtracted from and divided out of images in [0, 1].
+    """
+
+    tokens: Callable[[Sequence[int]], list[str]] | None = None
+    classes: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+def kind_of(inputs: Tensor) -> str:
+    """Tell what a batch of inputs [n, ...] can be shown as: one of `KINDS`."""
+    if inputs.ndim == 2 and not inputs.is_floating_point():
+        return "text"
+    if inputs.ndim == 4 and inputs.shape[1] in (1, 3):
+        return "image"
+    return "point" if inputs.ndim == 2 and inputs.shape[1] <= MAX_POINT else "row"
+
+
+def plain_inputs(batch: Any) -> Tensor:
+    """Take the tensor that a person would look at out of a batch: (input, label), {"input_ids": ..}, or a tensor."""
+    if isinstance(batch, (tuple, list)):
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids", next(iter(batch.values())))
+    if not isinstance(batch, Tensor):
+        raise ValueError(f"data: expected tensors, got {type(batch).__name__}")
+    return batch
+
+
+def token_texts(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
+    """Return a function from token ids to their texts, spaces and line breaks as they stand in a text."""
+
+    def read(ids: Sequence[int]) -> list[str]:
+        pieces = tokenizer.convert_ids_to_tokens(list(ids))
+        return [_piece(tokenizer, token, piece) for token, piece in zip(ids, pieces, strict=True)]
+
+    return read
+
+
+def _piece(tokenizer: Any, token: int, piece: str | None) -> str:
+    if piece is None:
+        return f"#{token}"  # a row of the vocabulary that the tokenizer does not use
+    if "\u2581" in piece:  # SentencePiece's space, which decoding a lone token drops
+        return piece.replace("\u2581", " ")
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    if byte:
+        return chr(int(byte[1], 16)) if int(byte[1], 16) < 128 else piece
+    return tokenizer.decode([token]) or piece
+
+
+def thumbnails(images: Tensor, view: View) -> list[str]:
+    """Return images [n, 1 or 3, H, W] as small PNGs in base64.
+
+    Where the view does not know how they were normalised, each image is stretched from its least value to its largest.
+    """
+    x = images.detach().float().cpu()
+    if view.mean is not None or view.std is not None:
+        for values, put_back in ((view.std, torch.mul), (view.mean, torch.add)):
+            if values is not None:
+                x = put_back(x, torch.tensor(values)[:, None, None])
+    elif x.min() < 0 or x.max() > 1:
+        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+        x = (x - low) / (high - low).clamp_min(1e-12)
+    longest = max(x.shape[2:])
+    if longest > THUMBNAIL:
+        size = [max(1, round(side * THUMBNAIL / longest)) for side in x.shape[2:]]
+        x = F.interpolate(x, size, mode="area")
+    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return [base64.b64encode(encode_png(image)).decode() for image in pixels]
+
+
+def load_view(data_spec: str | None, model_spec: str | None, arguments: Mapping[str, Any], data: Any) -> View:
+    """Return how rows of the data that a description names are shown; see `l3d.data.sources` for descriptions.
+
+    Tokens are read by the tokenizer of the arguments or of an "hf:" model. An archive of images may hold the outputs'
+    names as an array `classes`; data loaded otherwise may have an attribute `classes`.
+    """
+    mean, std = arguments.get("mean"), arguments.get("std")
+    scheme, _, target = (data_spec or "").partition(":")
+    if scheme == "npz":
+        with np.load(Path(target).expanduser(), allow_pickle=False) as archive:
+            found = archive["classes"] if "classes" in archive.files else None
+        classes = found.tolist() if found is not None and found.dtype.kind == "U" else None
+    else:
+        classes = getattr(data, "classes", None)
+    names = [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+    return View(_load_tokens(model_spec, arguments.get("tokenizer")), names, mean, std)
+
+
+def _load_tokens(model_spec: str | None, tokenizer: str | None) -> Callable[[Sequence[int]], list[str]] | None:
+    """Return the reader of a tokenizer by name, or of an "hf:" model's; None where there is none to be had."""
+    name = tokenizer or (model_spec if (model_spec or "").startswith("hf:") else None)
+    if name is None:
+        return None
+    try:
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(str(Path(name.removeprefix("hf:")).expanduser()))
+    except (ImportError, OSError, ValueError, KeyError, TypeError):
+        return None  # a text source has had its tokenizer by now: these data came as numbers, and are shown so
+    return token_texts(found)

@@ -1,0 +1,106 @@
+"""Put numbers about rows and outputs into words, for `l3d.analysis.description`: compact, json-able, each text once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from l3d.analysis.contexts import Contexts
+from l3d.analysis.shown_rows import ShownRows
+from l3d.analysis.view import View, thumbnails
+
+N_ENTRIES = 6  # of the output in each direction, over all shown rows
+N_HERE = 3  # the same at one row
+WINDOW = (20, 6)  # tokens shown before and after the marked one
+
+
+class Reader:
+    """What the rows and the outputs look like; remembers which of them were named.
+
+    Args:
+        view: how tokens, classes and images are shown.
+        source: the rows.
+        kind: what they are, one of `l3d.analysis.view.KINDS`.
+        impacts: [rows, positions, K].
+        kl: whether outputs are probabilities, of classes or tokens.
+    """
+
+    def __init__(self, view: View, source: ShownRows, kind: str, impacts: Tensor, kl: bool) -> None:
+        self.view, self.source, self.kind, self.impacts, self.kl = view, source, kind, impacts, kl
+        self.tokens = source.inputs() if kind == "text" else None
+        self.rows: set[int] = set()
+        self.ids: set[int] = set()
+        self.entries: set[int] = set()
+
+    def moves(self, movement: Tensor, n: int = N_ENTRIES) -> dict[str, list[list[float]]]:
+        """Return the n entries of the output that rise and fall most: [entry, derivative] each. movement: [V]."""
+        n = min(n, len(movement))
+        found = {}
+        for name, sign in (("raised", 1), ("lowered", -1)):
+            best = (sign * movement).topk(n)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found[name] = [[entry, short(sign * value)] for entry, value in pairs if value > 0]
+            self.entries |= {int(entry) for entry, _ in found[name]}
+        return found
+
+    def places(self, contexts: Contexts, at: Tensor, k: int, moved: Tensor, predicted: Tensor) -> list[dict[str, Any]]:
+        """Return the rows that subnetwork k acts on most; at: [n] the output's positions, moved: [m, V]."""
+        shown = []
+        largest = max(float(contexts.impacts[k, 0]), 1e-30)
+        for i, (row, impact) in enumerate(zip(contexts.rows[k].tolist(), contexts.impacts[k].tolist(), strict=True)):
+            if not math.isfinite(impact):
+                break
+            self.rows.add(row)
+            place: dict[str, Any] = {"row": row, "impact": short(impact)}
+            if self.tokens is not None:
+                position = int(at[i])
+                first, last = max(0, position - WINDOW[0]), position + 1 + WINDOW[1]
+                ids = self.tokens[row, first:last].tolist()
+                self.ids |= set(ids)
+                place |= {"position": position, "first": first, "tokens": ids}
+                if self.impacts.shape[1] > 1:  # percent of the largest impact shown
+                    shares = 100 * self.impacts[row, first:last, k] / largest
+                    place["shares"] = shares.clamp(0, 100).round().int().tolist()
+            if i < len(moved):
+                place |= self.moves(moved[i], N_HERE)
+                place["predicted"] = int(predicted[i])
+                self.entries.add(place["predicted"])
+            shown.append(place)
+        return shown
+
+    def seen(self) -> dict[str, Any]:
+        """Return the rows and the names of everything that was mentioned, once each."""
+        rows = sorted(self.rows)
+        found: dict[str, Any] = {"rows": {str(row): {"number": self.source.numbers[row]} for row in rows}}
+        if self.kind == "text":
+            found["tokens"] = self._named(self.ids | (self.entries if self.kl else set()))
+        if self.kind == "image":
+            for start in range(0, len(rows), 64):
+                chosen = rows[start : start + 64]
+                pictures = thumbnails(self.source.inputs(chosen), self.view)
+                for row, picture in zip(chosen, pictures, strict=True):
+                    found["rows"][str(row)]["png"] = picture
+        if self.kind == "point":
+            for row, values in zip(rows, self.source.inputs(rows).tolist(), strict=True):
+                found["rows"][str(row)]["point"] = [short(value) for value in values]
+        if self.kind != "text" and self.view.classes is not None:
+            found["classes"] = {
+                str(i): self.view.classes[i] for i in sorted(self.entries) if i < len(self.view.classes)
+            }
+        return found
+
+    def _named(self, ids: set[int]) -> dict[str, str]:
+        ordered: Sequence[int] = sorted(ids)
+        if self.view.tokens is None:
+            return {str(token): f"#{token}" for token in ordered}
+        return dict(zip(map(str, ordered), self.view.tokens(ordered), strict=True))
+
+
+def short(value: Any) -> float | None:
+    """Return a number with four significant figures; None for one that is missing or not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{float(value):.4g}")

@@ -1,0 +1,175 @@
+"""What `l3d toy all`, `sweep`, `intervene` and `paper` do: studies over many runs, of one, of the paper's toys."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from l3d.cli import commands, options
+from l3d.cli.output import environment
+from l3d.data.sources import absolute, absolute_files
+from l3d.storage import run_folder
+from l3d.storage.files import replace_text
+from l3d.storage.lock import check_free
+
+Settings = dict[str, Any]
+
+TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
+
+
+def toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
+    """Run the recovery suite and write its table."""
+    from torch import nn
+
+    from l3d.storage.files import replace_between
+    from l3d.studies import recovery_suite as suite
+
+    if readme is not None:
+        replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
+    for option in (options.LOG, options.DESCRIBE, options.EVALUATE_ROWS):
+        if settings[option.name] != option.default:
+            raise ValueError(f"--{option.name}: for one toy, not for l3d toy all")
+    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
+        raise ValueError(f"--out: {out} holds no results of l3d toy all, so --overwrite will not touch it")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
+    arguments = {name: settings[name] for name in names if settings[name] is not None}
+    first = settings["seed"] or 0
+    seeds = range(first, first + n_seeds)
+    results: suite.Results = {}
+    for done, seed in enumerate(seeds, start=1):  # what is done stays, whatever happens to the rest
+        suite.run_suite(
+            [seed], suite.EXPERIMENTS, results=results, tell=lambda line: print(line, file=sys.stderr), **arguments
+        )
+        table = suite.to_markdown(results, suite.EXPERIMENTS)
+        holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds[:done]), "arguments": arguments}
+        paths = [
+            replace_text(out / "table.md", table),
+            replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
+        ]
+    if readme is not None:
+        paths.append(replace_between(Path(readme), TABLE_MARKS, table))
+    print(table)
+    for path in paths:
+        print(f"written: {path}")
+
+
+def sweep(settings: Settings) -> None:
+    """Decompose one model over every combination of some settings."""
+    import l3d
+    from l3d.analysis.controls import redrawn
+    from l3d.studies.sweep import Point, check_base, points, run_sweep, write_results
+
+    out = Path(settings.pop("out") or "runs/sweep")
+    over, random_weights = settings.pop("over"), settings.pop("random_weights")
+    if not over:
+        raise ValueError("--over: expected at least one list, as --over.k '[.05,.1]'")
+    runs = points(over, random_weights)
+    given = {name: value for name, value in settings.items() if value is not None}
+    if settings["toy"]:
+        named = [name for name in ("model", "data") if settings[name]]
+        if named or settings["held_out"]:
+            raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
+        job = commands.load_toy({**settings, "name": settings["toy"]})
+    else:
+        for name in ("model", "data"):
+            if not settings[name]:
+                raise ValueError(f"--{name} SPEC is required, or --toy NAME; see l3d sweep --help")
+            given[name] = absolute(settings[name])
+            if settings[f"{name}_args"]:
+                given[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
+        defaults = {option.name: option.default for option in options.DECOMPOSE}
+        job = commands.load({**settings, **defaults, **given})
+    base = {name: value for name, value in given.items() if name not in over}
+    check_base(out, base)
+    names = [option.name for option in options.DECOMPOSE]
+
+    def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
+        chosen = {name: job.settings[name] for name in names if name in job.settings} | point.values
+        check_free(folder)
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
+        own = commands.standing_alone(job, chosen, point.random_weights)
+        control = redrawn(job.model, chosen.get("params"), commands.weights_seed(job))
+
+        def write_config(path: Path) -> None:
+            run_folder.write_config(path, own.command, own.settings)
+
+        with control if point.random_weights else nullcontext():
+            more: Settings = {"model_name": commands.model_name(own), "on_start": write_config}
+            d = l3d.decompose(job.model, job.data, **chosen, **more, out=folder, resume=resume)
+            metrics = commands.evaluate_run(d, own, commands.evaluation_data(own))
+            return metrics | commands.costs(d, own.model)
+
+    try:
+        found = run_sweep(out, base, runs, train)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on in {out}") from None
+    paths = write_results(out, base, found)
+    print((out / "table.md").read_text(encoding="utf-8"))
+    for path in paths:
+        print(f"written: {path}")
+
+
+def intervene(settings: Settings) -> None:
+    """Measure interventions along every subnetwork of a run."""
+    import l3d
+    from l3d.analysis.intervention_ratios import InterventionRatios
+    from l3d.report.plots import intervention_ratios as draw
+    from l3d.report.plots import write_figure
+    from l3d.report.report import write_report
+    from l3d.storage.store import to_json
+
+    run, target = commands.find_run(settings)
+    job = commands.reload(run, {})
+    runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
+    loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
+    found: dict[str, InterventionRatios] = {}
+    how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
+    for name, d in loaded.items():
+        found[name] = l3d.intervention_ratios(d, job.model, job.data, **how)
+    if target != run:
+        run_folder.copy_run(run, target)
+    holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}
+    for name, ratios in found.items():
+        figures = ratios.as_dict()
+        holds |= {name: {"run": str(runs[name]), **figures}} if name else figures
+    paths = [replace_text(target / run_folder.INTERVENTIONS, to_json(holds))]
+    lines = {"subnetworks": found[""].ratio, "random directions": found[""].random_ratio}
+    if "control" in found:
+        lines["control run"] = found["control"].ratio
+    for name, values in lines.items():
+        print(f"{name}: {len(values)}, median ratio {statistics.median(values.tolist()):.3g}")
+    print(f"above the random direction: {100 * found[''].share_above_random:.1f} %")
+    try:
+        paths += write_figure(draw({name: values.tolist() for name, values in lines.items()}), target / "interventions")
+        if (target / run_folder.REPORT).is_file():  # which has a column for them
+            paths.append(write_report(target))
+    except ImportError as error:
+        print(f"no plot: {error}")
+    for path in paths:
+        print(f"written: {path}")
+
+
+def paper(settings: Settings) -> None:
+    """Make the figures of one of the paper's studies again."""
+    from l3d.studies.paper import MARK, NAMES, write_figures
+
+    name = settings["name"]
+    if name not in NAMES:
+        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    out = Path(settings["out"] or f"runs/paper-{name}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not settings["overwrite"]:
+            raise ValueError(f"--out: {out} exists and is not an empty folder")
+        if not (out / MARK).is_file():
+            raise ValueError(f"--out: {out} holds no figures of l3d, so --overwrite will not touch it")
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    for path in write_figures(name, out, settings["seed"]):
+        print(f"written: {path}")

@@ -1,0 +1,281 @@
+"""Low-rank directions in parameter space: one piece per parameter tensor, K directions side by side.
+
+A tensor of order two or more is held as factors: a matrix as left [K, R, O] and right [K, R, I], a tensor of
+higher order as a Tucker product, core [K, r1..rn] with one factor [K, r_i, d_i] per mode. Both read as
+
+    V_k = Σ_r left[k, r] (x) right[k, r]          a matrix [d0, rest]
+
+once the core and all modes but the first are contracted into `right`. Vectors and scalars are stored whole.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import l3d_kernels as lk
+from l3d.gradients.factors import matrix_shape
+from l3d.gradients.model import exact_pattern
+
+# Up to so many directions, the Gram matrices of groups are cut out of that of all: one operation beats many small ones.
+SMALL_GRAM = 256
+
+DEFAULT_RANK = 8
+
+Rank = int | Mapping[str, int | Sequence[int]]
+
+
+class Whole(nn.Module):
+    """A vector (or scalar) per subnetwork: [K, P]."""
+
+    def __init__(self, n_subnetworks: int, shape: torch.Size) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(n_subnetworks, shape.numel()))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Read as matrices of one column: left [K, 1, P], right [K, 1, 1]."""
+        return self.vector[:, None], self.vector.new_ones(len(self.vector), 1, 1)
+
+
+class LowRank(nn.Module):
+    """A matrix of rank R per subnetwork: left [K, R, O], right [K, R, I]."""
+
+    def __init__(self, n_subnetworks: int, shape: torch.Size, rank: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(n_subnetworks, rank, shape[0]))
+        self.right = nn.Parameter(torch.empty(n_subnetworks, rank, shape[1]))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (left [K, R, O], right [K, R, I])."""
+        return self.left, self.right
+
+
+class Tucker(nn.Module):
+    """A tensor of order n >= 3 per subnetwork: core [K, r1..rn] and one factor [K, r_i, d_i] per mode."""
+
+    def __init__(self, n_subnetworks: int, shape: torch.Size, ranks: Sequence[int]) -> None:
+        super().__init__()
+        self.core = nn.Parameter(torch.empty(n_subnetworks, *ranks))
+        self.modes = nn.ParameterList(
+            nn.Parameter(torch.empty(n_subnetworks, r, d)) for r, d in zip(ranks, shape, strict=True)
+        )
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Contract all but the first mode into `right`: (left [K, r1, d0], right [K, r1, rest])."""
+        right = self.core  # [K, r1, .., rn]; contract the last mode, and rotate the result to the front of the rest
+        for mode in list(self.modes)[:0:-1]:
+            contracted = right.flatten(1, -2) @ mode  # [K, r1*..., d]
+            right = contracted.unflatten(1, right.shape[1:-1]).movedim(-1, 2)
+        return self.modes[0], right.flatten(2)
+
+
+Piece = Whole | LowRank | Tucker
+
+
+def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    """Return the ranks of every tensor: () for vectors, (R,) for matrices, one per mode for higher orders.
+
+    Args:
+        rank: one number for all, or {glob: number or one per mode}; the first pattern that matches counts, and
+            every tensor of order two or more must be matched. For higher orders one number is a ceiling: modes
+            that are smaller (a kernel of 3) get their size.
+        shapes: of the parameters.
+
+    Raises ValueError for a rank that a tensor does not allow, naming it.
+    """
+    resolved: dict[str, tuple[int, ...]] = {}
+    if not isinstance(rank, (int, Mapping)):
+        raise ValueError(f"rank: expected a whole number or {{glob: number or numbers}}, got {rank!r}")
+    patterns = {"*": rank} if isinstance(rank, int) else dict(rank)
+    for pattern, wanted in patterns.items():
+        numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
+            raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+            raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            resolved[name] = ()
+            continue
+        first = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), None)
+        if first is None:
+            raise ValueError(f"rank: no pattern matches {name!r}; add one, or '*'")
+        resolved[name] = _ranks_of(name, shape, first)
+    return resolved
+
+
+def default_ranks(shapes: Mapping[str, torch.Size]) -> Rank:
+    """Return `DEFAULT_RANK`, or where a tensor allows less, that tensor by tensor, as `resolve_ranks` takes it.
+
+    >>> default_ranks({"narrow": torch.Size([3, 20]), "wide": torch.Size([9, 9]), "bias": torch.Size([9])})
+    {'narrow': 3, 'wide': 8}
+    """
+    if all(min(matrix_shape(shape)) >= DEFAULT_RANK for shape in shapes.values() if len(shape) > 1):
+        return DEFAULT_RANK
+    capped = {name: [min(DEFAULT_RANK, d) for d in shape] for name, shape in shapes.items() if len(shape) > 1}
+    return {exact_pattern(name): min(each) if len(each) == 2 else each for name, each in capped.items()}
+
+
+def _ranks_of(name: str, shape: torch.Size, wanted: int | Sequence[int]) -> tuple[int, ...]:
+    largest = min(matrix_shape(shape))
+    ranks = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    if isinstance(wanted, int):
+        if wanted > largest:
+            raise ValueError(
+                f"rank: {wanted} exceeds {largest}, the most that {name!r} of shape {list(shape)} allows; "
+                f"pass a smaller rank, or {{glob: rank}} with at most that for it"
+            )
+        return ranks if len(shape) == 2 else tuple(min(wanted, d) for d in shape)
+    if len(ranks) != len(shape) or any(r > d for r, d in zip(ranks, shape, strict=True)):
+        raise ValueError(f"rank: expected {len(shape)} ranks of at most {list(shape)} for {name!r}, got {list(ranks)}")
+    return (min(ranks),) if len(shape) == 2 else ranks
+
+
+class Directions(nn.Module):
+    """K directions over all chosen tensors; starts with random entries and unit norm.
+
+    Args:
+        shapes: of the parameters, by name.
+        ranks: of the parameters, as `resolve_ranks` gives them.
+        n_subnetworks: K.
+        generator: draws the start.
+        columns: which of the K to hold, where others hold the rest; they start as they would among all.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        ranks: Mapping[str, tuple[int, ...]],
+        n_subnetworks: int,
+        generator: torch.Generator | None = None,
+        columns: slice | None = None,
+    ) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+        drawn = n_subnetworks
+        if columns is not None:
+            n_subnetworks = columns.stop - columns.start
+        self.n_subnetworks = n_subnetworks
+        self.pieces = nn.ModuleList()
+        for name, shape in shapes.items():
+            if not ranks[name]:
+                self.pieces.append(Whole(n_subnetworks, shape))
+            elif len(shape) == 2:
+                self.pieces.append(LowRank(n_subnetworks, shape, ranks[name][0]))
+            else:
+                self.pieces.append(Tucker(n_subnetworks, shape, ranks[name]))
+        if all(parameter.is_meta for parameter in self.parameters()):
+            return  # still to be filled; without values a start is only slow
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if columns is None:
+                    parameter.normal_(generator=generator)
+                else:  # one tensor's start at a time is drawn for all
+                    parameter.copy_(torch.empty(drawn, *parameter.shape[1:]).normal_(generator=generator)[columns])
+            for piece in self.pieces:  # every tensor starts with the same share of the norm
+                _rescale([piece], _squared_norm(piece))
+        self.normalize_()
+
+    def items(self) -> list[tuple[str, Piece]]:
+        """Pair every parameter's name with its piece."""
+        return list(zip(self.shapes, self.pieces, strict=True))  # type: ignore[arg-type]
+
+    def squared_norm(self) -> Tensor:
+        """Return ‖V_k‖² over all tensors together: [K]."""
+        return torch.stack([_squared_norm(piece) for piece in self.pieces]).sum(0)
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Rescale every direction to unit norm, the factor spread evenly over the factors of each tensor."""
+        _rescale(self.pieces, self.squared_norm())
+
+    def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
+        """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
+        total: Tensor | None = None
+        for _, piece in self.items():
+            if isinstance(piece, Whole):
+                product = piece.vector[chosen] @ piece.vector[chosen].mT
+            else:
+                left, right = piece.factors()
+                product = lk.gram(left[chosen], right[chosen], backend=backend)
+            total = product if total is None else total + product
+        assert total is not None
+        return total
+
+    def inner(self, other: "Directions") -> Tensor:
+        """Return <V_k, U_j> with directions U of the same tensors, over all together: [K, J]."""
+        total: Tensor | None = None
+        for (_, own), (_, theirs) in zip(self.items(), other.items(), strict=True):
+            left, right = theirs.factors()
+            if isinstance(own, Whole):
+                product = own.vector @ left[:, 0].to(own.vector).mT
+            else:  # a direction is a gradient whose positions are its ranks
+                own_left, own_right = own.factors()
+                product = lk.project(own_right, own_left, left.to(own_left), right.to(own_left))
+            total = product if total is None else total + product
+        assert total is not None
+        return total
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
+        ranks = self.ranks().values()
+        matrices = (matrix_shape(shape) if len(shape) > 1 else (shape.numel(), 1) for shape in self.shapes.values())
+        return [(rank[0] if rank else 1, *matrix) for rank, matrix in zip(ranks, matrices, strict=True)]
+
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Return the ranks of every tensor, as `resolve_ranks` gives them."""
+        return {name: _ranks_held(piece) for name, piece in self.items()}
+
+    def grams(self, n_groups: int, backend: str = "auto") -> Tensor:
+        """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
+        size = self.n_subnetworks // n_groups
+        if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
+            return torch.stack([self.gram(slice(i * size, (i + 1) * size), backend) for i in range(n_groups)])
+        blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2)
+        return blocks.movedim(-1, 0)
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Multiply one direction out: {name: tensor of the parameter's shape}."""
+        result = {}
+        for name, piece in self.items():
+            left, right = piece.factors()
+            result[name] = (left[index].mT @ right[index]).reshape(self.shapes[name])
+        return result
+
+
+def _ranks_held(piece: Piece) -> tuple[int, ...]:
+    if isinstance(piece, Whole):
+        return ()
+    if isinstance(piece, LowRank):
+        return (piece.left.shape[1],)
+    return tuple(piece.core.shape[1:])
+
+
+def _squared_norm(piece: nn.Module) -> Tensor:
+    """Return the squared norms of one tensor's directions: [K]."""
+    if isinstance(piece, Whole):
+        return piece.vector.square().sum(1)
+    left, right = piece.factors()  # type: ignore[operator]
+    if left.shape[1] == 1:
+        return (torch.linalg.vector_norm(left, dim=(1, 2)) * torch.linalg.vector_norm(right, dim=(1, 2))).square()
+    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+
+
+def _rescale(pieces: Iterable[nn.Module], squared: Tensor) -> None:
+    """Divide some tensors' directions by sqrt(squared) [K], an equal share per factor."""
+    squared = squared.clamp_min(torch.finfo(squared.dtype).tiny)
+    shares: dict[int, Tensor] = {}  # by how many factors share
+    scaled: list[Tensor] = []
+    scales: list[Tensor] = []
+    for piece in pieces:
+        # of a module without others its own, at once: walking modules takes longer than scaling a small one
+        parameters: list[Any] = list(piece.parameters() if piece._modules else piece._parameters.values())
+        n = len(parameters)
+        if n not in shares:
+            shares[n] = squared.pow(-0.5 / n)
+        scaled += parameters
+        scales += [shares[n].view(-1, *[1] * (parameter.ndim - 1)) for parameter in parameters]
+    torch._foreach_mul_(scaled, scales)

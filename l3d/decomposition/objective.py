@@ -1,0 +1,177 @@
+"""The loss of a batch: how much of its gradients the kept coefficients fail to reconstruct, as a squared ratio.
+
+    loss = Σ_s ‖g_s − ĝ_s‖² / Σ_s ‖g_s‖²,   ĝ_s = Σ_{k kept for s} c_sk Vout_k,   c_sk = <Vin_k, g_s>
+    ‖g_s − ĝ_s‖² = ‖g_s‖² − 2 Σ_k c_sk <Vout_k, g_s> + c_sᵀ M c_s,   M[k, j] = <Vout_k, Vout_j>
+
+No reconstruction is formed. Everything on the right is summed over the parameter tensors.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import l3d_kernels as lk
+from l3d.decomposition.costs import Path, choose_paths, coactive_is_cheaper
+from l3d.decomposition.directions import Directions, Whole
+from l3d.decomposition.flat import flat_residual, is_small
+from l3d.decomposition.project import project, project_at, project_topk
+from l3d.gradients.factors import Gradients
+from l3d_kernels import reference
+
+
+class Objective(NamedTuple):
+    """The loss of one batch and what was kept."""
+
+    loss: Tensor  # [] differentiable: the squared ratio; [groups] where there are several
+    kept: lk.SparseCoefficients
+    squared_norm: Tensor  # [] Σ_s ‖g_s‖², which the loss is relative to
+    residual: Tensor  # [S] or [S, groups], differentiable: ‖g_s − ĝ_s‖²
+
+
+def n_kept(k: float, n_samples: int, n_subnetworks: int) -> int:
+    """Return how many coefficients of a batch are kept: floor(k·S·K + ½), at least one.
+
+    >>> n_kept(0.1, 32, 5)
+    16
+    """
+    return max(1, math.floor(k * n_samples * n_subnetworks + 0.5))
+
+
+def objective(
+    gradients: Gradients,
+    encoder: Directions,
+    decoder: Directions,
+    k: float,
+    *,
+    n_groups: int = 1,
+    paths: dict[str, Path] | None = None,
+    coactive: bool | None = None,
+    backend: str = "auto",
+) -> Objective:
+    """Compute the loss of a batch at the kept fraction k.
+
+    With several groups, the directions are so many decompositions side by side, each with its own top-k and loss: only
+    the gradients are shared. `paths` and `coactive` override the choice by cost (`costs`, and `flat` for the
+    smallest problems); the value does not depend on them.
+    """
+    n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // n_groups)
+    if paths is None and coactive is None and is_small(gradients, encoder, backend):
+        return _relative(*flat_residual(gradients, encoder, decoder, n, n_groups))
+    paths = choose_paths(gradients, encoder, n * n_groups) if paths is None else paths
+    kept, overlap = keep(gradients, encoder, decoder, n, paths, n_groups, backend)
+
+    squared_norms = gradients.squared_norm(backend)
+    residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, coactive, n_groups, backend))
+    return _relative(kept, residual, squared_norms)
+
+
+def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
+    """Divide residuals [S, groups] by norms [S], both summed over samples."""
+    squared_norm = squared_norms.sum()
+    loss = residual.sum(0) / squared_norm
+    if residual.shape[1] == 1:
+        loss, residual = loss[0], residual[:, 0]
+    return Objective(loss, kept, squared_norm, residual)
+
+
+def keep(
+    gradients: Gradients,
+    encoder: Directions,
+    decoder: Directions,
+    n: int,
+    paths: dict[str, Path],
+    n_groups: int = 1,
+    backend: str = "auto",
+) -> tuple[lk.SparseCoefficients, Tensor]:
+    """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
+    sides = encoder, decoder
+    sums, sampled = everywhere(gradients, sides, paths, backend)
+    if not sampled:
+        kept = lk.batch_topk(sums[0], n, n_groups, backend=backend)
+        return kept, sums[1][kept.rows, kept.columns]
+    with torch.no_grad():
+        kept = project_topk(gradients, encoder, sums[0].detach(), n, paths, sampled, n_groups, backend)
+    values, overlap = at_pairs(gradients, sides, sums, kept, sampled, backend)
+    return kept._replace(values=values), overlap
+
+
+Sides = tuple[Directions, Directions]  # encoder and decoder
+
+
+def everywhere(
+    gradients: Gradients, sides: Sides, paths: dict[str, Path], backend: str
+) -> tuple[tuple[Tensor, ...], list[str]]:
+    """Return both sides' <V_k, g_s> [S, K] over the tensors that are projected everywhere, and the others' names.
+
+    Encoder and decoder at once: a gradient that is multiplied out on the fly is so only once.
+    """
+    direct = [name for name, path in paths.items() if not path.sampled]
+    both = project(gradients, sides, paths, direct, backend)
+    return both.split(sides[0].n_subnetworks, dim=1), [name for name in paths if name not in direct]
+
+
+def at_pairs(
+    gradients: Gradients,
+    sides: Sides,
+    sums: Sequence[Tensor],
+    kept: lk.SparseCoefficients,
+    sampled: list[str],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return <Vin_k, g_s> and <Vout_k, g_s> at the kept pairs, [N] each: `everywhere`'s and the sampled tensors'."""
+    values, overlap = (each[kept.rows, kept.columns] for each in sums)
+    if not sampled:
+        return values, overlap
+    encoder, decoder = (project_at(gradients, side, kept, sampled, backend) for side in sides)
+    return values + encoder, overlap + decoder
+
+
+def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:
+    """Return ‖g_s − ĝ_s‖²: [S, groups].
+
+    From ‖g_s‖² [S], the kept coefficients, <Vout_k, g_s> at the kept pairs [N], and ‖ĝ_s‖² [S, groups].
+    """
+    explained = kept._replace(values=kept.values * overlap).dense().unflatten(1, (energies.shape[1], -1)).sum(2)
+    return squared_norms[:, None] - 2 * explained + energies
+
+
+def energy(
+    kept: lk.SparseCoefficients,
+    decoder: Directions,
+    coactive: bool | None = None,
+    n_groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return ‖ĝ_s‖² over all tensors together, for each group of directions: [S, groups]."""
+    if coactive is None:
+        coactive = coactive_is_cheaper(decoder, kept, n_groups)
+    if not coactive:
+        coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in (kept.values, *decoder.parameters()))
+        by_gram, by_tiles = reference.energy_costs(kept.shape, decoder.sizes(), trains)
+        if n_groups == 1 and by_tiles < by_gram and backend != "triton":  # which has no kernel for it
+            return _energy_by_tiles(coefficients[0], decoder)[:, None]
+        return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
+    by_group = kept.by_group(n_groups)
+    total = kept.values.new_zeros(by_group.shape[0])
+    for _, piece in decoder.items():
+        if isinstance(piece, Whole):
+            reconstruction = by_group.dense() @ piece.vector
+            total = total + reconstruction.square().sum(1)
+        else:
+            total = total + lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
+    return total.unflatten(0, (-1, n_groups))
+
+
+def _energy_by_tiles(coefficients: Tensor, decoder: Directions) -> Tensor:
+    """Return ‖ĝ_s‖² over all tensors together: [S]; coefficients [S, K]."""
+    total = coefficients.new_zeros(coefficients.shape[0])
+    for _, piece in decoder.items():
+        if isinstance(piece, Whole):
+            total = total + (coefficients @ piece.vector).square().sum(1)
+        else:
+            total = total + reference.energy_by_tiles(coefficients, *piece.factors())
+    return total

@@ -1,0 +1,114 @@
+"""Coefficients of per-sample gradients along a set of directions, summed over tensors, each by its own path."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import l3d_kernels as lk
+from l3d.decomposition.costs import Path
+from l3d.decomposition.directions import Directions, Whole
+from l3d.gradients.factors import Dense, Gradients, Rows
+
+
+def project(
+    gradients: Gradients,
+    directions: Sequence[Directions],
+    paths: dict[str, Path],
+    names: Collection[str],
+    backend: str = "auto",
+) -> Tensor:
+    """Return the share of <V_k, g_s> that the tensors `names` contribute, for all directions of all sets: [S, Σ K]."""
+    total: Tensor | None = None
+    for contribution in _contributions(gradients, directions, paths, names, backend):
+        total = contribution if total is None else total + contribution
+    if total is None:
+        shape = (gradients.n_samples, sum(each.n_subnetworks for each in directions))
+        return torch.zeros(shape, dtype=gradients.dtype, device=gradients.device)
+    return total
+
+
+def _contributions(
+    gradients: Gradients,
+    directions: Sequence[Directions],
+    paths: dict[str, Path],
+    names: Collection[str],
+    backend: str,
+) -> Iterator[Tensor]:
+    for (name, first), *others in zip(*(each.items() for each in directions), strict=True):
+        if name not in names or not gradients.parts[name]:
+            continue
+        pieces = [first, *(piece for _, piece in others)]
+        if isinstance(first, Whole):
+            yield gradients.matrix(name)[:, :, 0] @ _stacked([piece.vector for piece in pieces]).mT
+            continue
+        factors = [piece.factors() for piece in pieces]
+        left, right = _stacked([left for left, _ in factors]), _stacked([right for _, right in factors])
+        if paths[name].materialised and gradients.fits_whole(name):
+            yield lk.project_dense(gradients.matrix(name), left, right, backend=backend)
+            continue
+        for part in gradients.widened(name):
+            if isinstance(part, Dense):
+                yield lk.project_dense(part.grad.flatten(2), left, right, backend=backend)
+            elif paths[name].materialised:
+                yield lk.project_tiled(part.x, part.dy, *_oriented(part, left, right), backend=backend)
+            else:
+                yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=backend)
+
+
+def project_topk(
+    gradients: Gradients,
+    directions: Directions,
+    base: Tensor,
+    n: int,
+    paths: dict[str, Path],
+    names: Sequence[str],
+    n_groups: int = 1,
+    backend: str = "auto",
+) -> lk.SparseCoefficients:
+    """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K], at least one name.
+
+    The last tensor's share is added and counted as it is made, which saves the selection a pass over the coefficients.
+    """
+    *others, last = names
+    parts = gradients.parts[last]
+    if n_groups > 1 or paths[last].materialised or len(parts) != 1:
+        share = project(gradients, (directions,), paths, names, backend)
+        return lk.batch_topk(base + share, n, n_groups, backend=backend)
+    if others:
+        base = base + project(gradients, (directions,), paths, others, backend)
+    (part,) = parts
+    assert isinstance(part, Rows)
+    left, right = _oriented(part, *dict(directions.items())[last].factors())
+    return lk.project_topk(part.x, part.dy, left, right, n, base, backend=backend)
+
+
+def project_at(
+    gradients: Gradients,
+    directions: Directions,
+    kept: lk.SparseCoefficients,
+    names: Collection[str],
+    backend: str = "auto",
+) -> Tensor:
+    """Return the share of <V_k, g_s> that the tensors `names` contribute, at the kept pairs only: [N].
+
+    Every tensor's gradient must be in rows.
+    """
+    total = torch.zeros(kept.rows.shape, dtype=gradients.dtype, device=gradients.device)
+    for name, piece in directions.items():
+        if name not in names:
+            continue
+        left, right = piece.factors()
+        for part in gradients.widened(name):
+            assert isinstance(part, Rows)
+            total = total + lk.project_at(part.x, part.dy, *_oriented(part, left, right), kept, backend=backend)
+    return total
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _oriented(part: Rows, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Order a direction's factors as (meets dy, meets x); `left` is always axis 0 of the stored tensor."""
+    return (left, right) if part.x_axis == 1 else (right, left)

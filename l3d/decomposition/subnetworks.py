@@ -1,0 +1,194 @@
+"""A decomposition: K subnetworks, each an encoder direction and a unit-norm decoder direction in parameter space."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import l3d_kernels as lk
+from l3d.data.arguments import check_fraction
+from l3d.decomposition.costs import choose_paths
+from l3d.decomposition.directions import Directions, Rank, resolve_ranks
+from l3d.decomposition.objective import objective
+from l3d.decomposition.project import project
+from l3d.gradients.factors import Gradients
+from l3d.gradients.model import exact_pattern
+from l3d.gradients.precision import own_precision
+from l3d_kernels.sparse import above
+
+
+class Decomposition(nn.Module):
+    """K low-rank subnetworks of a network's parameters.
+
+    Args:
+        shapes: {name: shape} of the decomposed parameters.
+        n_subnetworks: K.
+        rank: one number, or {glob: number or one per mode}; see `l3d.decomposition.directions.resolve_ranks`.
+        settings: how it was (or is to be) trained; `evaluate` and friends read divergence, reference, positions,
+            k, batch_size and seed from it.
+        generator: draws the start; the encoder starts as a copy of the decoder.
+        columns: which of the K to hold, where other processes hold the rest.
+
+    Attributes:
+        encoder, decoder: `Directions`, whose tensors are Parameters; the decoder's norms are one after training.
+        history: {column: one value per recorded step} of the training run.
+        timing: seconds and steps_per_second of the training run.
+        restart_errors: the final error of every restart the best was chosen from.
+        base_model: which weights it belongs to, as `l3d.storage.identity.identity` describes them; empty: any.
+        threshold: the magnitude above which a coefficient counts as kept, outside its batch; NaN until trained.
+    """
+
+    @own_precision()
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        n_subnetworks: int,
+        rank: Rank = 8,
+        settings: Mapping[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+        columns: slice | None = None,
+    ) -> None:
+        super().__init__()
+        if n_subnetworks < 1:
+            raise ValueError(f"n_subnetworks: expected at least 1, got {n_subnetworks}")
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self.ranks = resolve_ranks(rank, self.shapes)
+        self.settings: dict[str, Any] = dict(settings or {})
+        self.decoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns)
+        self.encoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns)
+        self.encoder.load_state_dict(self.decoder.state_dict())
+        self.history: dict[str, list[float]] = {}
+        self.timing: dict[str, float] = {}
+        self.threshold = float("nan")
+        self.restart_errors: list[float] = []
+        self.base_model: dict[str, Any] = {}
+
+    @classmethod
+    def empty(
+        cls,
+        shapes: Mapping[str, torch.Size],
+        n_subnetworks: int,
+        ranks: Mapping[str, tuple[int, ...]],
+        settings: Mapping[str, Any],
+        like: Tensor,
+    ) -> "Decomposition":
+        """Make a decomposition whose tensors are still to be filled, of the dtype and on the device of `like`.
+
+        `ranks` are resolved ones, as the attribute holds them.
+        """
+        rank = {exact_pattern(name): each[0] if len(each) == 1 else each for name, each in ranks.items() if each}
+        with torch.device("meta"):  # no start is drawn
+            decomposition = cls(shapes, n_subnetworks, rank, settings)
+        return decomposition.to_empty(device=like.device).to(like.dtype)
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence["Decomposition"]) -> "Decomposition":
+        """Lay decompositions of the same parameters and ranks side by side, their subnetworks one after another.
+
+        Restarts are trained so, all in one step. The settings are those of the first.
+        """
+        first = parts[0]
+        n_subnetworks = sum(part.n_subnetworks for part in parts)
+        whole = cls.empty(first.shapes, n_subnetworks, first.ranks, first.settings, next(first.parameters()))
+        with torch.no_grad():
+            for target, *tensors in zip(whole.parameters(), *(part.parameters() for part in parts), strict=True):
+                target.copy_(torch.cat(tensors))
+        return whole
+
+    def part(self, index: int, n_parts: int) -> "Decomposition":
+        """Copy one of so many equal parts that lie side by side; history and the like stay behind."""
+        size = self.n_subnetworks // n_parts
+        part = self.empty(self.shapes, size, self.ranks, self.settings, next(self.parameters()))
+        with torch.no_grad():
+            for target, whole in zip(part.parameters(), self.parameters(), strict=True):
+                target.copy_(whole[index * size : (index + 1) * size])
+        part.base_model = self.base_model
+        return part
+
+    @property
+    def n_subnetworks(self) -> int:
+        """K."""
+        return self.decoder.n_subnetworks
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The names of the decomposed parameters, in model order."""
+        return list(self.shapes)
+
+    @own_precision()
+    def encode(self, gradients: Gradients) -> Tensor:
+        """Return the coefficients <Vin_k, g_s>: [S, K]; differentiable in the encoder.
+
+        Raises ValueError where the gradients are of other parameters.
+        """
+        gradients = self._checked(gradients)
+        everything = gradients.n_samples * self.n_subnetworks
+        return project(gradients, (self.encoder,), choose_paths(gradients, self.encoder, everything), self.shapes)
+
+    def code(self, gradients: Gradients) -> lk.SparseCoefficients:
+        """Return the coefficients of magnitude at least `threshold`: every sample by itself, whatever its batch.
+
+        Training keeps the largest of a whole batch; `threshold` is what that came to, on average over the last steps.
+        Raises ValueError before training, and where the gradients are of other parameters.
+        """
+        return self.above_threshold(self.encode(gradients))
+
+    def above_threshold(self, coefficients: Tensor) -> lk.SparseCoefficients:
+        """Return those of the coefficients [S, K] that `code` keeps."""
+        if self.threshold != self.threshold:
+            raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
+        return above(coefficients, self.threshold)
+
+    @own_precision()
+    def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
+        """Return the reconstruction error Σ‖g_s − ĝ_s‖² / Σ‖g_s‖² of a batch: a differentiable scalar.
+
+        k is the fraction of coefficients kept, by default the trained one. Nothing is reconstructed; see
+        `l3d.decomposition.objective`.
+        """
+        k = check_fraction("k", self.settings.get("k", 0.1) if k is None else k)
+        return objective(self._checked(gradients), self.encoder, self.decoder, k).loss
+
+    @torch.no_grad()
+    def subnetwork(self, index: int) -> dict[str, Tensor]:
+        """Return subnetwork `index` as {name: tensor of the parameter's shape}, unit L2 norm over all together."""
+        if not 0 <= index < self.n_subnetworks:
+            raise ValueError(f"index: expected 0 <= index < {self.n_subnetworks}, got {index}")
+        return self.decoder.tensors(index)
+
+    @own_precision()
+    def normalize_(self) -> None:
+        """Rescale the decoder's directions to unit norm."""
+        self.decoder.normalize_()
+
+    def _checked(self, gradients: Gradients) -> Gradients:
+        if {n: tuple(s) for n, s in gradients.shapes.items()} != {n: tuple(s) for n, s in self.shapes.items()}:
+            raise ValueError(
+                f"gradients: expected those of {', '.join(self.shapes)}, got {', '.join(gradients.shapes)}"
+            )
+        return gradients.to(next(self.parameters()))
+
+    def evaluate(self, model: nn.Module, data: Any, **options: Any) -> Any:
+        """Score the decomposition on data; see `l3d.analysis.evaluation.evaluate`."""
+        from l3d.analysis.evaluation import evaluate
+
+        return evaluate(self, model, data, **options)
+
+    def impact(self, model: nn.Module, data: Any, n_references: int = 10, **options: Any) -> Tensor:
+        """Return every subnetwork's impact on every sample, [n, K]; see `l3d.analysis.evaluation.impact`."""
+        from l3d.analysis.evaluation import impact
+
+        return impact(self, model, data, n_references, **options)
+
+    def save(self, path: Any) -> None:
+        """Write the decomposition into a folder, as safetensors and json; see `l3d.storage.store.save`."""
+        from l3d.storage.store import save
+
+        save(self, path)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the decomposition with its model card to the Hugging Face hub; see `l3d.storage.hub.push`."""
+        from l3d.storage.hub import push
+
+        return push(self, repo_id, **options)

@@ -1,0 +1,149 @@
+"""What is differentiated: a scalar divergence per sample between the model's output and a reference output.
+
+Built in: "mse", "mse_published" and "kl"; or any callable f(output [S, ...], reference [S, ...]) -> [S].
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from l3d.gradients.samples import Samples
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def mse(output: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error over everything after the sample dimension: [S].
+
+    >>> mse(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([2.])
+    """
+    return (output - reference).reshape(output.shape[0], -1).square().mean(1)
+
+
+def mse_published(output: Tensor, reference: Tensor) -> Tensor:
+    """The published toy code's divergence, mean of f·(f − y): its gradient is (2f − y)/n, not the MSE's. [S]
+
+    Kept for comparison with published figures; never compare errors across the two.
+    """
+    return (output * (output - reference.detach())).reshape(output.shape[0], -1).mean(1)
+
+
+def kl(output: Tensor, reference: Tensor) -> Tensor:
+    """KL(softmax(reference) ‖ softmax(output)) in nats over the last dimension, summed over any others: [S]."""
+    log_p = reference.log_softmax(-1)
+    return (log_p.exp() * (log_p - output.log_softmax(-1))).flatten(1).sum(1)
+
+
+def _mse_gradient(output: Tensor, reference: Tensor) -> Tensor:
+    return (output - reference) * (2 / output[0].numel())
+
+
+def _mse_published_gradient(output: Tensor, reference: Tensor) -> Tensor:
+    return (2 * output - reference) / output[0].numel()
+
+
+def _kl_gradient(output: Tensor, reference: Tensor) -> Tensor:
+    return output.softmax(-1) - reference.softmax(-1)
+
+
+BY_NAME: dict[str, Divergence] = {"mse": mse, "mse_published": mse_published, "kl": kl}
+# their gradients to the output, written out: autograd would cost a toy's step more than its forward pass
+GRADIENTS = ((mse, _mse_gradient), (mse_published, _mse_published_gradient), (kl, _kl_gradient))
+REFERENCES = ("sample", "mean", "uniform", "pair")
+
+
+def resolve_divergence(divergence: str | Divergence) -> Divergence:
+    """Look a divergence up by name, or take a callable as it is."""
+    if callable(divergence):
+        return divergence
+    if not isinstance(divergence, str) or divergence not in BY_NAME:
+        raise ValueError(f"divergence: expected {', '.join(BY_NAME)} or a callable, got {divergence!r}")
+    return BY_NAME[divergence]
+
+
+def check_reference(reference: str | Tensor) -> str | Tensor:
+    """Refuse a reference that is neither a known name nor a tensor."""
+    if isinstance(reference, Tensor) or (isinstance(reference, str) and reference in REFERENCES):
+        return reference
+    raise ValueError(f"reference: expected {', '.join(REFERENCES)} or a tensor, got {reference!r}")
+
+
+def reference_outputs(
+    reference: str | Tensor,
+    outputs: Tensor,
+    contrast: Tensor | None,
+    is_kl: bool,
+    generator: torch.Generator | None,
+    samples: Samples | None = None,
+) -> Tensor:
+    """Return the reference output of every sample: [S, ...].
+
+    Args:
+        reference: "sample" (another sample's output, drawn at random), "mean" (kl: of the probabilities),
+            "uniform" (kl: equal logits; else zeros), "pair" (the contrast's outputs), or a tensor [S, ...],
+            [B, samples per row, ...], of the whole output's shape, or of one sample's, for all.
+        outputs: [S, ...] the model's own outputs, detached.
+        contrast: [S, ...] the contrasting inputs' outputs, for "pair".
+        is_kl: whether outputs are logits of a KL divergence.
+        generator: draws for "sample".
+        samples: which entries of the model's output the samples are, where a tensor may be given by row.
+    """
+    n_samples = outputs.shape[0]
+    if isinstance(reference, Tensor):
+        found = reference.expand_as(outputs) if reference.shape == outputs.shape[1:] else reference
+        if reference.shape != outputs.shape and samples is not None and samples.positions is not None:
+            if reference.shape == (samples.n_rows, samples.per_row, *samples.width):
+                found = samples.of(reference.flatten(0, 1))
+            elif reference.shape == samples.shape:
+                found = samples.gather(reference)
+        if found.shape != outputs.shape:
+            raise ValueError(
+                f"reference: expected outputs of shape {list(outputs.shape)} (samples first) or one of "
+                f"{list(outputs.shape[1:])} for all, got {list(reference.shape)}"
+            )
+        return found.detach().to(outputs)
+    if reference == "sample":
+        if n_samples < 2:
+            raise ValueError(
+                "reference: 'sample' needs at least two samples in a batch, got 1; "
+                "use a larger batch, or 'mean', 'uniform' or a tensor"
+            )
+        shift = torch.randint(1, n_samples, (n_samples,), generator=generator)
+        index = (torch.arange(n_samples) + shift) % n_samples  # never the sample itself
+        return outputs[index.to(outputs.device)]
+    if reference == "mean":
+        if is_kl:
+            log_mean = outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)
+            return log_mean.expand_as(outputs)
+        return outputs.mean(0, keepdim=True).expand_as(outputs)
+    if reference == "uniform":
+        return torch.zeros_like(outputs)
+    assert contrast is not None
+    return contrast
+
+
+def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor) -> Tensor:
+    """Return ∂D_s/∂f_s of every sample: [S, ...], the shape of `outputs`.
+
+    Raises ValueError where the divergence does not return one scalar per sample, or is not finite.
+    """
+    if not torch.isfinite(references).all():
+        raise ValueError("reference: holds NaN or infinity")
+    for known, known_gradient in GRADIENTS:
+        if divergence is known:
+            return known_gradient(outputs, references)
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        values = divergence(leaf, references)
+        if not isinstance(values, Tensor) or values.shape != outputs.shape[:1]:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"divergence: expected one value per sample, shape [{outputs.shape[0]}], got {got}")
+        if not values.requires_grad:
+            return torch.zeros_like(outputs)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    if not torch.isfinite(gradient).all():
+        raise ValueError("divergence: its gradient holds NaN or infinity")
+    return gradient

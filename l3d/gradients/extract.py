@@ -1,0 +1,336 @@
+"""Per-sample gradients of a model: one forward pass, one backward pass of the whole batch per target position.
+
+No weight gradient of a layer with a rule is computed. Backward passes start at the output (for language models below
+the last layer's attention, since above it one pass serves all positions), stop at the first decomposed layer, and on
+their way leave behind, at each layer that uses a chosen parameter, what came back. With what the layer saw, that is the
+gradient in factors.
+
+The uses of a parameter are read off the autograd graph (`graph`); a rule per layer kind turns each into a part
+(`rules`). Whatever has no rule is pulled back sample by sample, exactly: through its own node if the batch can
+be told apart there, else from the output.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from l3d.data.batch import check_logits, check_tokens, count_rows_of, join, without_label
+from l3d.gradients import divergence as div
+from l3d.gradients.factors import Dense, Gradients, Part, combine, compact
+from l3d.gradients.graph.graph import Use, n_outputs, no_gradient, output_shape, read_graph
+from l3d.gradients.graph.layout import Layout, find_layouts
+from l3d.gradients.graph.positions import last_apart, positionwise_head
+from l3d.gradients.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
+from l3d.gradients.precision import own_precision
+from l3d.gradients.rules import has_rule, part_of
+from l3d.gradients.samples import Samples, Share, check_same_padding, padding_mask
+
+
+def extract_gradients(
+    model: nn.Module,
+    inputs: Any,
+    divergence: str | div.Divergence = "mse",
+    reference: str | Tensor = "sample",
+    params: Params = None,
+    positions: str | int = "all",
+    generator: torch.Generator | None = None,
+) -> Gradients:
+    """Return every sample's gradient g_s = ∇_W D(f(x_s, W), y_s), in factors.
+
+    Args:
+        model: in evaluation mode; it comes back exactly as it was.
+        inputs: a batch of B rows: a tensor, or a mapping (passed as keyword arguments). Of a tuple such as (input,
+            label) the first counts, except that reference="pair" takes (inputs, contrasting inputs). Where a mapping
+            holds an `attention_mask` [B, T], positions that it hides are no samples, nor references of any.
+        divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
+        reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...], or one
+            output for all samples.
+        params: glob, list of globs, or None for all parameters.
+        positions: "all", "last", or how many to draw per row, where the divergence is "kl" or a callable and the
+            output has three or more dimensions: then every chosen position of every row is a sample, row by row.
+            Otherwise a row is a sample.
+        generator: a CPU generator for drawn references and positions.
+
+    Raises ValueError on bad arguments, a model in training mode whose dropout or batch norm would act, and
+    outputs that are not finite.
+
+    >>> model = nn.Linear(3, 2)
+    >>> g = extract_gradients(model, torch.randn(4, 3), reference="mean")
+    >>> {name: list(grad.shape) for name, grad in g.materialize().items()}
+    {'weight': [4, 2, 3], 'bias': [4, 2]}
+    """
+    return Extractor(model, divergence, reference, params, positions)(inputs, generator)
+
+
+class Extractor:
+    """Extract gradients of many batches with one set of choices; arguments as in `extract_gradients`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        divergence: str | div.Divergence = "mse",
+        reference: str | Tensor = "sample",
+        params: Params = None,
+        positions: str | int = "all",
+    ) -> None:
+        check_fixed(model)
+        self.model = model
+        self.divergence = div.resolve_divergence(divergence)
+        self.is_kl = self.divergence is div.kl
+        self.by_row = self.divergence in (div.mse, div.mse_published)
+        self.reference = div.check_reference(reference)
+        if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
+            raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
+        self.positions = None if self.by_row else positions
+        self.parameters = select_parameters(model, params)
+        self._output_width: tuple[int, ...] | None = None
+        self._batches = 0
+        self.rows_stay = False  # of the last batch: that its rows are independent was seen in the graph alone
+        self.graph_bytes = 0  # that its graph held, about
+
+    def __call__(self, inputs: Any, generator: torch.Generator | None = None, share: Share | None = None) -> Gradients:
+        """Return the gradients of one batch, or of the rows of a larger one: then `share` says which they are."""
+        contrast_inputs = None
+        if isinstance(self.reference, str) and self.reference == "pair":
+            if not (isinstance(inputs, (tuple, list)) and len(inputs) == 2):
+                raise ValueError("reference: 'pair' needs data that yields (input, contrast), got single inputs")
+            inputs, contrast_inputs = inputs
+        inputs = without_label(inputs)
+        with self._recording():
+            output = self._forward(inputs)
+            contrast_output = None
+            mask = padding_mask(inputs, self.model)
+            if contrast_inputs is not None:
+                check_same_padding(mask, padding_mask(contrast_inputs, self.model))
+                with torch.no_grad():
+                    contrast_output = run_fixed(self.model, contrast_inputs)
+            with own_precision():
+                samples = Samples(output, self.positions, self.is_kl, generator, mask, share)
+                outputs = self._outputs_of(samples, output)
+                contrast = None if contrast_output is None else samples.gather(contrast_output)
+                references = self._references(outputs, contrast, samples, generator, share)
+                d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
+                gradients = self._gradients(output, samples, d_out)
+        return gradients if samples.kept is None else gradients.select(samples.kept)
+
+    def several(
+        self, batches: Sequence[Any], generators: Sequence[torch.Generator]
+    ) -> tuple[Gradients, list[int]] | None:
+        """Return the gradients of several batches, as one by one but for rounding, from one pass over their rows.
+
+        All samples one after the other, and how many each batch has. None where the batches cannot be joined: they are
+        pairs, have padding, or differ in more than their rows. What comes is wrong for a model that mixes rows:
+        `rows_stay` must have been seen True.
+        """
+        rows = [without_label(batch) for batch in batches]
+        masks = [mask for batch in rows if (mask := padding_mask(batch, self.model)) is not None]
+        whole = join(rows)
+        if whole is None or any((mask == 0).any() for mask in masks):
+            return None
+        if isinstance(self.reference, Tensor) or self.reference == "pair":
+            return None
+        with self._recording():
+            output = self._forward(whole)
+            with own_precision():
+                pieces = output.detach().split([count_rows_of(without_label(batch)) for batch in batches])
+                each, d_outs = [], []
+                for own, generator in zip(pieces, generators, strict=True):
+                    samples = Samples(own, self.positions, self.is_kl, generator)
+                    outputs = self._outputs_of(samples, own)
+                    references = self._references(outputs, None, samples, generator, None)
+                    d_outs.append(div.output_gradient(self.divergence, outputs, references))
+                    each.append(samples)
+                gradients = self._gradients(output, Samples.joined(output, each), torch.cat(d_outs))
+        return gradients, [samples.count for samples in each]
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Record the uses of the chosen parameters, whatever mode the caller is in."""
+        check_fixed(self.model)
+        with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
+            yield
+
+    def _outputs_of(self, samples: Samples, output: Tensor) -> Tensor:
+        """Return the samples' outputs, checked: [S, ...]."""
+        self._check_width(samples)
+        outputs = samples.gather(output.detach())
+        if self.is_kl and self._batches == 0:
+            check_logits(outputs)
+        self._batches += 1
+        return outputs
+
+    def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:
+        """Turn the gradient at the outputs into gradients of the parameters, padding included."""
+        with torch.no_grad():
+            parts = self._backward(output, samples, d_out)
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
+        like = torch.empty(0, dtype=dtype, device=output.device)
+        compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
+        return Gradients(compacted, shapes, samples.count, dtype, output.device)
+
+    @torch.no_grad()
+    def outputs(self, inputs: Any, generator: torch.Generator | None, share: Share) -> Tensor:
+        """Return the samples' outputs alone, of the rows of a larger batch: [s, ...]."""
+        inputs = without_label(inputs)
+        output = run_fixed(self.model, inputs)
+        mask = padding_mask(inputs, self.model)
+        return Samples(output, self.positions, self.is_kl, generator, mask, share).gather(output)
+
+    def is_per_sample(self) -> bool:
+        """Tell whether the reference is a tensor with an output for every sample, which stands for one batch's rows."""
+        return isinstance(self.reference, Tensor) and self.reference.shape != self._output_width
+
+    def needs_whole(self) -> bool:
+        """Tell whether a sample's reference depends on other samples' outputs."""
+        return isinstance(self.reference, str) and self.reference in ("sample", "mean")
+
+    def _references(
+        self,
+        outputs: Tensor,
+        contrast: Tensor | None,
+        samples: Samples,
+        generator: torch.Generator | None,
+        share: Share | None,
+    ) -> Tensor:
+        """Return the reference outputs of the samples at hand: [s, ...]."""
+        reference = self.reference
+        if share is None:
+            return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
+        if self.needs_whole():
+            whole = div.reference_outputs(reference, share.whole(outputs), None, self.is_kl, generator)
+            first = share.start * samples.per_row
+            return whole[first : first + samples.count]
+        if isinstance(reference, Tensor) and reference.shape != samples.width:
+            per_row = reference.shape[0] // share.n_rows  # by sample or by row
+            reference = reference[share.start * per_row : (share.start + samples.n_rows) * per_row]
+        return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
+
+    def _forward(self, inputs: Any) -> Tensor:
+        """Run the model once, with autograd recording the uses of the chosen parameters."""
+        if self._batches == 0:
+            check_tokens(self.model, inputs)
+        output = run_fixed(self.model, inputs)
+        if output.ndim == 0 or output.shape[0] == 0:
+            raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
+        if self._batches == 0:
+            self._check_is_batch(inputs, output)
+        if self.is_kl and output.ndim < 2:
+            raise ValueError(
+                f"divergence: 'kl' needs logits along a last dimension, got outputs of {list(output.shape)}"
+            )
+        if output.grad_fn is None:
+            raise ValueError(f"params: the model's output depends on none of {', '.join(self.parameters)}")
+        return output
+
+    def _check_is_batch(self, inputs: Any, output: Tensor) -> None:
+        """Refuse a single row where a batch is expected: its entries would pass for rows, the output's for samples."""
+        if not (isinstance(inputs, Tensor) and inputs.ndim == 1 and len(inputs) > 1):
+            return
+        with torch.no_grad():
+            try:
+                alone = run_fixed(self.model, inputs[:1])
+            except ValueError:
+                alone = output[:0]
+        if alone.shape != output[:1].shape or not torch.allclose(alone, output[:1], rtol=1e-2, atol=1e-4):
+            raise ValueError(
+                f"data: expected batches of rows, got a single row of {len(inputs)} entries; give all rows as one "
+                "tensor or a Dataset, or batches of them"
+            )
+
+    def _check_width(self, samples: Samples) -> None:
+        width = tuple(samples.width)
+        if self._output_width not in (None, width):
+            raise ValueError(
+                f"data: the shape of one sample's output changed between batches, from {self._output_width} to {width}"
+            )
+        self._output_width = width
+
+    def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
+        """Turn the gradient at the outputs [B·P, ...] into the parts of every parameter's gradient."""
+        assert output.grad_fn is not None
+        graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
+        uses, layouts = graph.uses, find_layouts(output, graph)
+        self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
+        late = {use.name for use in uses if layouts[use.node] is None}
+        late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
+        late |= {name for name, p in self.parameters.items() if p._backward_hooks}  # which only the engine calls
+        if graph.opaque:  # what looks unused may be used where the graph does not tell
+            late |= set(self.parameters)
+        uses = [use for use in uses if use.name not in late]
+        parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
+
+        starts: list[Any] = [output]
+        grad_outputs = samples.one_by_one(samples.scatter(d_out))
+        head = positionwise_head(output, self.parameters) if samples.per_row > 1 else None
+        if head is not None and output_shape(head[0])[0] == samples.n_rows * samples.n_positions:
+            node, edge = head
+            at_head = [use for use in uses if use.node is node]
+            if all(has_rule(use) and use.transposed is not None for use in at_head):
+                uses = [use for use in uses if use.node is not node]
+                if edge is not None:
+                    edge = last_apart(edge, samples.n_rows, samples.n_positions)
+                edges = [GradientEdge(node, 0)] + ([] if edge is None else [edge])
+                returned = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
+                starts, grad_outputs = [edge], samples.one_by_one(returned[-1])
+                for use in at_head:  # one row per sample: its own position's
+                    dy = samples.own_rows(returned[0])
+                    part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
+                    parts[use.name].append(part)
+        dys = self._returned(starts, grad_outputs, samples.per_row, uses, layouts)
+        for use in uses:
+            layout = layouts[use.node]
+            assert layout is not None
+            parts[use.name].append(part_of(use, layout, dys[use.node], self.parameters[use.name]))
+        for name, part in self._from_output(output, samples, d_out, sorted(late)).items():
+            parts[name] = [part]
+        return parts
+
+    @staticmethod
+    def _returned(
+        starts: list[Any],
+        grad_outputs: Iterable[Tensor],
+        per_row: int,
+        uses: list[Use],
+        layouts: dict[Node, Layout | None],
+    ) -> dict[Node, Tensor]:
+        """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
+        nodes = list(dict.fromkeys(use.node for use in uses))
+        if not nodes:
+            return {}
+        edges = [GradientEdge(node, 0) for node in nodes]
+        collected: dict[Node, Tensor] = {}  # [B, P, m, *rest], sequence-major; each pass is put in its place at once
+        for position, grad_output in enumerate(grad_outputs):
+            grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
+            for node, grad in zip(nodes, grads, strict=True):
+                layout = layouts[node]
+                assert layout is not None
+                rows = layout.split(no_gradient(node, grad_output.device) if grad is None else grad)
+                if per_row == 1:
+                    collected[node] = rows[:, None]
+                    continue
+                if position == 0:
+                    collected[node] = rows.new_empty(len(rows), per_row, *rows.shape[1:])
+                collected[node][:, position] = rows
+        return {node: rows.flatten(0, 1) for node, rows in collected.items()}
+
+    def _from_output(self, output: Tensor, samples: Samples, d_out: Tensor, names: list[str]) -> dict[str, Part]:
+        """The last resort, exact for anything autograd can do: a backward pass from the output per sample."""
+        if not names:
+            return {}
+        grads: dict[str, list[Tensor]] = {name: [] for name in names}
+        inputs = [self.parameters[name] for name in names]
+        for sample in range(samples.count):
+            alone = torch.zeros_like(d_out)
+            alone[sample] = d_out[sample]
+            results = torch.autograd.grad(
+                [output], inputs, [samples.scatter(alone)], retain_graph=True, allow_unused=True
+            )
+            for name, parameter, grad in zip(names, inputs, results, strict=True):
+                grads[name].append(torch.zeros_like(parameter) if grad is None else grad.to_dense())
+        return {name: Dense(torch.stack(rows)) for name, rows in grads.items()}

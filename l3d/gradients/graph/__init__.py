@@ -1,0 +1,1 @@
+"""The room gradients/graph."""

@@ -1,0 +1,149 @@
+"""Read the autograd graph of one forward pass: every place where a chosen parameter was used.
+
+Autograd records each use of a parameter as an edge, whichever way the model made it: a module, a functional call,
+packed or tied weights, a module called several times. So a rule that accounts for every edge accounts for every
+use, and nothing needs to be hooked or patched. In-place operations are autograd's business too: it refuses to
+hand out a saved tensor that was changed after it was saved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from l3d.gradients.graph.row_order import keeps_rows
+
+# Nodes that only rearrange, copy or cast their one input.
+REARRANGE = {
+    "Alias",
+    "AsStrided",
+    "Chunk",
+    "Clone",
+    "Expand",
+    "Permute",
+    "ReshapeAlias",
+    "Select",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Squeeze",
+    "T",
+    "ToCopy",
+    "Transpose",
+    "Unbind",
+    "UnsafeSplit",
+    "UnsafeView",
+    "Unsqueeze",
+    "View",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter: input `slot` of `node` is the parameter, seen through the rearranging `chain`."""
+
+    name: str
+    node: Node
+    slot: int
+    chain: tuple[str, ...]  # operations between the parameter and the node, the parameter's end last
+
+    @property
+    def transposed(self) -> bool | None:
+        """Tell whether the node sees the parameter transposed (True), as it is (False), or otherwise (None)."""
+        moves = tuple(step for step in self.chain if step not in ("ToCopy", "Alias", "Clone"))
+        return {(): False, ("T",): True}.get(moves)
+
+
+def operation(node: Node) -> str:
+    """Name a node's operation: "Addmm" for AddmmBackward0."""
+    return node.name().split("::")[-1].split("Backward")[0]
+
+
+class Graph(NamedTuple):
+    """What one forward pass did with the chosen parameters."""
+
+    uses: list[Use]  # every use, in a fixed order
+    opaque: bool  # a custom autograd.Function may use parameters without an edge to them: `uses` may lack some
+    rows_stay: bool  # in every tensor dimension 0 is the batch, or blocks of it: no operation moves or mixes rows
+    n_entries: int  # of all operations' outputs, which is about what the graph holds
+
+
+def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Graph:
+    """Walk the autograd graph below the output's node `root`; the batch has `n_rows` rows.
+
+    Raises ValueError for reentrant checkpointing, which hides what it holds.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    uses: list[Use] = []
+    opaque = source_of(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
+    rows_stay = True
+    n_entries = 0
+    seen = {root}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        kind = operation(node)
+        if kind == "AccumulateGrad":
+            continue
+        n_entries += output_shape(node).numel()
+        if kind == "CheckpointFunction":
+            raise ValueError(
+                "model: reentrant checkpointing hides parameters; use checkpoint(..., use_reentrant=False)"
+            )
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
+        opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
+        rearranges = source_of(node, names, n_rows) is not None
+        rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, _activations(node, names, n_rows), n_rows))
+        for slot, (below, _) in enumerate(node.next_functions):
+            if below is None:
+                continue
+            origin = None if rearranges else source_of(below, names, n_rows)
+            if origin is not None:
+                uses.append(Use(origin[0], node, slot, origin[1]))
+            if below not in seen:
+                seen.add(below)
+                stack.append(below)
+    return Graph(uses, opaque, rows_stay, n_entries)
+
+
+def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
+    """Return the shape of each input of a node; None for parameters, and for what no gradient depends on."""
+    return [
+        None if below is None or source_of(below, names, n_rows) is not None else below._input_metadata[place].shape
+        for below, place in node.next_functions
+    ]
+
+
+def source_of(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:
+    """Trace a node back to the parameter that it rearranges, if that is all it does: (name, operations)."""
+    chain: list[str] = []
+    while True:
+        kind = operation(node)
+        if kind == "AccumulateGrad":
+            name = names.get(id(node.variable))
+            return None if name is None else (name, tuple(chain))
+        # a table looked up once for all rows (learned positions) is a rearrangement too
+        shared = kind == "Embedding" and n_rows > 1 and output_shape(node)[0] == 1
+        if not (shared or kind in REARRANGE) or len(node.next_functions) != 1 or node.next_functions[0][0] is None:
+            return None
+        chain.append(kind)
+        node = node.next_functions[0][0]
+
+
+def output_shape(node: Any) -> torch.Size:
+    """Return the shape of a node's first output."""
+    return torch.Size(node._input_metadata[0].shape)
+
+
+def no_gradient(node: Any, device: torch.device) -> Tensor:
+    """Return zeros, as the gradient of a node's first output."""
+    return torch.zeros(output_shape(node), dtype=node._input_metadata[0].dtype, device=device)
+
+
+def n_outputs(node: Any) -> int:
+    """Count a node's outputs."""
+    return len(node._input_metadata)

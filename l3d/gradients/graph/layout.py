@@ -1,0 +1,104 @@
+"""Where the rows of a batch lie in the tensors inside a model: read off the graph or proved by a probe, not assumed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from l3d.gradients.graph.graph import Graph, output_shape
+
+LAYOUTS = ("major", "minor", "dim1")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the B rows of data lie in a tensor inside the model. It is read off the graph or proved by a probe.
+
+    "major": dimension 0 is B blocks of m rows; "minor": dimension 0 is m blocks of B rows; "dim1": dimension 1
+    is B (sequence-first models).
+    """
+
+    kind: str
+    n_rows: int  # B
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Tell whether a tensor of this shape can have the layout at all."""
+        if self.kind == "dim1":
+            return len(shape) >= 2 and shape[1] == self.n_rows
+        blocks, rest = divmod(shape[0] if shape else 0, self.n_rows)
+        return rest == 0 and blocks > (self.kind == "minor")  # one block is "major" just as well
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """Bring the batch to the front: [B, m, *rest]."""
+        if self.kind == "major":
+            return tensor.unflatten(0, (self.n_rows, -1))
+        if self.kind == "minor":
+            return tensor.unflatten(0, (-1, self.n_rows)).transpose(0, 1)
+        return tensor.transpose(0, 1)
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """Undo `split`: from [B, m, *rest] to the model's own shape."""
+        if self.kind == "major":
+            return tensor.flatten(0, 1)
+        if self.kind == "minor":
+            return tensor.transpose(0, 1).flatten(0, 1)
+        return tensor.transpose(0, 1)
+
+
+DIGITS = 25  # powers of two that a row's number is written in: 2^-12 .. 2^12 are exact even in float16
+
+
+def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
+    """Return the layout of each parameter-using node's output; None where the batch lies in no known way.
+
+    Known from the graph alone where no operation of it can move or mix rows, else proved, in every batch.
+    """
+    nodes = list(dict.fromkeys(use.node for use in graph.uses))
+    if graph.rows_stay:
+        return dict.fromkeys(nodes, Layout("major", output.shape[0]))
+    return prove_layouts(output, nodes)
+
+
+def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None]:
+    """Return the layout of each node's output (None: no known one), by a probe.
+
+    Scaling row b of the gradient at the output by w_b must scale what comes back in exactly b's rows. The w_b are
+    powers of two, by which floating-point numbers scale exactly, and write b's number in base `DIGITS`, a digit per
+    backward pass: rows that mix or change places show.
+    """
+    n_rows = output.shape[0]
+    candidates = {
+        node: [layout for kind in LAYOUTS if (layout := Layout(kind, n_rows)).fits(output_shape(node))]
+        for node in nodes
+    }
+    if n_rows == 1 or not nodes:
+        return {node: found[0] if found else None for node, found in candidates.items()}
+    edges = [GradientEdge(node, 0) for node in nodes]
+    generator = torch.Generator(output.device).manual_seed(0)
+    base = torch.randn(output.shape, generator=generator, device=output.device).to(output)
+
+    def returned(grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad([output], edges, [grad], retain_graph=True, allow_unused=True)
+
+    plain = returned(base)
+    rows, place = torch.arange(n_rows, device=output.device), 1
+    while place < n_rows:
+        weights = (2.0 ** (rows // place % DIGITS - DIGITS // 2)).to(output)
+        scaled = returned(base * weights.view(-1, *[1] * (output.ndim - 1)))
+        for node, before, after in zip(nodes, plain, scaled, strict=True):
+            candidates[node] = [each for each in candidates[node] if _scales(each, before, after, weights)]
+        place *= DIGITS
+    return {node: found[0] if found else None for node, found in candidates.items()}
+
+
+def _scales(layout: Layout, before: Tensor | None, after: Tensor | None, weights: Tensor) -> bool:
+    """Tell whether every row's gradient was scaled by its own weight, to rounding."""
+    if before is None or after is None:
+        return True
+    plain, scaled = layout.split(before).flatten(1), layout.split(after).flatten(1)
+    if plain.numel() == 0:
+        return False
+    tolerance = 8 * torch.finfo(weights.dtype).eps
+    difference = (scaled / weights[:, None].to(scaled) - plain).abs().amax(1)
+    return bool((difference <= tolerance * plain.abs().amax(1)).all())

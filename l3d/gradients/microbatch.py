@@ -1,0 +1,104 @@
+"""Extract one batch's gradients some rows at a time, and over ranks: the same gradients, in less memory.
+
+What ties the rows of a batch together are the references (another sample's output, or the mean) and what is drawn
+for all. So where there is more than one chunk the outputs of the whole batch are computed first, without autograd, and
+every chunk is then told which rows of it it is (`l3d.gradients.samples.Share`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l3d.data.batch import count_rows_of, without_label
+from l3d.decomposition.chunked import Chunks
+from l3d.distributed.process_group import Ranks
+from l3d.gradients.extract import Extractor
+from l3d.gradients.factors import Gradients
+from l3d.gradients.samples import Share, padding_mask
+
+
+class Microbatches:
+    """A batch in chunks of at most `size` rows, each extracted by all ranks together when it is asked for.
+
+    Args:
+        extractor: of the model.
+        batch: of data, B rows.
+        generator: makes the generator that draws positions and references, in the same state each time.
+        size: rows in a chunk; None for all.
+        ranks: the processes that share the work; every one must ask for the same chunks in the same order.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        batch: Any,
+        generator: Callable[[], torch.Generator],
+        size: int | None,
+        ranks: Ranks | None,
+    ) -> None:
+        self.extractor, self.batch, self.generator, self.ranks = extractor, batch, generator, ranks
+        self.whole = size is None and ranks is None
+        self.n_rows = 1 if self.whole else count_rows_of(batch)
+        self.size = self.n_rows if size is None else size
+        mask = None if self.whole else padding_mask(without_label(batch), extractor.model)
+        self.padded = mask is not None and bool((mask == 0).any())
+        self.outputs: Tensor | None = None  # the samples' outputs of the whole batch, where they are needed
+        if len(self) > 1 and extractor.needs_whole():
+            self.outputs = torch.cat([self._outputs(i) for i in range(len(self))])
+
+    def __len__(self) -> int:
+        """Count the chunks."""
+        return max(1, -(-self.n_rows // self.size))
+
+    def __call__(self, index: int) -> Gradients:
+        """Extract a chunk."""
+        if self.whole:
+            return self.extractor(self.batch, self.generator())
+        rows, split = self._rows(index)
+        gradients = self.extractor(rows_of(self.batch, rows), self.generator(), self._share(rows, split))
+        return self.ranks.gather_gradients(gradients) if self.ranks is not None and split else gradients
+
+    def _outputs(self, index: int) -> Tensor:
+        rows, split = self._rows(index)
+        share = Share(rows.start, self.n_rows, lambda own: own, self.padded)
+        outputs = self.extractor.outputs(rows_of(self.batch, rows), self.generator(), share)
+        return self.ranks.gather(outputs) if self.ranks is not None and split else outputs
+
+    def _rows(self, index: int) -> tuple[slice, bool]:
+        """Return which rows this rank extracts of a chunk, and whether the others extract others."""
+        start, stop = index * self.size, min(self.n_rows, (index + 1) * self.size)
+        if self.ranks is None or stop - start < self.ranks.size:  # too few to split: every rank extracts them all
+            return slice(start, stop), False
+        own = self.ranks.share(stop - start)
+        return slice(start + own.start, start + own.stop), True
+
+    def _share(self, rows: slice, split: bool) -> Share | None:
+        if self.outputs is not None:
+            outputs = self.outputs
+            return Share(rows.start, self.n_rows, lambda own: outputs, self.padded)
+        if self.ranks is not None and split:
+            return Share(rows.start, self.n_rows, self.ranks.gather, self.padded)
+        return None if len(self) == 1 else Share(rows.start, self.n_rows, lambda own: own, self.padded)
+
+
+def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients], Gradients]) -> Chunks:
+    """Return a batch's gradients in chunks, as `held` makes them: extracted once and kept, or anew each time."""
+    if keep:
+        return Chunks.held([held(microbatches(i)) for i in range(len(microbatches))])
+    return Chunks(lambda i: held(microbatches(i)), len(microbatches))
+
+
+def rows_of(batch: Any, rows: slice) -> Any:
+    """Take neighbouring rows of a tensor, of a mapping's tensors, or of a tuple's."""
+    n_rows = count_rows_of(batch)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(each) for key, each in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(cut(each) for each in value)
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
+
+    return batch if rows == slice(0, n_rows) else cut(batch)

@@ -1,0 +1,276 @@
+"""One rule per kind of layer: from a node of the autograd graph and what came back, a part of the gradient.
+
+A rule is registered for an operation and an input slot (as autograd numbers them). It gets the use, the
+layout of the batch, and dy: what came back at the node's output, [S, m, *rest] (see `Layout`). It returns the
+part, or None where it does not fit; then `pulled_back` does the work for that node, exactly but slowly.
+
+To add a layer kind, write a function here and register it; tests/test_layers.py then holds it against torch.func.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from l3d.gradients.factors import Dense, Part, Rows
+from l3d.gradients.graph.graph import Use, n_outputs, operation
+from l3d.gradients.graph.layout import Layout
+
+Rule = Callable[[Use, Layout, Tensor, torch.Size], Part | None]
+RULES: dict[tuple[str, int], Rule] = {}
+
+
+def rule(*keys: tuple[str, int]) -> Callable[[Rule], Rule]:
+    """Register a rule for (operation, slot) pairs."""
+
+    def register(function: Rule) -> Rule:
+        for key in keys:
+            RULES[key] = function
+        return function
+
+    return register
+
+
+def per_sample(values: Tensor, dy: Tensor) -> Tensor:
+    """Give every sample its sequence's values: [B, ...] -> [S, ...]."""
+    share = dy.shape[0] // values.shape[0]
+    return values if share == 1 else values.repeat_interleave(share, 0)
+
+
+# --- matrices ---------------------------------------------------------------------------------------------------
+
+
+@rule(("Mm", 1), ("Addmm", 2))
+def matrix(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """A weight on the right of a matrix product: Linear sees it transposed, the Conv1D of GPT-2 as it is."""
+    if use.transposed is None:
+        return None
+    node: Any = use.node
+    if layout.kind == "dim1":  # the batch runs along the product's columns
+        return None
+    x = layout.split(node._saved_self if operation(node) == "Mm" else node._saved_mat1)
+    alpha = getattr(node, "_saved_alpha", 1)
+    return Rows(x.detach().clone(), dy if alpha == 1 else dy * alpha, x_axis=1 if use.transposed else 0)
+
+
+@rule(("Addmm", 0))
+def matrix_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """The vector added to a matrix product."""
+    if use.transposed is not False or layout.kind == "dim1" or len(shape) != 1 or shape[0] != dy.shape[-1]:
+        return None
+    node: Any = use.node
+    return Dense(dy.sum(1) * node._saved_beta)
+
+
+@rule(("Embedding", 0))
+def embedding(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """A table of rows looked up by index; the padding row gets nothing."""
+    node: Any = use.node
+    if use.transposed is not False or not layout.fits(node._saved_indices.shape):
+        return None
+    index = layout.split(node._saved_indices).flatten(1).clone()
+    return _looked_up(index, dy.reshape(dy.shape[0], -1, dy.shape[-1]), node, shape)
+
+
+def _looked_up(index: Tensor, dy: Tensor, node: Any, shape: torch.Size) -> Part:
+    """Rows of a table by index [B, T], less its padding row; dy [S, T, D]."""
+    padding = node._saved_padding_idx
+    if 0 <= padding < shape[0]:  # autograd stores "none" as a huge or negative number
+        dy = dy.masked_fill(per_sample(index, dy)[..., None] == padding, 0)
+    return Rows(index, dy, x_axis=0)
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------
+
+
+@rule(("Convolution", 1))
+def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """A convolution in one, two or three dimensions: its positions T are the output's pixels.
+
+    Groups are multiplied out at once, all groups in one batched product: their gradient is the small side.
+    """
+    node: Any = use.node
+    x = node._saved_input
+    if use.transposed is not False or node._saved_transposed or x.ndim != len(shape):
+        return None
+    if layout.kind == "dim1":
+        return None
+    patches = layout.split(_unfold(x.detach(), shape, node)).flatten(1, 2)  # [B, T, C, kernel]
+    dy = dy.flatten(3).transpose(2, 3).flatten(1, 2)  # [S, m, O, *out] -> [S, T, O]
+    groups = node._saved_groups
+    if groups == 1:
+        return Rows(patches.flatten(2), dy, x_axis=1)
+    by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
+    returned = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
+    share = dy.shape[0] // by_group.shape[0]
+    grad = returned.unflatten(0, (-1, share)) @ by_group[:, None]  # [B, P, g, O/g, I]
+    return Dense(grad.reshape(-1, *shape))
+
+
+def _unfold(x: Tensor, shape: torch.Size, node: Any) -> Tensor:
+    """Cut an image [n, C, *spatial] into the patches every output pixel sees: [n, pixels, C, kernel]."""
+    dims = x.ndim - 2
+    padding = [amount for size in reversed(node._saved_padding) for amount in (size, size)]
+    x = torch.nn.functional.pad(x, padding)
+    for dim in range(dims):
+        kernel, dilation, stride = shape[2 + dim], node._saved_dilation[dim], node._saved_stride[dim]
+        window = x.unfold(2 + dim, dilation * (kernel - 1) + 1, stride)  # windows last
+        x = window[..., ::dilation]
+    spatial = range(2, 2 + dims)
+    kernels = range(2 + dims, 2 + 2 * dims)
+    return x.permute(0, *spatial, 1, *kernels).flatten(1, dims).flatten(3)
+
+
+@rule(("Convolution", 2))
+def convolution_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """A convolution's bias, one number per output channel."""
+    if use.transposed is not False or layout.kind == "dim1":
+        return None
+    return Dense(dy.flatten(3).sum((1, 3)))
+
+
+# --- norms ------------------------------------------------------------------------------------------------------
+
+
+@rule(("NativeLayerNorm", 1), ("NativeLayerNorm", 2))
+def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Scale and shift of LayerNorm, over the trailing dimensions."""
+    if use.transposed is not False:
+        return None
+    node: Any = use.node
+    dims = len(node._saved_normalized_shape)
+    if dy.ndim < dims + 2:  # the norm ran along the batch
+        return None
+    if use.slot == 1:
+        normal = (node._saved_input - node._saved_result1) * node._saved_result2
+        dy = dy * per_sample(layout.split(normal.detach().to(dy.dtype)), dy)
+    return Dense(dy.flatten(1, dy.ndim - dims - 1).sum(1))
+
+
+@rule(("FusedRmsNorm", 1))
+def rms_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Scale of RMSNorm over the trailing dimensions, as torch computes it on GPUs: elsewhere it is a product."""
+    node: Any = use.node
+    dims = len(node._saved_normalized_shape)
+    if use.transposed is not False or dy.ndim < dims + 2:
+        return None
+    normal = (node._saved_input * node._saved_result1).detach()
+    dy = dy * per_sample(layout.split(normal.to(dy.dtype)), dy)
+    return Dense(dy.flatten(1, dy.ndim - dims - 1).sum(1))
+
+
+@rule(("NativeGroupNorm", 1), ("NativeGroupNorm", 2))
+def group_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Scale and shift of GroupNorm, one per channel."""
+    if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3:
+        return None
+    node: Any = use.node
+    if use.slot == 1:
+        x = node._saved_input.detach()
+        grouped = x.reshape(x.shape[0], node._saved_group, -1)
+        normal = (grouped - node._saved_result1[..., None]) * node._saved_result2[..., None]
+        dy = dy * per_sample(layout.split(normal.reshape(x.shape).to(dy.dtype)), dy)
+    return Dense(dy.flatten(3).sum((1, 3)) if dy.ndim > 3 else dy.sum(1))
+
+
+@rule(*((f"{kind}BatchNorm", slot) for kind in ("Native", "Cudnn", "Miopen") for slot in (1, 2)))
+def batch_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Scale and shift of BatchNorm in evaluation mode, where it treats every sample by itself."""
+    node: Any = use.node
+    if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3 or getattr(node, "_saved_training", True):
+        return None
+    if use.slot == 1:
+        x = node._saved_input.detach()
+        channels = (-1, *[1] * (x.ndim - 2))
+        scale = (node._saved_running_var + node._saved_eps).rsqrt()
+        normal = (x - node._saved_running_mean.view(channels)) * scale.view(channels)
+        dy = dy * per_sample(layout.split(normal.to(dy.dtype)), dy)
+    return Dense(dy.flatten(3).sum((1, 3)) if dy.ndim > 3 else dy.sum(1))
+
+
+# --- elementwise ------------------------------------------------------------------------------------------------
+
+
+@rule(("Mul", 0), ("Mul", 1))
+def scale(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """A parameter that multiplies, broadcast over the batch: the weight of a hand-written RMSNorm."""
+    node: Any = use.node
+    other = node._saved_other if use.slot == 0 else node._saved_self
+    if use.transposed is not False or not isinstance(other, Tensor):  # None, or a number
+        return None
+    out_shape = node._input_metadata[0].shape
+    values = layout.split(other.detach().expand(out_shape))
+    return _reduced(dy * per_sample(values, dy), layout, shape)
+
+
+@rule(("Add", 0), ("Add", 1))
+def shift(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """A parameter that is added, or rows of a table of them, broadcast over the batch."""
+    node: Any = use.node
+    if use.slot == 1 and node._saved_alpha != 1:
+        dy = dy * node._saved_alpha
+    if use.chain == ("Embedding",):  # learned positions: one look-up, added to every row of the batch
+        table: Any = node.next_functions[use.slot][0]
+        index = table._saved_indices
+        if dy.ndim != 4 or index.shape != (1, dy.shape[2]) or layout.kind == "dim1":
+            return None
+        return _looked_up(index.repeat(layout.n_rows, dy.shape[1]), dy.flatten(1, 2), table, shape)
+    return None if use.transposed is not False else _reduced(dy, layout, shape)
+
+
+def _reduced(values: Tensor, layout: Layout, shape: torch.Size) -> Part | None:
+    """Sum [S, m, *rest] over all that a parameter of this shape was broadcast over: [S, *shape]."""
+    trimmed = list(shape)
+    while trimmed and trimmed[0] == 1:
+        trimmed.pop(0)
+    rest = values.shape[2:]
+    if len(trimmed) > len(rest):
+        return None  # the parameter runs along the batch
+    values = values.flatten(1, values.ndim - len(trimmed) - 1).sum(1) if len(rest) >= len(trimmed) else values
+    for dim, size in enumerate(trimmed, start=1):
+        if size == 1 and values.shape[dim] != 1:
+            values = values.sum(dim, keepdim=True)
+    return Dense(values.reshape(-1, *shape))
+
+
+# --- anything else ----------------------------------------------------------------------------------------------
+
+
+def pulled_back(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
+    """Pull each sample's share of dy through the node by itself: exact for any operation, S node backwards.
+
+    The node is called directly, so that only this use's slot counts, even where the parameter was used before.
+    """
+    node: Any = use.node
+    edge = GradientEdge(*node.next_functions[use.slot])
+    seen: Any = edge.node  # where the node reads the parameter, after the chain
+    shape = seen._input_metadata[edge.output_nr].shape
+    share = dy.shape[0] // layout.n_rows
+    grads = []
+    for sample, row in enumerate(dy):
+        alone = torch.zeros(layout.n_rows, *row.shape, dtype=row.dtype, device=row.device)
+        alone[sample // share] = row
+        result = node(layout.join(alone), *[None] * (n_outputs(node) - 1))
+        grad = result[use.slot] if isinstance(result, tuple) else result
+        grad = grad.to_dense()  # an embedding's may be sparse
+        if grad.is_complex() and not use.chain and not parameter.is_complex():
+            grad = grad.real
+        grad = grad.sum_to_size(shape)  # autograd's engine undoes broadcasting, a node by itself does not
+        if use.chain:
+            (grad,) = torch.autograd.grad([edge], [parameter], [grad], retain_graph=True)
+        grads.append(grad.reshape(parameter.shape))
+    return Dense(torch.stack(grads))
+
+
+def has_rule(use: Use) -> bool:
+    """Tell whether a rule may claim this use."""
+    return (operation(use.node), use.slot) in RULES
+
+
+def part_of(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
+    """Return the part of the parameter's gradient that comes from one use; dy [S, m, *rest]."""
+    apply = RULES.get((operation(use.node), use.slot))
+    part = apply(use, layout, dy, parameter.shape) if apply and not dy.is_complex() else None
+    return part if part is not None else pulled_back(use, layout, dy, parameter)

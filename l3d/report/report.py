@@ -1,0 +1,215 @@
+"""A run folder ─► RUN/report.html: one self-contained page that opens offline.
+
+    run folder ─ l3d.load, *.json, config.yaml ─► figures (plots), table (table) ─ template ─► page
+
+The page asks for nothing over the network and forbids itself to (Content-Security-Policy), escapes every
+name it shows, and depends on the run folder alone: the same folder gives the same bytes.
+jinja2 and matplotlib are optional: pip install 'l3d[report]'.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from l3d.report import plots
+from l3d.report.table import common_prefix, make_table
+from l3d.storage.files import replace_text
+from l3d.storage.formats import duration, figure, percent, size
+from l3d.storage.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_metrics, read_ratios, read_subnetworks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from l3d import Decomposition
+
+MAX_DIAGRAMS = 60  # more subnetworks than this: the most active ones are drawn
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Headline(NamedTuple):
+    """One of the figures at the top of the page."""
+
+    label: str
+    shown: str  # as people read it
+    exact: str  # as metrics.json holds it
+    note: str
+
+
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
+    """Write RUN/report.html from what the run folder holds and return its path.
+
+    The page is complete or the old one stays: it is written beside it first and then renamed. Without
+    metrics.json the last training step's figures are shown. Raises FileNotFoundError or ValueError, naming
+    the file, for a folder that holds no readable run, and ImportError without the extra `report`.
+    """
+    folder = Path(run_dir)
+    return replace_text(folder / REPORT, render_report(folder))
+
+
+def render_report(run_dir: str | os.PathLike[str]) -> str:
+    """Return the page as text; see write_report."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install 'l3d[report]'") from error
+    from l3d import load
+
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
+    metrics = read_metrics(folder)
+    config, subject = _read_config(folder / CONFIG)
+    d = load(folder)
+    rates = metrics.get("activation_rate")
+    if rates is not None and len(rates) != d.n_subnetworks:
+        expected = f"expected {d.n_subnetworks} rates, got {len(rates)}"
+        raise ValueError(f"{folder / METRICS}: activation_rate: {expected}")
+    shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
+    described = read_subnetworks(folder)
+    if described and len(described["subnetworks"]) != d.n_subnetworks:
+        got = len(described["subnetworks"])
+        raise ValueError(f"{folder / SUBNETWORKS}: expected {d.n_subnetworks} subnetworks, got {got}")
+    ratios = read_ratios(folder)
+    for k, seen in enumerate(described.get("subnetworks", ())):
+        if k in ratios:
+            seen["intervention_ratio"] = ratios[k]
+    prefix = common_prefix(list(shapes))
+    table = make_table(d, rates, described, prefix, ratios)
+    history = {key: list(values) for key, values in d.history.items()}
+    script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
+
+    def draw(drawing: Figure, ids: str) -> Markup:
+        return Markup(plots.to_svg(drawing, ids, css=True))
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"percent": percent, "figure": figure}
+    return templates.get_template("report.html.j2").render(
+        title=subject or folder.resolve().name,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=Markup(style),
+        n_subnetworks=d.n_subnetworks,
+        n_parameters=sum(math.prod(shape) for shape in shapes.values()),
+        shapes=shapes,
+        headlines=_headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
+        from_history=not metrics,
+        curve=draw(plots.error_curve(history), "curve-") if history.get("step") else None,
+        curve_summary=_curve_summary(history),
+        rates=draw(plots.activation_rates(rates), "rates-") if rates else None,
+        n_dead=sum(rate == 0 for rate in rates or ()),
+        diagrams=[(i, draw(drawing, f"net{i}-")) for i, drawing in _diagrams(d, shapes, rates)],
+        chain=plots.mlp_chain(shapes),
+        prefix=prefix,
+        table=table,
+        rows=table.rows,
+        described=described,
+        cards=Markup(_in_script(described)) if described else None,
+        settings={key: _compact(value) for key, value in sorted(d.settings.items())},
+        metrics={key: _compact(value) for key, value in metrics.items() if key != "activation_rate"},
+        config=config,
+        environment=metrics.get("environment"),
+    )
+
+
+_HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
+    "error": ("error", percent, "of the gradients’ squared norm is left unexplained; 0 % is perfect"),
+    "held_out_error": ("error on held-out data", percent, "the same, on inputs not trained on"),
+    "mmcs": (
+        "match with the truth",
+        "{:.3f}".format,
+        "mean best |cosine| with the true directions; 1 is perfect",
+    ),
+    "features_found": ("features found", "{:.0f}".format, "have a subnetwork of their own"),
+    "r2": ("r² with the weights", "{:.3f}".format, "of the columns found with those of the map W_out W_in"),
+    "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity .9 or more"),
+    "purity": ("purity", "{:.3f}".format, "mean over groups of the best subnetwork’s share in the group’s features"),
+    "inputs_found": ("inputs found", "{:.0f}".format, "move a subnetwork most that no other input moves most"),
+    "kept_per_sample": (
+        "kept per sample",
+        "{:.3g}".format,
+        "subnetworks used to rebuild one gradient, on average",
+    ),
+    "dead_fraction": ("dead", percent, "of the subnetworks are never kept"),
+    "seconds": ("training time", duration, ""),
+    "steps_per_second": ("steps per second", "{:,.4g}".format, ""),
+    "peak_memory_bytes": ("peak memory", size, ""),
+    "cuda_peak_memory_bytes": ("peak memory, GPU", size, ""),
+}
+
+
+def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
+    """Return those of the figures that belong at the top of the page, in the order of _HEADLINES."""
+    other = {"error": "error on other data"} if "evaluated_on" in figures else {}
+    return [
+        Headline(
+            other.get(key, label),
+            "not finite" if figures[key] is None else shown(figures[key]),
+            json.dumps(figures[key]),
+            note,
+        )
+        for key, (label, shown, note) in _HEADLINES.items()
+        if key in figures
+    ]
+
+
+def _read_config(path: Path) -> tuple[str, str]:
+    """Return config.yaml's text and the toy or the model that it names, both empty where there is none."""
+    import yaml
+
+    if not path.is_file():
+        return "", ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    named = settings if isinstance(settings, dict) else {}
+    model = str(named.get("model") or "")  # "hf:folder/name", "python:package.module:factory"
+    return text, str(named.get("name") or re.split("[:/]", model.rstrip("/"))[-1])
+
+
+def _diagrams(
+    d: Decomposition, shapes: Mapping[str, tuple[int, ...]], rates: Sequence[float] | None
+) -> Iterator[tuple[int, Figure]]:
+    """Yield (index, diagram) per subnetwork, all to one scale; none where the tensors form no small chain."""
+    if plots.mlp_chain(shapes) is None:
+        return
+    by_rate = sorted(range(d.n_subnetworks), key=lambda i: -rates[i] if rates else 0.0)
+    networks = {i: d.subnetwork(i) for i in sorted(by_rate[:MAX_DIAGRAMS])}
+    scale = plots.largest_entry(networks.values())
+    for i, network in networks.items():
+        yield i, plots.network_diagram([network], shapes, scale)
+
+
+def _curve_summary(history: Mapping[str, Sequence[float]]) -> str:
+    """Return the error curve in one sentence, for those who cannot see it."""
+    if not history.get("step"):
+        return ""
+    first, last = history["error"][0], history["error"][-1]
+    return f"The error goes from {percent(first)} to {percent(last)} over {history['step'][-1]:,.0f} steps."
+
+
+def _in_script(described: Mapping[str, Any]) -> str:
+    """Return JSON that may stand inside a <script>: no text in it can end the element or begin a tag."""
+    return json.dumps(described, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _compact(value: Any) -> str:
+    """Return a setting as text: strings as they are, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

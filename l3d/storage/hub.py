@@ -1,0 +1,100 @@
+"""Decompositions on the Hugging Face hub, or on any server that speaks its protocol (HF_ENDPOINT).
+
+What goes wrong on the way becomes one line: no network, no permission, nothing there, a file cut short.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from l3d.decomposition.subnetworks import Decomposition
+
+SCHEME = "hf://"
+FILES = ("decomposition.json", "decomposition.safetensors", "README.md")
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def push(
+    decomposition: Decomposition,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a decomposition with its model card, as one commit; the repository is made if missing.
+
+    Args:
+        decomposition: to upload.
+        repo_id: "USER/NAME", or "hf://USER/NAME".
+        private: of a new repository; None is the hub's default.
+        revision: the branch; None is main.
+        message: of the commit.
+        token: of access; default the one that `hf auth login` or HF_TOKEN left.
+
+    Returns the commit's address. Raises ValueError in one line where the hub cannot be reached or refuses.
+    """
+    from l3d.storage.store import save
+
+    repo, branch = parse(repo_id)
+    hub = _client(repo)
+    with tempfile.TemporaryDirectory() as folder:
+        save(decomposition, folder)
+        try:
+            api = hub.HfApi(token=token)
+            api.create_repo(repo, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                revision=revision or branch,
+                commit_message=message or f"Upload {decomposition.n_subnetworks} subnetworks",
+            )
+        except Exception as error:  # of the hub's client or its HTTP library, by version
+            raise ValueError(f"{SCHEME}{repo}: cannot be uploaded: {_reason(error)}") from error
+    return str(commit.commit_url)
+
+
+def pull(address: str) -> Decomposition:
+    """Load a decomposition from "hf://USER/NAME" or "hf://USER/NAME@REVISION"; nothing that it holds is executed.
+
+    Raises ValueError in one line where the hub cannot be reached or refuses, or where what came is damaged.
+    """
+    from l3d.storage.store import load
+
+    repo, revision = parse(address)
+    hub = _client(repo)
+    try:
+        folder = hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES))
+    except Exception as error:  # of the hub's client or its HTTP library, by version
+        raise ValueError(f"{SCHEME}{repo}: cannot be downloaded: {_reason(error)}") from error
+    if not (Path(folder) / FILES[0]).is_file():
+        raise ValueError(f"{SCHEME}{repo}: holds no {FILES[0]}: not a decomposition of l3d")
+    return load(folder)
+
+
+def parse(address: str) -> tuple[str, str | None]:
+    """Split "hf://USER/NAME@REVISION" into the repository and the revision, None where there is none.
+
+    >>> parse("hf://user/name@main")
+    ('user/name', 'main')
+    """
+    match = _ID.fullmatch(address.removeprefix(SCHEME))
+    if match is None:
+        raise ValueError(f"repo_id: expected USER/NAME or {SCHEME}USER/NAME@REVISION, got {address!r}")
+    return match[1], match[2]
+
+
+def _client(repo: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"{SCHEME}{repo}: huggingface_hub is not installed: pip install 'l3d[hf]'") from error
+    return huggingface_hub
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line, the beginning of it: the hub's client adds advice over many lines."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,0 +1,58 @@
+"""The paper's figures, made again: `l3d paper tms|tmcs|high_rank|squared`.
+
+toy ─ decompose ─► measure (numbers) ─► draw (figures) ─► OUT/NAME.svg, OUT/NAME.png, OUT/figures.json, OUT/index.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from l3d.report.plots import to_svg, write_figure
+from l3d.storage.files import replace_text
+from l3d.storage.store import to_json
+
+NAMES = ("tms", "tmcs", "high_rank", "squared")
+MARK = "figures.json"  # what tells a folder of figures from others
+
+_TEMPLATES = Path(__file__).parents[2] / "report" / "templates"
+
+
+def write_figures(name: str, out: Path, seed: int = 0, tell: Callable[[str], None] = print) -> list[Path]:
+    """Make a study's figures in the folder `out`, and return the paths written, the page last.
+
+    The same seed on the same machine gives the same files. Raises ValueError for a name that is none, and ImportError
+    without the extra `report`.
+    """
+    if name not in NAMES:
+        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError("the paper's figures need matplotlib and jinja2: pip install 'l3d[report]'") from error
+    from l3d.studies.paper.studies import STUDIES
+
+    study = STUDIES[name]
+    pictures = []
+    for picture in study(seed):
+        tell(f"{picture.title}: {picture.caption}")
+        pictures.append(picture)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for picture in pictures:
+        paths += write_figure(picture.figure, out / picture.name)
+    numbers = {picture.name: {"caption": picture.caption, **picture.numbers} for picture in pictures}
+    paths.append(replace_text(out / MARK, to_json({"study": name, "seed": seed, "figures": numbers})))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("paper.html.j2").render(
+        title=name,
+        about=(study.__doc__ or "").strip(),
+        pictures=[(p.name, p.title, p.caption, Markup(to_svg(p.figure, f"{p.name}-", css=True))) for p in pictures],
+        seed=seed,
+    )
+    paths.append(replace_text(out / "index.html", page))
+    return paths

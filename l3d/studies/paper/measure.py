@@ -1,0 +1,140 @@
+"""The numbers behind the paper's figures: what moving along subnetworks does to the samples that hold a feature."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from l3d.analysis.consistency import match
+from l3d.analysis.intervention import intervene
+from l3d.decomposition.directions import Directions
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.gradients.model import Params
+from l3d.toys import Deep, Toy
+from l3d.toys.recovery import cosines
+
+REACH = 0.2  # how far a sweep goes, as a share of the norm of all weights..
+REACH_DEEP = 0.03  # ..and of a deep network's, in which all samples move before long
+POINTS = 21  # of a sweep
+
+
+class Sweep(NamedTuple):
+    """How far outputs move along one subnetwork, for the samples that hold its feature and for those that do not."""
+
+    deltas: list[float]
+    holding: list[float]  # root mean square change of an output, over the samples that hold the feature
+    without: list[float]  # the same over the samples that do not
+
+    @property
+    def ratio(self) -> float:
+        """Change of those that hold the feature over that of those that do not, over the whole sweep."""
+        return _norm(self.holding) / max(_norm(self.without), 1e-30)
+
+
+class Pairwise(NamedTuple):
+    """How far outputs move along two subnetworks together."""
+
+    deltas: list[float]
+    changes: dict[str, list[list[float]]]  # kind of sample -> rms change at [δ of the first][δ of the second]
+    interaction: list[list[float]]  # per pair, what the change of both is not the sum of the single ones, as a share
+
+
+def holds(toy: Toy, size: int = 1) -> Tensor:
+    """Tell which features (groups of `size` neighbours) each sample of the toy's data holds: [n, features] bool."""
+    return (toy.data != 0).unflatten(1, (-1, size)).any(2)
+
+
+def owners(toy: Toy, decomposition: Decomposition, size: int = 1) -> list[int]:
+    """Return the subnetwork of each feature or group: the match of largest impact on samples that hold it alone."""
+    held = holds(toy, size)
+    impacts = decomposition.impact(toy.model, toy.data)
+    rows = []
+    for feature in range(held.shape[1]):
+        alone = held[:, feature] & (held.sum(1) == 1)
+        rows.append(impacts[alone].mean(0))
+    scores = torch.stack(rows)
+    scores = scores / scores.norm(dim=0).clamp_min(1e-30)
+    if scores.shape[0] > scores.shape[1]:
+        raise ValueError(f"n_subnetworks: expected at least {scores.shape[0]}, one per feature")
+    return match(scores).tolist()
+
+
+def sweep_deltas(toy: Toy, n: int = POINTS) -> list[float]:
+    """Return n distances, as far either way as is `REACH` or `REACH_DEEP`."""
+    reach = REACH_DEEP if isinstance(toy.model, Deep) else REACH
+    norm = float(torch.stack([p.detach().square().sum() for p in toy.model.parameters()]).sum().sqrt())
+    return (torch.linspace(-reach, reach, n, dtype=torch.float64) * norm).tolist()
+
+
+@torch.no_grad()
+def sweep(
+    toy: Toy, decomposition: Decomposition, index: int, held: Tensor, deltas: Sequence[float], params: Params = None
+) -> Sweep:
+    """Move along one subnetwork; held [n] tells which of the toy's points hold its feature."""
+    before, holding, without = toy.model(toy.data), [], []
+    for delta in deltas:
+        with intervene(toy.model, decomposition, {index: delta}, params):
+            squares = (toy.model(toy.data) - before).square().mean(1)
+        holding.append(float(squares[held].mean().sqrt()))
+        without.append(float(squares[~held].mean().sqrt()))
+    return Sweep(list(deltas), holding, without)
+
+
+@torch.no_grad()
+def pairwise(toy: Toy, decomposition: Decomposition, owner: Sequence[int], first: int, second: int) -> Pairwise:
+    """Move along the subnetworks of two features together, over a grid; and along every pair of subnetworks once."""
+    held = holds(toy)
+    others = held.sum(1) - held[:, first].long() - held[:, second].long()
+    kinds = {
+        f"only {first}": held[:, first] & ~held[:, second] & (others == 0),
+        f"only {second}": held[:, second] & ~held[:, first] & (others == 0),
+        "both": held[:, first] & held[:, second],
+        "neither": ~held[:, first] & ~held[:, second],
+    }
+    kinds = {kind: chosen for kind, chosen in kinds.items() if chosen.any()}  # few points may hold both
+    before = toy.model(toy.data)
+
+    def change(moves: dict[int, float]) -> Tensor:
+        with intervene(toy.model, decomposition, moves):
+            return toy.model(toy.data) - before
+
+    deltas = sweep_deltas(toy, 11)
+    changes: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    for a in deltas:
+        rows = [change({owner[first]: a, owner[second]: b}).square().mean(1) for b in deltas]
+        for kind, chosen in kinds.items():
+            changes[kind].append([float(row[chosen].mean().sqrt()) for row in rows])
+    reach = deltas[-1] / 2
+    single = [change({k: reach}) for k in owner]
+    interaction = [[0.0] * len(owner) for _ in owner]
+    for i in range(len(owner)):
+        for j in range(i):
+            both = change({owner[i]: reach, owner[j]: reach})
+            share = float((both - single[i] - single[j]).norm() / both.norm().clamp_min(1e-30))
+            interaction[i][j] = interaction[j][i] = share
+    return Pairwise(deltas, changes, interaction)
+
+
+def direction_cosines(toy: Toy, directions: Directions) -> Tensor:
+    """Return |cos| between the features' circuits and directions, over the circuits' tensors: [features, K]."""
+    with torch.no_grad():
+        return cosines(toy.truth, [directions.tensors(k) for k in range(directions.n_subnetworks)])
+
+
+def columns(toy: Toy, decomposition: Decomposition, owner: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for a linear map, the task's A, the weights' W_out W_in, and Â: what the subnetworks say of its columns.
+
+    Column i of Â is ΔW_out W_in[:, i] of feature i's subnetwork, times the least-squares scale onto A's. All [out, in].
+    """
+    task: Tensor = cast(Any, toy.measure).keywords["matrix"]
+    w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
+    found = torch.stack(
+        [decomposition.subnetwork(k)["W_out.weight"].to(w_in) @ w_in[:, i] for i, k in enumerate(owner)], 1
+    )
+    scale = (found * task).sum(0) / found.square().sum(0).clamp_min(1e-30)
+    return task, w_out @ w_in, found * scale
+
+
+def _norm(values: Sequence[float]) -> float:
+    return sum(value * value for value in values) ** 0.5

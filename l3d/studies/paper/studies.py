@@ -1,0 +1,189 @@
+"""The paper's studies of toy models: what each decomposes, and the figures it makes of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from l3d.studies.paper import draw, measure, pictures
+from l3d.studies.paper.pictures import Picture
+from l3d.studies.recovery_suite import short
+from l3d.toys import Toy, make, one_thread, recovery
+from l3d.train import decompose
+
+if TYPE_CHECKING:
+    from l3d.decomposition.directions import Directions
+    from l3d.decomposition.subnetworks import Decomposition
+
+SEEDS = 3  # toy networks that errors against rank or K are averaged over
+
+
+Study = Callable[[int], Iterator[Picture]]
+
+
+def tms(seed: int) -> Iterator[Picture]:
+    """The toy model of superposition: five features in two hidden units, five subnetworks of rank 1."""
+    toy, d = _decomposed("tms", seed)
+    owner = measure.owners(toy, d)
+    yield pictures.diagrams(toy, d, owner, "feature")
+    w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
+    truth, cosines = [w_out, w_in.mT], {}
+    sides = {"subnetwork": d.decoder, "encoder": d.encoder}
+    planes = {name: _hidden_directions(side, owner) for name, side in sides.items()}
+    for name, vectors in planes.items():
+        pairs = [torch.nn.functional.cosine_similarity(t, v).abs() for t, v in zip(truth, vectors, strict=True)]
+        cosines[name] = torch.cat(pairs)
+    yield Picture(
+        "directions",
+        "Feature directions",
+        "Grey: where each feature lies in the plane of the two hidden units. Blue: where its subnetwork lies there; "
+        f"|cos| is {short(float(cosines['subnetwork'].min()))} at least. Red: what the subnetwork's encoder reads, "
+        f"which may turn away from other features: |cos| from {short(float(cosines['encoder'].min()))} on, "
+        f"{short(statistics.median(cosines['encoder'].tolist()))} in the median.",
+        draw.planes(truth, planes["subnetwork"], planes["encoder"], ["in W_in, beside W_out", "in W_out, beside W_in"]),
+        {name: values.tolist() for name, values in cosines.items()},
+    )
+    yield pictures.sweeps(toy, d, owner, "feature")
+    yield pictures.pairwise(toy, d, owner)
+
+
+def tmcs(seed: int) -> Iterator[Picture]:
+    """The toy model of circuit superposition: x -> Ax, ten features in five hidden units."""
+    toy, d = _decomposed("tmcs", seed)
+    owner = measure.owners(toy, d)
+    yield pictures.diagrams(toy, d, owner, "feature")
+    cosines = {
+        "subnetworks (Vout)": measure.direction_cosines(toy, d.decoder)[:, owner],
+        "encoders (Vin)": measure.direction_cosines(toy, d.encoder)[:, owner],
+    }
+    own, read = (values.diagonal() for values in cosines.values())
+    yield Picture(
+        "directions",
+        "Feature directions",
+        f"|cos| of each feature's circuit with each subnetwork, {short(float(own.min()))} at least with its "
+        f"own, and with what each encoder reads, {short(statistics.median(read.tolist()))} in the median: it turns "
+        "away from the other features.",
+        draw.heat(cosines, "subnetwork, by its feature", "feature's circuit", "|cos|"),
+        {name: values.tolist() for name, values in cosines.items()},
+    )
+    task, weights, found = measure.columns(toy, d, owner)
+    r2 = recovery.r_squared(found, task)
+    rescaled = found * ((found * weights).sum(0) / found.square().sum(0))
+    r2_weights = recovery.r_squared(rescaled, weights)
+    yield Picture(
+        "matrix",
+        "A against Â",
+        f"Every entry of the task's matrix A against what the subnetworks say of it (left, r² = {r2:.3f}; "
+        "published .92), each column up to its scale; and against the weights' own W_out W_in (right), of rank "
+        "5 where A has rank 10: what the network has not learned no decomposition can find. With W_out W_in "
+        f"itself r² is {r2_weights:.3f}.",
+        draw.scatter(task, [("Â", found, r2), ("W_out W_in", weights, recovery.r_squared(weights, task))], "A"),
+        {
+            "A": task.tolist(),
+            "A_hat": found.tolist(),
+            "W_out_W_in": weights.tolist(),
+            "r2": r2,
+            "r2_weights": r2_weights,
+        },
+    )
+    yield pictures.sweeps(toy, d, owner, "feature")
+    yield pictures.pairwise(toy, d, owner)
+
+
+def high_rank(seed: int) -> Iterator[Picture]:
+    """Circuits of higher rank: 25 features present in groups of five, ten subnetworks."""
+    size = 5
+    toy, d = _decomposed("high_rank", seed, rank=3, revive=False)
+    owner = measure.owners(toy, d, size)
+    yield pictures.diagrams(toy, d, owner, "group")
+    energy = torch.stack(
+        [d.subnetwork(k)["W_in.weight"].square().sum(0).view(-1, size).sum(1) for k in range(d.n_subnetworks)], 1
+    )
+    rates = d.evaluate(toy.model, toy.data).activation_rate
+    rest = [k for k in range(d.n_subnetworks) if k not in owner]
+    order = [*owner, *rest]
+    purity = (energy / energy.sum(0)).mul(rates >= recovery.LIVE)[:, order]
+    live = int((rates >= recovery.LIVE).sum())
+    yield Picture(
+        "groups",
+        "Groups of features",
+        f"Share of each live subnetwork's input weights in each group of features; {live} of {d.n_subnetworks} "
+        "are live (none is revived here), the others left clear. Published: one per group, the rest dead.",
+        draw.heat({"": purity}, "subnetwork", "group", "share of W_in"),
+        {"purity": purity.tolist(), "live": live, "activation_rate": rates[order].tolist()},
+    )
+    yield pictures.sweeps(toy, d, owner, "group", size)
+    ranks = [1, 2, 3, 4, 5]
+    errors, figures = _errors("high_rank", seed, "rank", ranks)
+    found = [int(min(column)) for column in zip(*figures["groups_found"], strict=True)]
+    yield Picture(
+        "error-rank",
+        "Error against rank",
+        f"Error for ranks 1 to 5, ten subnetworks, {SEEDS} networks: {_means(ranks, errors)}. Of the five groups, "
+        f"as many are found in every network: {found}. Published: rank 1 is nearly as good as rank 5.",
+        draw.against(ranks, errors, "rank of every subnetwork", {}),
+        {"rank": ranks, "error_by_seed": errors, "groups_found_by_seed": figures["groups_found"]},
+    )
+
+
+def squared(seed: int) -> Iterator[Picture]:
+    """A complex loss landscape: x -> x² through four hidden layers, five subnetworks of rank 2."""
+    toy, d = _decomposed("squared", seed)
+    owner = measure.owners(toy, d)
+    yield pictures.diagrams(toy, d, owner, "input")
+    yield pictures.sweeps(toy, d, owner, "input")
+    yield pictures.hidden(toy, d, owner)
+    yield pictures.pairwise(toy, d, owner)
+    counts = [3, 5, 10, 15]
+    errors, _ = _errors("squared", seed, "n_subnetworks", counts, rank=1)
+    yield Picture(
+        "error-k",
+        "Error against K",
+        f"Error for 3 to 15 subnetworks of rank 1, {SEEDS} networks: {_means(counts, errors)}. Published: it "
+        "falls with K; the one value printed is .32, for five of rank 2 (cross).",
+        draw.against(counts, errors, "subnetworks", {5: 0.32}),
+        {"n_subnetworks": counts, "error_by_seed": errors},
+    )
+
+
+STUDIES: dict[str, Study] = {study.__name__: study for study in (tms, tmcs, high_rank, squared)}
+
+
+def _decomposed(name: str, seed: int, **arguments: Any) -> tuple[Toy, Decomposition]:
+    toy = make(name, seed)
+    with one_thread():
+        return toy, decompose(toy.model, toy.data, seed=seed, progress=False, **toy.settings | arguments)
+
+
+def _errors(
+    name: str, seed: int, argument: str, values: list[int], **fixed: Any
+) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
+    """Return the errors [seed][value] over one argument, and the toy's own figures the same way round."""
+    errors: list[list[float]] = []
+    figures: dict[str, list[list[float]]] = {}
+    for each in range(seed, seed + SEEDS):
+        errors.append([])
+        rows: dict[str, list[float]] = {}
+        for value in values:
+            toy, d = _decomposed(name, each, n_restarts=2, **fixed | {argument: value})
+            errors[-1].append(d.evaluate(toy.model, toy.data, n_references=30).error)
+            for key, figure in toy.recovery(d).items():
+                rows.setdefault(key, []).append(figure)
+        for key, row in rows.items():
+            figures.setdefault(key, []).append(row)
+    return errors, figures
+
+
+def _means(values: list[int], errors: list[list[float]]) -> str:
+    means = [statistics.mean(each) for each in zip(*errors, strict=True)]
+    return ", ".join(f"{short(mean)} at {value}" for value, mean in zip(values, means, strict=True))
+
+
+def _hidden_directions(side: Directions, owner: list[int]) -> list[torch.Tensor]:
+    """Return each feature's part of its direction: its column of W_in and its row of W_out, [features, 2] each."""
+    found = [side.tensors(k) for k in owner]
+    into = [v["W_in.weight"][:, i].detach() for i, v in enumerate(found)]
+    return [torch.stack(into), torch.stack([v["W_out.weight"][i].detach() for i, v in enumerate(found)])]

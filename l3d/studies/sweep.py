@@ -1,0 +1,223 @@
+"""Many decompositions of one model, over k, K, rank and seed: which runs there are, and what they come to.
+
+points ─ one run folder each, kept where it is finished ─► records ─► table, sweep.json, error against kept
+
+Where runs differ in the seed alone, how alike they are (matched |cos|) says which subnetworks to believe.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from l3d.analysis.consistency import consistency
+from l3d.data.arguments import check_fraction, check_whole
+from l3d.storage.files import replace_text
+from l3d.storage.run_folder import METRICS, last_checkpoint, read_metrics, write_metrics
+from l3d.storage.store import load, to_json
+from l3d.studies.recovery_suite import short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OVER = ("k", "n_subnetworks", "rank", "seed")  # what may be swept over, in this order
+BASE = "sweep.json"  # the settings that all runs share, and the results
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    values: dict[str, Any]  # of those of OVER that are swept over
+    random_weights: bool  # a control: the decomposed weights are redrawn
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder."""
+        named = [f"{name}={value}" for name, value in self.values.items()]
+        return ",".join([*named, *(["random"] if self.random_weights else [])]) or "run"
+
+
+class Record(NamedTuple):
+    """A finished run's figures."""
+
+    point: Point
+    metrics: dict[str, Any]
+    alike: float | None  # mean matched |cos| with the runs that differ in the seed alone
+
+
+Train = Callable[[Path, Point, bool], Mapping[str, Any]]  # (folder, point, go on with it?) -> metrics
+
+
+def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> list[Point]:
+    """List the runs: every combination, seeds innermost, each with its control after it where there is one.
+
+    Raises ValueError for what cannot be swept over, and for lists that are empty or repeat a value.
+    """
+    for name, values in over.items():
+        if name not in OVER:
+            raise ValueError(f"over: expected lists for some of {', '.join(OVER)}, got {name!r}")
+        if not isinstance(values, (list, tuple)) or not values or len({json.dumps(v) for v in values}) < len(values):
+            raise ValueError(f"over.{name}: expected a list of different values, got {values!r}")
+        if any(isinstance(value, (dict, list)) for value in values):
+            raise ValueError(f"over.{name}: expected numbers (or rank auto), got {values!r}")
+        for value in values:  # before the first run, not at the one that has it
+            if name == "k":
+                check_fraction("over.k", value)
+            if name == "n_subnetworks" or (name == "rank" and value != "auto"):
+                check_whole(f"over.{name}", value)
+    names = [name for name in OVER if name in over]
+    combinations = [dict(zip(names, each, strict=True)) for each in itertools.product(*(over[name] for name in names))]
+    return [
+        Point(values, control) for values in combinations for control in ((False, True) if random_weights else (False,))
+    ]
+
+
+def run_sweep(
+    out: Path, base: Mapping[str, Any], runs: Sequence[Point], train: Train, tell: Callable[[str], None] = print
+) -> list[Record]:
+    """Run what has not been run yet, and return all figures.
+
+    Finished runs (with metrics) in `out`/runs are kept, an interrupted one goes on from its last checkpoint; so may a
+    sweep over more values in the same folder. Raises ValueError where `out` holds a sweep with other settings.
+    """
+    check_base(out, base)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / BASE).is_file():
+        replace_text(out / BASE, to_json({"base": dict(base), "runs": []}))
+    for i, point in enumerate(runs):
+        folder = out / "runs" / point.name
+        where = f"[{i + 1}/{len(runs)}] {point.name}"
+        if (folder / METRICS).is_file():
+            tell(f"{where}: kept")
+            continue
+        metrics = train(folder, point, last_checkpoint(folder) is not None)
+        write_metrics(folder, metrics)
+        tell(f"{where}: error {short(metrics['error'])}")
+    return records(out, runs)
+
+
+def check_base(out: Path, base: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds anything but a sweep with the same settings."""
+    path = out / BASE
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out: {out} exists and holds no sweep; choose a new folder")
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))["base"]
+        changed = [name for name in {**old, **base} if json.dumps(old.get(name)) != json.dumps(base.get(name))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the settings of a sweep ({error})") from error
+    if changed:
+        raise ValueError(f"--out: {out} holds a sweep with other {', '.join(changed)}; choose a new folder")
+
+
+def records(out: Path, runs: Sequence[Point]) -> list[Record]:
+    """Read finished runs' figures, and compare those that differ in the seed alone."""
+    groups: dict[str, list[Point]] = {}
+    for point in runs:
+        groups.setdefault(_apart_from_seed(point), []).append(point)
+    alike: dict[str, float | None] = {}
+    for group in groups.values():
+        found = [load(out / "runs" / point.name) for point in group]
+        pairs = [[0.0] * len(found) for _ in found]
+        for i, j in itertools.combinations(range(len(found)), 2):
+            pairs[i][j] = pairs[j][i] = consistency(found[i], found[j]).mean
+        for i, point in enumerate(group):
+            alike[point.name] = sum(pairs[i]) / (len(found) - 1) if len(found) > 1 else None
+    return [Record(point, read_metrics(out / "runs" / point.name), alike[point.name]) for point in runs]
+
+
+def to_markdown(found: Sequence[Record]) -> str:
+    """Write the table: a row per setting, figures averaged over seeds."""
+    names = [name for name in OVER if name in found[0].point.values and name != "seed"]
+    columns = {"error": "error", "held_out_error": "held out", "kept_per_sample": "kept", "dead_fraction": "dead"}
+    columns = {key: label for key, label in columns.items() if any(key in each.metrics for each in found)}
+    head = [*names, "weights", "runs", *columns.values(), "alike", "s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for group in _grouped(found):
+        point = group[0].point
+        cells = [str(point.values[name]) for name in names]
+        cells += ["redrawn" if point.random_weights else "trained", str(len(group))]
+        for key in columns:
+            cells.append(_mean([each.metrics.get(key) for each in group]))
+        cells.append(_mean([each.alike for each in group]))
+        cells.append(_mean([each.metrics.get("seconds") for each in group]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(out: Path, base: Mapping[str, Any], found: Sequence[Record]) -> list[Path]:
+    """Write sweep.json, table.md and, with the extra `report`, the plot; return their paths."""
+    rows = [
+        {**each.point.values, "random_weights": each.point.random_weights, "folder": f"runs/{each.point.name}"}
+        | {"alike": each.alike}
+        | {key: value for key, value in each.metrics.items() if not isinstance(value, list)}
+        for each in found
+    ]
+    paths = [
+        replace_text(out / BASE, to_json({"base": dict(base), "runs": rows})),
+        replace_text(out / "table.md", to_markdown(found)),
+    ]
+    try:
+        from l3d.report.plots import write_figure
+
+        paths += write_figure(error_against_kept(found), out / "error-kept")
+    except ImportError:  # the plot is an extra; the figures are there without it
+        pass
+    return paths
+
+
+def error_against_kept(found: Sequence[Record]) -> Figure:
+    """Draw every run's error over how many subnetworks it keeps per sample; a line per K and rank, controls hollow."""
+    from l3d.report.plots import POSITIVE, RULE, _style
+
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for group in _grouped(found):
+            point = group[0].point
+            errors = [each.metrics["error"] for each in group if each.metrics["error"] is not None]
+            if not errors:
+                continue
+            kept = group[0].metrics["kept_per_sample"]
+            parts = {"n_subnetworks": "K", "rank": "rank"}
+            label = ", ".join(f"{sign} {point.values[name]}" for name, sign in parts.items() if name in point.values)
+            label = ", ".join(filter(None, [label, "redrawn weights" if point.random_weights else ""])) or "error"
+            lines.setdefault(label, []).append((kept, statistics.mean(errors)))
+            fill = "none" if point.random_weights else RULE
+            axes.scatter([kept] * len(errors), errors, 14, facecolors=fill, edgecolors=RULE, linewidths=0.8)
+        strengths = [0.35 + 0.65 * (i + 1) / len(lines) for i in range(len(lines))]
+        for (label, line), strength in zip(lines.items(), strengths, strict=True):
+            x, y = zip(*sorted(line), strict=True)
+            dashed = (0, (3, 2)) if "redrawn" in label else "-"
+            axes.plot(x, y, color=POSITIVE, alpha=strength, linewidth=1.6, linestyle=dashed, marker="o", markersize=4)
+            axes.annotate(label, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set(xlabel="subnetworks kept per sample", ylabel="error", ylim=(0, None))
+        axes.margins(x=0.25)
+        axes.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
+        return figure
+
+
+def _apart_from_seed(point: Point) -> str:
+    return point._replace(values={name: v for name, v in point.values.items() if name != "seed"}).name
+
+
+def _grouped(found: Sequence[Record]) -> list[list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for each in found:
+        groups.setdefault(_apart_from_seed(each.point), []).append(each)
+    return list(groups.values())
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return short(statistics.mean(known)) if known else ""

@@ -1,0 +1,72 @@
+"""A training run's state in its run folder: all that is needed to go on to the same bits."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from l3d.data.batch import tensors_of
+from l3d.decomposition.subnetworks import Decomposition
+from l3d.storage import store
+from l3d.storage.identity import check_identity, digest
+
+if TYPE_CHECKING:
+    from l3d.training.run import Run
+
+
+def save(run: "Run", folder: store.RunFolder) -> None:
+    """Write a checkpoint; of several processes all must call this, and the first writes."""
+    tensors, values = run.optimizer.state()
+    state = {"optimizer": values, "recorder": run.recorder.state(), "seen": _seen(run)}
+    decomposition: Decomposition | None = run.decomposition
+    if run.ranks is not None:
+        decomposition = run.ranks.whole(run.decomposition, run.settings.n_subnetworks)
+        collected = {name: t if name.startswith("scale") else run.ranks.collect(t) for name, t in tensors.items()}
+        tensors = {name: tensor for name, tensor in collected.items() if tensor is not None}
+    if decomposition is None:
+        return  # another process writes
+    decomposition.history = run.recorder.history
+    decomposition.timing = run.timing()
+    decomposition.threshold = run.recorder.thresholds[0]  # that of a lone restart
+    folder.save_checkpoint(run.step, decomposition, tensors, state)
+
+
+def restore(run: "Run", folder: store.RunFolder) -> None:
+    """Continue from the last checkpoint, if there is one."""
+    found = folder.load_checkpoint(run.columns)
+    if found is None:
+        return
+    decomposition, tensors, state = found
+    changed = [
+        name
+        for name, value in run.decomposition.settings.items()
+        if json.dumps(value) != json.dumps(decomposition.settings.get(name))
+    ]
+    if decomposition.n_subnetworks != run.decomposition.n_subnetworks and "n_subnetworks" not in changed:
+        changed.append("n_restarts")
+    own = _seen(run)
+    changed += [name for name, value in own.items() if state.get("seen", own)[name] != value]  # older ones do not tell
+    if changed:
+        raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
+    if decomposition.shapes != run.decomposition.shapes or decomposition.ranks != run.decomposition.ranks:
+        raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
+    check_identity(decomposition.base_model, run.extractor.parameters)
+    run.decomposition.load_state_dict(decomposition.state_dict())
+    run.optimizer.load_state(tensors, state["optimizer"])
+    run.recorder.load_state(state["recorder"], decomposition.history)
+    run.step = state["step"]
+    run.seconds = decomposition.timing["seconds"]
+
+
+def _seen(run: "Run") -> dict[str, Any]:
+    """Tell what a run learns from apart from other such: the number of rows, the first batch of them, the reference.
+
+    Rows that are made when they are asked for, a Dataset's or a stream's, may be others each time.
+    """
+    data, reference = run.batches.data, run.extractor.reference
+    rows = digest(tensors_of(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None
+    return {
+        "data": [run.batches.n_rows, rows],
+        "reference": digest([reference]) if isinstance(reference, Tensor) else None,
+    }

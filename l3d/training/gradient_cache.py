@@ -1,0 +1,281 @@
+"""Gradient factors of fixed data on disk: written once, read over epochs, restarts and sweeps.
+
+With a cache, a run's batches repeat: step t trains on the gradients of step t mod n, n = n_references epochs, each
+with rows and references drawn anew. So what is trained on does not depend on whether a batch is read or extracted
+again, and a run ends in the same bits either way; only time decides, and it is measured: on the first batches,
+extracting against reading from the disk (not from memory that happens to hold the file still).
+
+A store is a folder: cache.json says whose gradients these are (a hash of the model's tensors and of the data, and
+every choice that decides a gradient), batch-NNNNNN.safetensors holds one step's, each written whole and
+memory-mapped when read. Tensors that layers share (the input of q, k and v) are stored once. Where a gradient is
+smaller than its factors, as in convolutions, it is the gradient that is stored (`l3d.gradients.factors.compact`).
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from l3d.data.batch import tensors_of
+from l3d.data.batches import count_rows, take
+from l3d.distributed.process_group import Ranks
+from l3d.gradients.extract import Extractor
+from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
+from l3d.storage.files import read_json, replace_text, replacing
+from l3d.storage.identity import digest
+from l3d.training.settings import Settings
+
+T = TypeVar("T")
+
+FORMAT = "l3d-gradients-2"
+READS = ("auto", "on", "off")
+TRIALS = 3  # batches that extraction and reading are timed on, after one to warm up
+# What of the settings decides a batch's gradients; steps, K, rank, k and the optimiser's do not.
+DECIDING = ("divergence", "reference", "positions", "batch_size", "seed", "dtype")
+
+
+class Cache:
+    """A store of the gradients of the steps 0 .. n_steps − 1, and the choice between it and extraction.
+
+    Args:
+        path: the store's folder, made if missing.
+        identity: whose gradients these are, json-able; a store with another is refused.
+        n_steps: batches in the store when it is full.
+        extract: returns a step's gradients.
+        reads: "on" to read whatever is stored, "off" never to, "auto" for what is measured to be faster.
+        ranks: the processes that train together; the first one writes, and decides for all.
+        seconds: returns what the last extraction took per batch, where several are extracted at once.
+
+    Raises ValueError where the folder holds gradients of something else, naming what differs.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        identity: Mapping[str, Any],
+        n_steps: int,
+        extract: Callable[[int], Gradients],
+        reads: str = "auto",
+        ranks: Ranks | None = None,
+        seconds: Callable[[], float] | None = None,
+    ) -> None:
+        if reads not in READS:
+            raise ValueError(f"cache_reads: expected one of {', '.join(READS)}, got {reads!r}")
+        self.path, self.n_steps, self.extract, self.ranks = Path(path), n_steps, extract, ranks
+        self.seconds = seconds
+        self.identity = {"format": FORMAT, **identity}
+        self.reading: bool | None = {"on": True, "off": False, "auto": None}[reads]
+        self.compared = False  # whether a stored batch was found to be what is extracted now
+        self.extract_seconds: list[float] = []
+        self.read_seconds: list[float] = []
+        self._agreed(self.check)
+
+    def _agreed(self, decide: Callable[[], T]) -> T:
+        return decide() if self.ranks is None else self.ranks.agreed(decide)
+
+    def _stored(self, index: int) -> bool:
+        return self._agreed(lambda: self._file(index).exists())
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"cache: {self.path} is a file; name a folder")
+        if not (self.path / "cache.json").exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ValueError(f"cache: {self.path} is not empty and no store of gradients; choose another folder")
+            return
+        found = read_json(self.path / "cache.json")
+        wanted = json.loads(json.dumps(self.identity))
+        other = [name for name in wanted if found.get(name) != wanted[name]]
+        if other:
+            raise ValueError(
+                f"cache: {self.path} holds gradients of another {', '.join(other)}; choose another folder or delete it"
+            )
+
+    def __getitem__(self, step: int) -> Gradients:
+        """Return the gradients of a step, read or extracted."""
+        index = step % self.n_steps
+        if self.reading is None:
+            return self._measured(index)
+        if not self.reading:
+            return self.extract(index)
+        if not self._stored(index):
+            gradients = self.extract(index)
+            self.write(index, gradients)
+            return gradients
+        stored = self.read(index)
+        if not self.compared:  # the identity knows tensors, not what the model's code makes of them
+            check_same(self.extract(index), stored, self._file(index))
+            self.compared = True
+        return stored
+
+    def choice(self) -> str:
+        """Say what was measured and what is done."""
+        if self.reading is None:
+            return "cache: not yet measured"
+        does = "reading" if self.reading else "extracting"
+        if not self.read_seconds:
+            return f"cache: {does}, as asked"
+        extracting, reading = statistics.median(self.extract_seconds), statistics.median(self.read_seconds)
+        return f"cache: a batch takes {extracting:.4f} s to extract, {reading:.4f} s to read; {does}"
+
+    def _measured(self, index: int) -> Gradients:
+        """Extract a batch, store it, read it back; decide once that has been timed often enough."""
+        started = time.perf_counter()
+        gradients = self.extract(index)
+        _finish(gradients.device)
+        extracted = time.perf_counter()
+        stored = self._stored(index)
+        if not stored:
+            self.write(index, gradients)
+            self._stored(index)  # the others wait for the one that writes
+        _drop_from_memory(self._file(index))
+        reopened = time.perf_counter()
+        again = self.read(index)
+        for _, tensor in again.tensors():
+            tensor.to(gradients.device, copy=True)  # a mapped file is read when it is touched
+        _finish(gradients.device)
+        self.read_seconds.append(time.perf_counter() - reopened)
+        self.extract_seconds.append(extracted - started if self.seconds is None else self.seconds())
+        if stored:
+            check_same(gradients, again, self._file(index))
+            self.compared = True
+        if len(self.read_seconds) > TRIALS:  # the first extraction also warms up what later ones find warm
+            del self.extract_seconds[0], self.read_seconds[0]
+            self.reading = self._agreed(
+                lambda: statistics.median(self.read_seconds) < statistics.median(self.extract_seconds)
+            )
+        return gradients
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"batch-{index:06d}.safetensors"
+
+    def write(self, index: int, gradients: Gradients) -> None:
+        """Store a step's gradients, the whole file or nothing."""
+        if self.ranks is not None and self.ranks.rank > 0:
+            return
+        if not (self.path / "cache.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n")
+        with replacing(self._file(index)) as partial, partial.open("wb") as file:
+            file.write(pack(gradients))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, index: int) -> Gradients:
+        """Map a stored step's gradients; raises ValueError for a damaged file."""
+        return unpack(self._file(index))
+
+
+def contents(model: nn.Module, extractor: Extractor, data: Any, settings: Settings, n_references: int) -> dict:
+    """Say what decides the gradients of a run's batches.
+
+    Raises ValueError for what cannot be identified: a stream of batches, a callable divergence.
+    """
+    if count_rows(data) is None:
+        raise ValueError("cache: needs data whose rows can be counted, a tensor or Dataset; a stream is never the same")
+    if settings.divergence == "callable":
+        raise ValueError("cache: needs a divergence with a name; that a callable is the same cannot be told")
+    chosen = {name: value for name, value in asdict(settings).items() if name in DECIDING}
+    if isinstance(extractor.reference, Tensor):
+        chosen["reference"] = digest([extractor.reference])
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = f"{type(model).__module__}.{type(model).__qualname__} " + " ".join(tensors)
+    return {
+        "model": digest(tensors.values(), named),
+        "params": list(extractor.parameters),
+        "data": digest(_tensors_in(data)),
+        "n_references": n_references,
+        **chosen,
+    }
+
+
+def _tensors_in(data: Any) -> Iterator[Tensor]:
+    """Walk over a tensor, or over the tensors of a Dataset's rows."""
+    if isinstance(data, Tensor):
+        yield data
+        return
+    for row in range(count_rows(data) or 0):
+        yield from tensors_of(take(data, [row]))
+
+
+def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:
+    """Refuse a stored batch that extraction does not give again: the model's code has changed since."""
+    ours, theirs = list(gradients.tensors()), list(stored.tensors())
+    same = [name for name, _ in ours] == [name for name, _ in theirs]
+    for (_, a), (_, b) in zip(ours, theirs, strict=False):
+        if not same or a.shape != b.shape or a.dtype != b.dtype:
+            same = False
+            break
+        tolerance = 1e-3 * float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0
+        same = torch.allclose(a.cpu().double(), b.cpu().double(), rtol=0, atol=tolerance)
+    if not same:
+        raise ValueError(f"cache: {path} differs from the gradients extracted now; delete the store, it is stale")
+
+
+def pack(gradients: Gradients) -> bytes:
+    """Write gradients as a safetensors file; tensors that are the same one are written once."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[Place, str] = {}
+
+    def put(tensor: Tensor) -> str:
+        key = place_of(tensor)
+        if key not in names:
+            names[key] = f"t{len(names)}"
+            tensors[names[key]] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return names[key]
+
+    parts = {
+        name: [["rows", put(p.x), put(p.dy), p.x_axis] if isinstance(p, Rows) else ["dense", put(p.grad)] for p in each]
+        for name, each in gradients.parts.items()
+    }
+    header = {
+        "parts": parts,
+        "shapes": {name: list(shape) for name, shape in gradients.shapes.items()},
+        "n_samples": gradients.n_samples,
+        "dtype": str(gradients.dtype).removeprefix("torch."),
+    }
+    return to_bytes(tensors, metadata={"gradients": json.dumps(header)})
+
+
+def unpack(path: Path) -> Gradients:
+    """Map the gradients that `pack` wrote; raises ValueError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["gradients"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parts: dict[str, list[Part]] = {}
+        for name, each in header["parts"].items():
+            parts[name] = [
+                Dense(tensors[p[1]]) if p[0] == "dense" else Rows(tensors[p[1]], tensors[p[2]], p[3]) for p in each
+            ]
+        shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
+        dtype = getattr(torch, header["dtype"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cache: {path} is damaged ({' '.join(str(error).split())}); delete it") from error
+    return Gradients(parts, shapes, header["n_samples"], dtype, torch.device("cpu"))
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what a GPU has still to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _drop_from_memory(path: Path) -> None:
+    """Ask the system to forget a file's pages, so that a timed read is one from the disk; where it cannot, go on."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

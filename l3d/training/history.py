@@ -1,0 +1,139 @@
+"""What a training run remembers: a history of bounded length."""
+
+import math
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import l3d_kernels as lk
+from l3d.distributed.process_group import Ranks
+
+COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
+RECORDS = 1000  # rows of history a run keeps at most
+DEAD_AFTER = 200  # batches in which a subnetwork was never kept, for it to count as dead
+
+
+class Kept(NamedTuple):
+    """What was kept of a batch, as far as it is recorded: that of all processes."""
+
+    n_entries: int
+    columns: torch.Tensor  # [n] int64 the subnetworks that were kept, each at least once
+    threshold: torch.Tensor  # [] or [restarts]
+    shape: tuple[int, int]  # (S, K)
+
+    @classmethod
+    def of(cls, kept: lk.SparseCoefficients, ranks: Ranks | None = None, first: int = 0) -> "Kept":
+        """Take it from one process's kept coefficients, whose first subnetwork is `first` of all."""
+        n_samples, n_columns = kept.shape
+        if ranks is None:
+            return cls(kept.rows.numel(), kept.columns, kept.threshold, kept.shape)
+        counts = ranks.total(torch.tensor([kept.rows.numel(), n_columns], device=kept.rows.device)).tolist()
+        columns = ranks.gather(kept.columns.unique() + first)
+        return cls(counts[0], columns, kept.threshold, (n_samples, counts[1]))
+
+    @classmethod
+    def where(cls, chosen: np.ndarray, thresholds: np.ndarray) -> "Kept":
+        """Take it from a mask [S, restarts * K] of what is kept, and each restart's least kept magnitude [restarts]."""
+        columns = torch.from_numpy(np.flatnonzero(chosen.any(0)))
+        return cls(int(np.count_nonzero(chosen)), columns, torch.from_numpy(thresholds), chosen.shape)
+
+
+class Recorder:
+    """Average what happens over a few steps at a time into a history of at most `RECORDS` rows.
+
+    `history` maps each of `COLUMNS` to its values: error and kept per sample are means over the interval,
+    dead_fraction is the fraction of subnetworks never kept in the last 200 batches or more. Of several restarts
+    trained side by side, error and dead_fraction hold one value each: a row is then a list.
+    """
+
+    def __init__(self, steps: int, n_restarts: int = 1) -> None:
+        self.every = max(1, -(-steps // RECORDS))
+        self.history: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self.thresholds = [float("nan")] * n_restarts
+        self.errors = [0.0] * n_restarts  # sums over the interval
+        self.kept = 0.0
+        self.count = self.samples = 0
+        self.last_kept: torch.Tensor | None = None  # [restarts * K] the step each subnetwork was last kept at
+        self.started = perf_counter()
+
+    def add(self, step: int, errors: Sequence[float], kept: Kept, lr: float, k: float) -> bool:
+        """Take note of a step (counted from 1); tell whether a row was added to the history."""
+        n_samples, n_subnetworks = kept.shape
+        if self.last_kept is None:
+            self.last_kept = torch.full((n_subnetworks,), step - 1, device=kept.columns.device)
+        self.last_kept = self.last_kept.to(kept.columns.device)
+        self.last_kept[kept.columns] = step
+        self.errors = [total + error for total, error in zip(self.errors, errors, strict=True)]
+        self.kept += kept.n_entries / (n_samples * len(errors))
+        self.samples += n_samples
+        self.count += 1
+        if step % self.every:
+            return False
+        found = kept.threshold.reshape(-1).tolist()
+        self.thresholds = [smooth(mean, value) for mean, value in zip(self.thresholds, found, strict=True)]
+        elapsed = perf_counter() - self.started
+        dead = (self.last_kept <= step - DEAD_AFTER).view(len(errors), -1).float().mean(1).tolist()
+        row = (
+            step,
+            _one_or_all([total / self.count for total in self.errors]),
+            self.kept / self.count,
+            _one_or_all(dead),
+            lr,
+            k,
+            self.samples / max(elapsed, 1e-9),
+        )
+        for name, value in zip(COLUMNS, row, strict=True):
+            self.history[name].append(value)
+        self.errors = [0.0] * len(errors)
+        self.kept = 0.0
+        self.count = self.samples = 0
+        self.started = perf_counter()
+        return True
+
+    def dead(self, step: int) -> torch.Tensor:
+        """List the subnetworks of all restarts that have not been kept for `DEAD_AFTER` steps: [n] int64."""
+        assert self.last_kept is not None
+        return (self.last_kept <= step - DEAD_AFTER).nonzero()[:, 0]
+
+    def revived(self, step: int, subnetworks: torch.Tensor) -> None:
+        """Count subnetworks [n] as kept at a step."""
+        assert self.last_kept is not None
+        self.last_kept[subnetworks] = step
+
+    def history_of(self, restart: int) -> dict[str, list[float]]:
+        """Return one restart's own history."""
+        return {
+            name: [row[restart] if isinstance(row, list) else row for row in rows]
+            for name, rows in self.history.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides the history, as json-able values."""
+        last = [] if self.last_kept is None else self.last_kept.tolist()
+        thresholds = [None if math.isnan(threshold) else threshold for threshold in self.thresholds]
+        return {"thresholds": thresholds, "last_kept": last, "pending": [self.errors, self.kept, self.count]}
+
+    def load_state(self, state: dict[str, Any], history: dict[str, list[Any]]) -> None:
+        """Continue from a checkpoint."""
+        self.history = history
+        self.thresholds = [math.nan if threshold is None else threshold for threshold in state["thresholds"]]
+        self.last_kept = torch.tensor(state["last_kept"]) if state["last_kept"] else None
+        self.errors, self.kept, self.count = state["pending"]
+
+    def latest(self) -> dict[str, float]:
+        """Return the last row of the history, of the restart that is best there."""
+        errors = self.history["error"][-1]
+        best = errors.index(min(errors)) if isinstance(errors, list) else 0
+        return {name: rows[-1][best] if isinstance(rows[-1], list) else rows[-1] for name, rows in self.history.items()}
+
+
+def _one_or_all(values: list[float]) -> float | list[float]:
+    return values[0] if len(values) == 1 else values
+
+
+def smooth(mean: float, value: float, weight: float = 0.05) -> float:
+    """Move an exponential mean towards a value; NaN starts it."""
+    return value if mean != mean else mean + weight * (value - mean)

@@ -1,0 +1,250 @@
+"""The mean row of a linear head under its own softmax: a KL divergence's gradient at the head's input.
+
+    out[s] = Σ_v softmax_v(hidden[s] . weight[v] + bias[v]) weight[v]      [S, D]
+
+    hidden [S, D], weight [V, D], bias [V] or none      softmax(hidden @ weight.mT + bias, -1) @ weight
+
+One pass over the vocabulary, with a running maximum m, sum of exponentials and weighted sum of rows, which decay by
+exp(m_before - m_after) as the maximum grows. Up to 512 bytes a row the sums stay in registers and each row of
+`weight` is read once by a tile of samples; several programs share the vocabulary and their sums are joined at the end.
+Wider heads take the vocabulary in pieces: logits [S, piece] of at most common.WORKSPACE elements, their exponentials,
+a library product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l3d_kernels.dispatch import TRITON
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, empty, feed, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+
+WIDEST = 512  # bytes of a row up to which the sums stay in registers
+
+# --- kernels ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def softmax_mean_narrow(
+    mean_ptr,  # [splits, S, D] Σ exp(logit - highest) weight
+    highest_ptr,  # [splits, S]
+    total_ptr,  # [splits, S] Σ exp(logit - highest)
+    hidden_ptr,  # [S, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V], read where BIASED
+    S,
+    V,
+    D,
+    rows_split,  # rows of the vocabulary that one program sums over
+    BIASED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # at least D
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The running sums of a tile of samples over some of the vocabulary."""
+    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_s, mask_d = offs_s < S, offs_d < D
+    mask = mask_s[:, None] & mask_d[None, :]
+    hidden = load((hidden_ptr + offs_s.to(tl.int64) * D)[:, None] + offs_d[None, :], mask)  # [S, D]
+    mean = zeros(weight_ptr, BLOCK_S, BLOCK_D)
+    total = tl.sum(zeros(weight_ptr, BLOCK_S, 1), 1)
+    highest = total - float("inf")
+    first = tl.program_id(1) * rows_split
+    stop = tl.minimum(first + rows_split, V)
+    for start in range(first, stop, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < stop
+        places = (weight_ptr + offs_v.to(tl.int64) * D)[:, None] + offs_d[None, :]
+        weight = load(places, mask_v[:, None] & mask_d[None, :])  # [V, D]
+        logits = add_dot(hidden, tl.trans(weight), zeros(weight_ptr, BLOCK_S, BLOCK_V), PRECISION)
+        if BIASED:
+            logits += load(bias_ptr + offs_v, mask_v)[None, :]
+        logits = tl.where(mask_v[None, :], logits, float("-inf"))
+        above = tl.maximum(highest, tl.max(logits, 1))
+        finite = tl.where(above == float("-inf"), 0.0, above)  # all so far may be masked
+        decay, exponentials = tl.exp(highest - finite), tl.exp(logits - finite[:, None])
+        total = total * decay + tl.sum(exponentials, 1)
+        mean = add_dot(feed(exponentials, weight_ptr), weight, mean * decay[:, None], PRECISION)
+        highest = above
+    lines = tl.program_id(1).to(tl.int64) * S + offs_s
+    store((mean_ptr + lines * D)[:, None] + offs_d[None, :], mean, mask)
+    store(highest_ptr + lines, highest, mask_s)
+    store(total_ptr + lines, total, mask_s)
+
+
+@triton.jit
+def softmax_logits(
+    logits_ptr,  # [S, V] in the accumulator's type
+    hidden_ptr,  # [S, D]
+    weight_ptr,  # [V, D]
+    S,
+    V,
+    D,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile of logits, not rounded to the inputs' type: the exponential would magnify that."""
+    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_s, mask_v = offs_s < S, offs_v < V
+    logits = zeros(weight_ptr, BLOCK_S, BLOCK_V)
+    logits = add_row_products(
+        logits, hidden_ptr, offs_s * D, mask_s, weight_ptr, offs_v * D, mask_v, D, PRECISION, BLOCK_D
+    )
+    store((logits_ptr + offs_s * V)[:, None] + offs_v[None, :], logits, mask_s[:, None] & mask_v[None, :])
+
+
+@triton.jit
+def softmax_exponentials(
+    out_ptr,  # [S, V] exp(logit - highest), in the weight's type
+    decay_ptr,  # [S] exp(highest before - after)
+    highest_ptr,  # [S], brought up to date
+    total_ptr,  # [S], brought up to date
+    logits_ptr,  # [S, V]
+    bias_ptr,  # [V], read where BIASED
+    V,
+    BIASED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One sample's exponentials of a piece of the vocabulary, and its running maximum and sum."""
+    s = tl.program_id(0).to(tl.int64)
+    before = tl.load(highest_ptr + s)
+    largest = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty) - float("inf")
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        logits = tl.load(logits_ptr + s * V + offs_v, mask=offs_v < V, other=float("-inf"))  # [V]
+        if BIASED:
+            logits += load(bias_ptr + offs_v, offs_v < V)
+        largest = tl.maximum(largest, logits)
+    highest = tl.maximum(before, tl.max(largest, 0))
+    finite = tl.where(highest == float("-inf"), 0.0, highest)  # all so far may be masked
+    totals = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty)
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        logits = tl.load(logits_ptr + s * V + offs_v, mask=offs_v < V, other=float("-inf"))  # [V]
+        if BIASED:
+            logits += load(bias_ptr + offs_v, offs_v < V)
+        exponentials = tl.exp(logits - finite)
+        totals += exponentials
+        store(out_ptr + s * V + offs_v, exponentials, offs_v < V)
+    decay = tl.exp(before - finite)
+    tl.store(decay_ptr + s, decay)
+    tl.store(total_ptr + s, tl.load(total_ptr + s) * decay + tl.sum(totals, 0))
+    tl.store(highest_ptr + s, highest)
+
+
+# --- launch -----------------------------------------------------------------------------------------------------
+
+TABLE["softmax_mean_narrow"] = {
+    ("interpreter", None): Launch({"BLOCK_S": 16, "BLOCK_V": 16}),
+    ("gfx942", None): Launch({"BLOCK_S": 32, "BLOCK_V": 32}, 4, 1),
+    (None, "16"): Launch({"BLOCK_S": 64, "BLOCK_V": 64}, 8, 2),
+    (None, "32"): Launch({"BLOCK_S": 16, "BLOCK_V": 64}, 8, 1),
+}
+TABLE["softmax_logits"] = {
+    ("interpreter", None): Launch({"BLOCK_S": 16, "BLOCK_V": 16, "BLOCK_D": 32}),
+    ("gfx942", None): Launch({"BLOCK_S": 128, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 2),
+    (None, "16"): Launch({"BLOCK_S": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 3),
+    (None, "32"): Launch({"BLOCK_S": 128, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 3),
+    ("sm_80", "16"): Launch({"BLOCK_S": 128, "BLOCK_V": 64, "BLOCK_D": 64}, 8, 3),
+    ("sm_80", "32"): Launch({"BLOCK_S": 64, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 3),
+}
+TABLE["softmax_exponentials"] = {
+    ("interpreter", None): Launch({"BLOCK_V": 16}),
+    (None, None): Launch({"BLOCK_V": 2048}, 8),
+}
+PROGRAMS = 264  # that a launch should have at least
+
+
+def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the pass with sums in registers, and join the programs' sums."""
+    (S, D), V = hidden.shape, len(weight)
+    row, precision = common.row_for("softmax_mean_narrow", hidden)
+    tiles, steps = ceil_div(S, row.blocks["BLOCK_S"]), ceil_div(V, row.blocks["BLOCK_V"])
+    rows_split = ceil_div(steps, min(steps, ceil_div(PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
+    splits = ceil_div(V, rows_split)
+    mean = empty((splits, S, D), hidden, common.wide(hidden.dtype))
+    highest, total = (empty((splits, S), mean) for _ in range(2))
+    pointers = {"mean_ptr": mean, "highest_ptr": highest, "total_ptr": total, "hidden_ptr": hidden}
+    pointers |= {"weight_ptr": weight, "bias_ptr": weight if bias is None else bias}
+    flags = {"BIASED": bias is not None, "PRECISION": precision, "BLOCK_D": common.power_of_two(D, 16)}
+    sizes = {"S": S, "V": V, "D": D, "rows_split": rows_split}
+    common.launch(softmax_mean_narrow, (tiles, splits), row, hidden.device, **pointers, **sizes, **flags)
+    share = torch.exp(highest - highest.amax(0))  # [splits, S]; nothing of a split whose whole vocabulary is masked
+    return (mean * share[..., None]).sum(0) / (total * share).sum(0)[:, None]
+
+
+def in_pieces(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the pass a piece of the vocabulary at a time."""
+    (S, D), V = hidden.shape, len(weight)
+    mean = torch.zeros((S, D), dtype=common.wide(hidden.dtype), device=hidden.device)
+    highest, total = mean.new_full((S,), -torch.inf), mean.new_zeros(S)
+    row, precision = common.row_for("softmax_logits", hidden)
+    line, _ = common.row_for("softmax_exponentials", mean)
+    step = max(1, common.WORKSPACE // S)
+    for start in range(0, V, step):
+        part = weight[start : start + step]
+        logits, out, decay = empty((S, len(part)), mean), empty((S, len(part)), weight), empty((S,), mean)
+        grid = (ceil_div(S, row.blocks["BLOCK_S"]), ceil_div(len(part), row.blocks["BLOCK_V"]))
+        pointers = {"logits_ptr": logits, "hidden_ptr": hidden, "weight_ptr": part}
+        sizes = {"S": S, "V": len(part), "D": D}
+        common.launch(softmax_logits, grid, row, hidden.device, PRECISION=precision, **pointers, **sizes)
+        pointers = {"out_ptr": out, "decay_ptr": decay, "highest_ptr": highest, "total_ptr": total}
+        pointers |= {"logits_ptr": logits, "bias_ptr": part if bias is None else bias[start : start + step]}
+        flags = {"V": len(part), "BIASED": bias is not None}
+        common.launch(softmax_exponentials, (S,), line, hidden.device, **pointers, **flags)
+        mean = mean * decay[:, None] + out @ part
+    return mean / total[:, None]
+
+
+def _no_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@common.operator("softmax_mean", _no_mean)
+def softmax_mean_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Launch the pass that suits the width: [S, D]."""
+    if hidden.numel() == 0:
+        return torch.zeros_like(hidden)
+    return (narrow if hidden.shape[1] * hidden.element_size() <= WIDEST else in_pieces)(hidden, weight, bias).to(
+        hidden.dtype
+    )
+
+
+def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run `l3d_kernels.reference.softmax_mean` with Triton kernels."""
+    hidden, weight = common.autocast_alike(hidden, weight)
+    if bias is not None:
+        bias = bias.to(hidden.dtype).contiguous()
+    return softmax_mean_forward(hidden, weight, bias)
+
+
+TRITON["softmax_mean"] = softmax_mean
+
+
+def compile_cases(kind: str) -> list[common.CompileCase]:
+    """Return every form in which the kernels are launched on a kind of device."""
+    cases, sums = [], dict.fromkeys(("mean_ptr", "highest_ptr", "total_ptr"), "*fp32")
+    for dtype, bits, precision, long in common.compile_dtypes(kind):
+        widest = WIDEST // (int(bits) // 8)
+        row, constants = lookup("softmax_mean_narrow", kind, bits), {"PRECISION": precision}
+        for biased, block_d in ((False, widest), (True, widest), (False, 32), (True, 32)):
+            own, late = {**constants, "BIASED": biased, "BLOCK_D": block_d}, long or not biased or block_d == 32
+            cases.append(common.CompileCase(softmax_mean_narrow, dtype, own, row, sums, long=late, divisible=("D",)))
+        row, types = lookup("softmax_logits", kind, bits), {"logits_ptr": "*fp32"}
+        cases.append(common.CompileCase(softmax_logits, dtype, constants, row, types, long=long, divisible=("D",)))
+        row, types = lookup("softmax_exponentials", kind, "32"), {"out_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+        for biased in (False, True) if precision != "tf32" else ():
+            own = {"BIASED": biased}
+            cases.append(
+                common.CompileCase(
+                    softmax_exponentials, "fp32", own, row, types, is_matrix=False, long=long or not biased
+                )
+            )
+    return cases

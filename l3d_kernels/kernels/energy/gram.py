@@ -1,0 +1,180 @@
+"""Inner products of all directions with each other.
+
+    M[k, j] = <V_k, V_j> = Σ_rr' (left_kr . left_jr') (right_kr . right_jr')      [K, K]
+
+    left [K, R, O], right [K, R, I]
+    (left.flatten(0, 1) @ left.flatten(0, 1).T * (right.flatten(0, 1) @ right.flatten(0, 1).T)), summed over r and r'
+
+A tile holds as many ranks of as many subnetworks as fit, ranks padded to a power of two. Both products stay in
+registers, are multiplied there and summed over ranks; what is below the diagonal is copied from above it. Nothing of
+size [K*R, K*R] is formed, in the backward pass no more than CHUNK elements of it. Torch equivalent:
+`l3d_kernels.reference.gram`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l3d_kernels.dispatch import TRITON
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.common import add_row_products, ceil_div, empty, store, sum_groups, zeros
+from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+
+CHUNK = 1 << 26  # elements of the rows' products that the backward pass forms at a time
+
+
+@triton.jit
+def gram_tile(
+    out_ptr,  # [K, K]
+    left_ptr,  # [K, R, O]
+    right_ptr,  # [K, R, I]
+    K,
+    R,
+    O,
+    I,
+    PRECISION: tl.constexpr,
+    RANKS: tl.constexpr,  # of one subnetwork in a tile, a power of two
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Inner products of two groups of subnetworks on or above the diagonal, and their mirror image."""
+    GROUPS_A: tl.constexpr = BLOCK_A // RANKS
+    GROUPS_B: tl.constexpr = BLOCK_B // RANKS
+    first_a, first_b = tl.program_id(0) * GROUPS_A, tl.program_id(1) * GROUPS_B
+    if first_a < first_b + GROUPS_B:
+        slot_a, slot_b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+        total = zeros(left_ptr, GROUPS_A, GROUPS_B)
+        for start_a in range(0, R, RANKS):
+            rows_a, mask_a = rows_of(first_a, slot_a, start_a, K, R, RANKS)
+            for start_b in range(0, R, RANKS):
+                rows_b, mask_b = rows_of(first_b, slot_b, start_b, K, R, RANKS)
+                lefts = zeros(left_ptr, BLOCK_A, BLOCK_B)
+                lefts = add_row_products(
+                    lefts, left_ptr, rows_a * O, mask_a, left_ptr, rows_b * O, mask_b, O, PRECISION, BLOCK_D
+                )
+                rights = zeros(left_ptr, BLOCK_A, BLOCK_B)
+                rights = add_row_products(
+                    rights, right_ptr, rows_a * I, mask_a, right_ptr, rows_b * I, mask_b, I, PRECISION, BLOCK_D
+                )
+                total += sum_groups(lefts * rights, RANKS, RANKS)
+        own_a, own_b = tl.arange(0, GROUPS_A)[:, None], tl.arange(0, GROUPS_B)[None, :]
+        offs_a, offs_b = first_a + own_a, first_b + own_b
+        mask = (offs_b < K) & (offs_a <= offs_b)
+        # int64 once for the tile; within it int32 will do, and takes half the registers
+        upper, lower = out_ptr + first_a.to(tl.int64) * K, out_ptr + first_b.to(tl.int64) * K
+        store(upper + (own_a * K + offs_b), total, mask)
+        store(lower + (own_b * K + offs_a), total, mask & (offs_a < offs_b))
+
+
+@triton.jit
+def rows_of(first, slot, start, K, R, RANKS: tl.constexpr):
+    """Return the rows of the factors [K*R, ...] that a tile's slots stand for, and their mask."""
+    column, rank = first + slot // RANKS, start + slot % RANKS
+    return column.to(tl.int64) * R + rank, (column < K) & (rank < R)
+
+
+# --- launch -----------------------------------------------------------------------------------------------------
+
+TABLE["gram_tile"] = {
+    ("interpreter", None): Launch({"BLOCK_A": 32, "BLOCK_B": 16, "BLOCK_D": 16}),
+    ("sm_80", "32"): Launch({"BLOCK_A": 64, "BLOCK_B": 32, "BLOCK_D": 32}, warps=8, stages=3),
+    ("sm_80", "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=4),
+    ("sm_90", "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 16}, warps=8, stages=4),
+    (None, "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 64}, warps=8, stages=3),
+    (None, "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=3),
+}
+
+
+def _no_gram(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], left.shape[0])
+
+
+@common.operator("gram", _no_gram)
+def gram_forward(left: Tensor, right: Tensor) -> Tensor:
+    """Launch the forward kernel: [K, K]."""
+    K, R, O = left.shape
+    row, precision = common.row_for("gram_tile", left)
+    ranks = min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"], common.power_of_two(R))
+    tiles = [ceil_div(K, row.blocks[block] // ranks) for block in ("BLOCK_A", "BLOCK_B")]
+    out = empty((K, K), left)
+    common.launch(
+        gram_tile,
+        tiles,
+        row,
+        left.device,
+        out_ptr=out,
+        left_ptr=left,
+        right_ptr=right,
+        K=K,
+        R=R,
+        O=O,
+        I=right.shape[2],
+        PRECISION=precision,
+        RANKS=ranks,
+    )
+    return out
+
+
+def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
+    """Return the gradient to one side from library products, some rows at a time: as `side`.
+
+    Σ_jr' both[k, j] (other_kr . other_jr') side_jr', with both = upstream + upstreamᵀ [K, K].
+    """
+    K, R, A = side.shape
+    flat_side, flat_other = side.flatten(0, 1), other.flatten(0, 1)
+    step = max(1, CHUNK // max(1, K * R * R))
+    out = []
+    for k in range(0, K, step):
+        products = (other[k : k + step].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
+        products = products * both[k : k + step, None, :, None]
+        out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
+    return torch.cat(out) if out else torch.zeros_like(side)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------
+
+
+class _Gram(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        return gram_forward(left, right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        both = upstream + upstream.mT
+        return (
+            side_gradient(both, left, right) if ctx.needs_input_grad[0] else None,
+            side_gradient(both, right, left) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def gram(left: Tensor, right: Tensor) -> Tensor:
+    """Run `l3d_kernels.reference.gram` with Triton kernels."""
+    return _Gram.apply(*common.autocast_alike(left, right))
+
+
+TRITON["gram"] = gram
+
+
+def compile_cases(kind: str) -> list[common.CompileCase]:
+    """Return every form in which the kernels are launched on a kind of device."""
+    assert kind in KINDS
+    cases = []
+    for dtype, bits, precision, long in common.compile_dtypes(kind):
+        row = lookup("gram_tile", kind, bits)
+        for ranks in (1, 8, min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"])):
+            constants = {"PRECISION": precision, "RANKS": ranks}
+            cases.append(common.CompileCase(gram_tile, dtype, constants, row, long=long or ranks == 1))
+    return cases

@@ -1,0 +1,164 @@
+"""Gradient of `gram_energy_coactive` to one side of the directions; letters as in `gram_energy`.
+
+    d_left[k, r] = Σ_i 2 g_s c_i Σ_q c_q (right_kr . right_q) left_q,   d_right with the sides exchanged
+
+for a subnetwork k, over its kept entries i and the rows q = (j, r') of their samples; g [S] is the upstream gradient.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, feed, load, zeros
+from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+
+PROGRAMS = 264  # that a launch wants at least: twice the processors of a large GPU
+
+
+@triton.jit
+def rows_of(columns_ptr, first, offs, n_rows, R):
+    """Return the entries, the rows of the factors [K*R, ...], and the mask of some of a sample's rows (i, r)."""
+    mask = offs < n_rows
+    entry = first + offs // R
+    column = tl.load(columns_ptr + entry, mask=mask, other=0)
+    return entry, column * R + offs % R, mask
+
+
+@triton.jit
+def coactive_backward(
+    d_a_ptr,  # [splits, K, R, A] wide, zeros: gradient to one side
+    upstream_ptr,  # [S]
+    values_ptr,  # [N]
+    rows_ptr,  # [N] int64
+    columns_ptr,  # [N] int64
+    row_offsets_ptr,  # [S+1] int64
+    column_order_ptr,  # [N] int64
+    column_offsets_ptr,  # [K+1] int64
+    a_ptr,  # [K, R, A] this side
+    b_ptr,  # [K, R, B] the other side
+    A,
+    B,
+    R,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradient of a subnetwork's rows; a split takes every so many-th of its entries.
+
+    The sum over entries is kept in memory: no other program touches it, and registers could not hold [R, A].
+    """
+    column, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows_k, mask_r = column * R + offs_r, offs_r < R
+    sum_ptr = d_a_ptr + split.to(tl.int64) * tl.num_programs(0) * R * A
+    n_before = tl.load(column_offsets_ptr + column)
+    n_entries = (tl.load(column_offsets_ptr + column + 1) - n_before).to(tl.int32)
+    for place in range(split, n_entries, tl.num_programs(2)):
+        entry = tl.load(column_order_ptr + n_before + place)
+        sample = tl.load(rows_ptr + entry)
+        first = tl.load(row_offsets_ptr + sample)
+        n_rows = ((tl.load(row_offsets_ptr + sample + 1) - first) * R).to(tl.int32)
+        scale = 2 * tl.load(upstream_ptr + sample).to(sum_ptr.dtype.element_ty)
+        scale *= tl.load(values_ptr + entry).to(sum_ptr.dtype.element_ty)
+        for start_q in range(0, n_rows, BLOCK_Q):
+            entry_q, rows_q, mask_q = rows_of(columns_ptr, first, start_q + tl.arange(0, BLOCK_Q), n_rows, R)
+            other = zeros(a_ptr, BLOCK_R, BLOCK_Q)
+            other = add_row_products(other, b_ptr, rows_k * B, mask_r, b_ptr, rows_q * B, mask_q, B, PRECISION, BLOCK_D)
+            weight = scale * load(values_ptr + entry_q, mask_q).to(other.dtype)  # [Q]
+            weighted = feed(other * weight[None, :], a_ptr)  # [R, Q]
+            for start_d in range(0, A, BLOCK_D):
+                offs_d = start_d + tl.arange(0, BLOCK_D)
+                mask_d = offs_d < A
+                side = load(a_ptr + rows_q[:, None] * A + offs_d[None, :], mask_q[:, None] & mask_d[None, :])  # [Q, D]
+                places = sum_ptr + rows_k[:, None] * A + offs_d[None, :]
+                mask = mask_r[:, None] & mask_d[None, :]
+                before = tl.load(places, mask=mask, other=0)  # [R, D]
+                tl.store(places, add_dot(weighted, side, before, PRECISION), mask=mask)
+            tl.debug_barrier()  # what one thread stored another may load in the next round
+
+
+# --- launch -----------------------------------------------------------------------------------------------------
+
+TABLE["coactive_backward"] = {
+    ("interpreter", None): Launch({"BLOCK_Q": 16, "BLOCK_D": 16}),
+    ("sm_80", "32"): Launch({"BLOCK_Q": 32, "BLOCK_D": 32}, warps=8, stages=3),
+    (None, "16"): Launch({"BLOCK_Q": 64, "BLOCK_D": 64}, warps=8, stages=3),
+    (None, "32"): Launch({"BLOCK_Q": 64, "BLOCK_D": 32}, warps=8, stages=3),
+}
+
+
+def _no_side(
+    upstream: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    column_order: Tensor,
+    column_offsets: Tensor,
+    side: Tensor,
+    other: Tensor,
+) -> Tensor:
+    return torch.empty_like(side)
+
+
+@common.operator("gram_energy_coactive_backward", _no_side)
+def energy_backward(
+    upstream: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    column_order: Tensor,
+    column_offsets: Tensor,
+    side: Tensor,
+    other: Tensor,
+) -> Tensor:
+    """Launch the backward kernel for one side: as `side`."""
+    K, R, A = side.shape
+    row, precision = common.row_for("coactive_backward", side)
+    block_r = min(64, common.power_of_two(R, 16))
+    tiles_r = ceil_div(R, block_r)
+    splits = max(1, min(ceil_div(PROGRAMS, max(1, K * tiles_r)), ceil_div(values.numel(), max(1, K))))
+    sums = torch.zeros(splits, K, R, A, dtype=common.wide(side.dtype), device=side.device)
+    common.launch(
+        coactive_backward,
+        (K, tiles_r, splits),
+        row,
+        side.device,
+        d_a_ptr=sums,
+        upstream_ptr=upstream.contiguous(),
+        values_ptr=values,
+        rows_ptr=rows,
+        columns_ptr=columns,
+        row_offsets_ptr=row_offsets,
+        column_order_ptr=column_order,
+        column_offsets_ptr=column_offsets,
+        a_ptr=side,
+        b_ptr=other,
+        A=A,
+        B=other.shape[2],
+        R=R,
+        PRECISION=precision,
+        BLOCK_R=block_r,
+    )
+    return sums.sum(0).to(side.dtype)
+
+
+def compile_cases(kind: str) -> list[common.CompileCase]:
+    """Return every form in which the kernel is launched on a kind of device."""
+    assert kind in KINDS
+    cases = []
+    integers = ("rows_ptr", "columns_ptr", "row_offsets_ptr", "column_order_ptr", "column_offsets_ptr")
+    types = {"d_a_ptr": "*fp32", **dict.fromkeys(integers, "*i64")}
+    for dtype, bits, precision, long in common.compile_dtypes(kind):
+        row = lookup("coactive_backward", kind, bits)
+        for block_r in (16, 32, 64):
+            constants = {"PRECISION": precision, "BLOCK_R": block_r}
+            form: dict[str, Any] = {"long": long or block_r == 32, "divisible": ("A", "B")}
+            cases.append(common.CompileCase(coactive_backward, dtype, constants, row, types, **form))
+    return cases

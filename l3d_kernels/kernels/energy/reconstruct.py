@@ -1,0 +1,286 @@
+"""Launches and gradients of `reconstruct` and `squared_residual_norm`; formulas, shapes and kernels: reconstruct.py."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3d_kernels.dispatch import TRITON
+from l3d_kernels.kernels.energy.reconstruct_kernels import (
+    LARGEST_RANKS,
+    compile_cases,
+    reconstruct_backward,
+    reconstruct_tile,
+    residual_norm_tile,
+    residual_tile,
+)
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.sparse import SparseCoefficients
+
+__all__ = ["compile_cases", "reconstruct", "squared_residual_norm"]
+
+# --- launch -----------------------------------------------------------------------------------------------------
+
+
+def _launch_tiles(
+    kernel: Any,
+    n_samples: int,
+    values: Tensor,
+    columns: Tensor,
+    row_offsets: Tensor,
+    left: Tensor,
+    right: Tensor,
+    **own: Any,
+) -> None:
+    """Launch a kernel that forms tiles of the reconstruction."""
+    row, precision = common.row_for(kernel.fn.__name__, left)
+    O, I = left.shape[2], right.shape[2]
+    common.launch(
+        kernel,
+        (n_samples, ceil_div(O, row.blocks["BLOCK_O"]), ceil_div(I, row.blocks["BLOCK_I"])),
+        row,
+        left.device,
+        values_ptr=values,
+        columns_ptr=columns,
+        row_offsets_ptr=row_offsets,
+        left_ptr=left,
+        right_ptr=right,
+        O=O,
+        I=I,
+        R=left.shape[1],
+        PRECISION=precision,
+        **own,
+    )
+
+
+def _no_tiles(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(len(row_offsets) - 1, left.shape[2], right.shape[2])
+
+
+@common.operator("reconstruct", _no_tiles)
+def reconstruct_forward(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Launch the forward kernel: [S, O, I]."""
+    out = empty((len(row_offsets) - 1, left.shape[2], right.shape[2]), left)
+    _launch_tiles(reconstruct_tile, len(out), values, columns, row_offsets, left, right, out_ptr=out)
+    return out
+
+
+def _no_norm(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
+    return grad.new_empty(len(grad))
+
+
+@common.operator("squared_residual_norm", _no_norm)
+def residual_norm_forward(
+    values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, grad: Tensor
+) -> Tensor:
+    """Launch the forward kernel: [S]."""
+    blocks = common.row_for("residual_norm_tile", left)[0].blocks
+    tiles = (ceil_div(left.shape[2], blocks["BLOCK_O"]), ceil_div(right.shape[2], blocks["BLOCK_I"]))
+    parts = empty((len(grad), *tiles), grad, common.wide(grad.dtype))
+    _launch_tiles(
+        residual_norm_tile, len(grad), values, columns, row_offsets, left, right, parts_ptr=parts, grad_ptr=grad
+    )
+    return parts.sum((1, 2)).to(grad.dtype)
+
+
+def _no_residual(
+    scale: Tensor, grad: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
+) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@common.operator("squared_residual", _no_residual)
+def residual(
+    scale: Tensor, grad: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
+) -> Tensor:
+    """Launch the kernel of the scaled residual: [S, O, I]. grad: rows of O of a packed array, all of them or some."""
+    if grad.stride()[1:] != (grad.shape[2], 1):
+        grad = grad.contiguous()
+    out = empty(grad.shape, grad)
+    own = {"out_ptr": out, "scale_ptr": scale, "grad_ptr": grad, "stride_grad_s": grad.stride(0)}
+    _launch_tiles(residual_tile, len(grad), values, columns, row_offsets, left, right, **own)
+    return out
+
+
+def _no_side(
+    d_out: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    column_order: Tensor,
+    column_offsets: Tensor,
+    left: Tensor,
+    right: Tensor,
+    to_left: bool,
+) -> tuple[Tensor, Tensor]:
+    wide, side = common.wide(left.dtype), left if to_left else right
+    return side.new_empty(side.shape, dtype=wide), values.new_empty(values.numel() if to_left else 0, dtype=wide)
+
+
+@common.operator("reconstruct_backward", _no_side)
+def side_backward(
+    d_out: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    column_order: Tensor,
+    column_offsets: Tensor,
+    left: Tensor,
+    right: Tensor,
+    to_left: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel for one side: (gradient to it, wide; gradients to the values with the left side's)."""
+    d_out, (side, other) = d_out.contiguous(), (left, right) if to_left else (right, left)
+    K, R, A = side.shape
+    row, precision = common.row_for("reconstruct_backward", left)
+    block_r = min(LARGEST_RANKS, common.power_of_two(R, 16))
+    tiles = (ceil_div(A, row.blocks["BLOCK_A"]), ceil_div(R, block_r))
+    out = empty(side.shape, side, common.wide(side.dtype))
+    parts = empty((values.numel() if to_left else 0, *tiles), out)
+    common.launch(
+        reconstruct_backward,
+        (K, *tiles),
+        row,
+        left.device,
+        d_a_ptr=out,
+        parts_ptr=parts,
+        d_out_ptr=d_out,
+        values_ptr=values,
+        rows_ptr=rows,
+        column_order_ptr=column_order,
+        column_offsets_ptr=column_offsets,
+        a_ptr=side,
+        b_ptr=other,
+        stride_d_a=d_out.shape[2] if to_left else 1,
+        stride_d_b=1 if to_left else d_out.shape[2],
+        N=values.numel(),
+        A=A,
+        B=other.shape[2],
+        R=R,
+        WITH_VALUES=to_left,
+        PRECISION=precision,
+        BLOCK_R=block_r,
+    )
+    return out, parts.sum((1, 2))
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------
+
+
+class Indices(NamedTuple):
+    """Where the kept entries are: the fields of SparseCoefficients that kernels read."""
+
+    rows: Tensor
+    columns: Tensor
+    row_offsets: Tensor
+    column_order: Tensor
+    column_offsets: Tensor
+
+
+def _indices(kept: SparseCoefficients) -> Indices:
+    return Indices(*(getattr(kept, name).contiguous() for name in Indices._fields))
+
+
+class _Reconstruct(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        values: Tensor,
+        left: Tensor,
+        right: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        row_offsets: Tensor,
+        column_order: Tensor,
+        column_offsets: Tensor,
+    ) -> Tensor:
+        return reconstruct_forward(values, columns, row_offsets, left, right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        values, left, right, *fields = ctx.saved_tensors
+        at, needs = Indices(*fields), ctx.needs_input_grad
+        order = (at.rows, at.column_order, at.column_offsets)
+        d_values = d_left = d_right = None
+        if needs[0] or needs[1]:
+            d_left, d_values = side_backward(d_out, values, *order, left, right, True)
+            d_left, d_values = d_left.to(left.dtype), d_values.to(values.dtype)
+        if needs[2]:
+            d_right = side_backward(d_out, values, *order, left, right, False)[0].to(right.dtype)
+        return d_values if needs[0] else None, d_left if needs[1] else None, d_right, *(None for _ in at)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        values: Tensor,
+        left: Tensor,
+        right: Tensor,
+        grad: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        row_offsets: Tensor,
+        column_order: Tensor,
+        column_offsets: Tensor,
+    ) -> Tensor:
+        return residual_norm_forward(values, columns, row_offsets, left, right, grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Form the scaled residual for a few rows of O at a time, and walk it once for each side."""
+        values, left, right, grad, *fields = ctx.saved_tensors
+        at, needs = Indices(*fields), ctx.needs_input_grad
+        order = (at.rows, at.column_order, at.column_offsets)
+        scale = 2 * upstream.to(common.wide(grad.dtype))
+        d_grad: list[Tensor] = []
+        d_left: list[Tensor] = []
+        d_values: list[Tensor] = []
+        d_right: list[Tensor] = []
+        budget = max(1, common.WORKSPACE // max(1, len(grad) * grad.shape[2]))
+        for start in range(0, grad.shape[1], budget):
+            piece = slice(start, min(start + budget, grad.shape[1]))
+            part = left[:, :, piece].contiguous()
+            rest = residual(scale, grad[:, piece], values, at.columns, at.row_offsets, part, right)
+            d_grad.append(rest)
+            if needs[0] or needs[1]:
+                for total, own in zip(
+                    (d_left, d_values), side_backward(rest, values, *order, part, right, True), strict=True
+                ):
+                    total.append(-own)
+            if needs[2]:
+                d_right.append(-side_backward(rest, values, *order, part, right, False)[0])
+            if not needs[3]:
+                d_grad.clear()
+        return (
+            torch.stack(d_values).sum(0).to(values.dtype) if needs[0] else None,
+            torch.cat(d_left, 2).to(left.dtype) if needs[1] else None,
+            torch.stack(d_right).sum(0).to(right.dtype) if needs[2] else None,
+            torch.cat(d_grad, 1) if needs[3] else None,
+            *(None for _ in at),
+        )
+
+
+def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
+    """Run `l3d_kernels.reference.reconstruct` with Triton kernels."""
+    return _Reconstruct.apply(*common.autocast_alike(kept.values, left, right), *_indices(kept))
+
+
+def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
+    """Run `l3d_kernels.reference.squared_residual_norm` with Triton kernels."""
+    return _ResidualNorm.apply(*common.autocast_alike(kept.values, left, right, grad), *_indices(kept))
+
+
+TRITON["reconstruct"] = reconstruct
+TRITON["squared_residual_norm"] = squared_residual_norm

@@ -1,0 +1,235 @@
+"""Squared norm of every sample's gradient, without the gradient.
+
+    ‖G_s‖² = Σ_tt' (x[b, t] . x[b, t']) (dy[s, t] . dy[s, t']) = Σ_oi (Σ_t dy[s, t, o] x[b, t, i])²      [S]
+
+    x [B, T, I] or integers [B, T], dy [S, T, O], b = s // (S // B)
+    torch.einsum("sti,sto->soi", x.repeat_interleave(S // B, 0), dy).square().sum((1, 2))
+
+From pairs of positions, T²(I+O) multiply-adds a sample, or from tiles of G, T·I·O, whichever is less; one position
+needs two sums of squares. Bound by bytes up to some hundred positions. Torch equivalent:
+`l3d_kernels.reference.squared_gradient_norm`. The gradients, which training never asks for, are library products.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l3d_kernels.dispatch import TRITON
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, empty, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.reference import pieces
+
+
+@triton.jit
+def norm_pairs(
+    parts_ptr,  # [S, tiles, tiles] wide
+    x_ptr,  # [B, T, I]; [B, T] integers where INDEXED
+    dy_ptr,  # [S, T, O]
+    T,
+    I,
+    O,
+    share,  # samples of one sequence
+    INDEXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Let a tile of a sample's positions meet another; those below the diagonal are counted with those above."""
+    sample, tile_a, tile_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    total = tl.sum(zeros(dy_ptr, BLOCK_T, 1))
+    if tile_a <= tile_b:
+        offs_a, offs_b = tile_a * BLOCK_T + tl.arange(0, BLOCK_T), tile_b * BLOCK_T + tl.arange(0, BLOCK_T)
+        mask_a, mask_b = offs_a < T, offs_b < T
+        first, first_x = sample.to(tl.int64) * T, (sample // share).to(tl.int64) * T
+        if INDEXED:
+            index_a = tl.load(x_ptr + first_x + offs_a, mask=mask_a, other=-1)  # [T]
+            index_b = tl.load(x_ptr + first_x + offs_b, mask=mask_b, other=-2)  # [T]
+            seen = (index_a[:, None] == index_b[None, :]).to(total.dtype)
+        else:
+            seen = zeros(dy_ptr, BLOCK_T, BLOCK_T)
+            rows_a, rows_b = (first_x + offs_a) * I, (first_x + offs_b) * I
+            seen = add_row_products(seen, x_ptr, rows_a, mask_a, x_ptr, rows_b, mask_b, I, PRECISION, BLOCK_D)
+        back = zeros(dy_ptr, BLOCK_T, BLOCK_T)
+        rows_a, rows_b = (first + offs_a) * O, (first + offs_b) * O
+        back = add_row_products(back, dy_ptr, rows_a, mask_a, dy_ptr, rows_b, mask_b, O, PRECISION, BLOCK_D)
+        total += tl.sum(seen * back) * tl.where(tile_a < tile_b, 2, 1)
+    place = (sample.to(tl.int64) * tl.num_programs(1) + tile_a) * tl.num_programs(2) + tile_b
+    tl.store(parts_ptr + place, total)
+
+
+@triton.jit
+def norm_outer(
+    parts_ptr,  # [S, tiles of O, tiles of I] wide
+    x_ptr,  # [B, T, I]
+    dy_ptr,  # [S, T, O]
+    T,
+    I,
+    O,
+    share,
+    PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Form a tile of a sample's gradient and sum its squares."""
+    sample, tile_o, tile_i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_o, offs_i = tile_o * BLOCK_O + tl.arange(0, BLOCK_O), tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    first, first_x = sample.to(tl.int64) * T, (sample // share).to(tl.int64) * T
+    grad = zeros(dy_ptr, BLOCK_O, BLOCK_I)
+    for start in range(0, T, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        mask_t = offs_t < T
+        dy = load(dy_ptr + (first + offs_t)[None, :] * O + offs_o[:, None], mask_t[None, :] & (offs_o < O)[:, None])
+        x = load(x_ptr + (first_x + offs_t)[:, None] * I + offs_i[None, :], mask_t[:, None] & (offs_i < I)[None, :])
+        grad = add_dot(dy, x, grad, PRECISION)  # [O, T], [T, I]
+    place = (sample.to(tl.int64) * tl.num_programs(1) + tile_o) * tl.num_programs(2) + tile_i
+    tl.store(parts_ptr + place, tl.sum(grad * grad))
+
+
+@triton.jit
+def norm_single(
+    out_ptr,  # [S]
+    x_ptr,  # [B, I]; not read where INDEXED
+    dy_ptr,  # [S, O]
+    I,
+    O,
+    share,
+    INDEXED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """‖x‖² ‖dy‖² of a sample with one position."""
+    sample = tl.program_id(0)
+    norm = sum_squares(dy_ptr, sample.to(tl.int64) * O, O, BLOCK_D)
+    if not INDEXED:
+        norm *= sum_squares(x_ptr, (sample // share).to(tl.int64) * I, I, BLOCK_D)
+    store(out_ptr + sample + tl.arange(0, 1), norm + tl.sum(zeros(dy_ptr, 1, 1), 1), tl.arange(0, 1) == 0)
+
+
+@triton.jit
+def sum_squares(row_ptr, start, D, BLOCK_D: tl.constexpr):
+    """Sum the squares of D elements."""
+    acc = tl.sum(zeros(row_ptr, BLOCK_D, 1), 1)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        row = load(row_ptr + start + offs_d, offs_d < D).to(acc.dtype)  # [D]
+        acc += row * row
+    return tl.sum(acc, 0)
+
+
+# --- launch -----------------------------------------------------------------------------------------------------
+
+TABLE["norm_pairs"] = {
+    ("interpreter", None): Launch({"BLOCK_D": 16}),
+    ("sm_80", "32"): Launch({"BLOCK_D": 32}, warps=8, stages=3),
+    (None, "16"): Launch({"BLOCK_D": 128}, warps=4, stages=3),
+    (None, "32"): Launch({"BLOCK_D": 32}, warps=4, stages=3),  # twice as deep spills in triton 3.9
+}
+TABLE["norm_outer"] = {
+    ("interpreter", None): Launch({"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16}),
+    (None, "16"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 64}, warps=4, stages=3),
+    (None, "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, warps=4, stages=3),
+}
+TABLE["norm_single"] = {
+    ("interpreter", None): Launch({"BLOCK_D": 16}),
+    (None, None): Launch({"BLOCK_D": 2048}, warps=4, stages=1),
+}
+LARGEST_TILE = 64  # positions
+
+
+def _no_norm(x: Tensor, dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[0])
+
+
+@common.operator("squared_gradient_norm", _no_norm)
+def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
+    """Launch the kernel that has least to do: [S]."""
+    S, T, O = dy.shape
+    indexed = not x.is_floating_point()
+    if S == 0 or T == 0:
+        return dy.new_zeros(S)
+    share, I = S // len(x), 0 if indexed else x.shape[2]
+    shared = {"x_ptr": x, "dy_ptr": dy, "I": I, "O": O, "share": share}
+    if T == 1:
+        out, (row, _) = empty((S,), dy), common.row_for("norm_single", dy)
+        common.launch(norm_single, (S,), row, dy.device, out_ptr=out, INDEXED=indexed, **shared)
+        return out
+    if not indexed and I * O < T * (I + O):
+        row, precision = common.row_for("norm_outer", dy)
+        tiles = (ceil_div(O, row.blocks["BLOCK_O"]), ceil_div(I, row.blocks["BLOCK_I"]))
+        parts = empty((S, *tiles), dy, common.wide(dy.dtype))
+        common.launch(norm_outer, parts.shape, row, dy.device, parts_ptr=parts, T=T, PRECISION=precision, **shared)
+    else:
+        row, precision = common.row_for("norm_pairs", dy)
+        block = min(LARGEST_TILE, common.power_of_two(T, 16))
+        forms = {"INDEXED": indexed, "PRECISION": precision, "BLOCK_T": block}
+        parts = empty((S, ceil_div(T, block), ceil_div(T, block)), dy, common.wide(dy.dtype))
+        common.launch(norm_pairs, parts.shape, row, dy.device, parts_ptr=parts, T=T, **forms, **shared)
+    return parts.sum((1, 2)).to(dy.dtype)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor) -> Tensor:
+        return norm_forward(x, dy)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, dy = ctx.saved_tensors
+        B, T = x.shape[:2]
+        share = dy.shape[0] // B if B else 1
+        d_x, d_dy = [], []
+        for piece in pieces(B, share * T * T):
+            part, samples = x[piece], slice(piece.start * share, piece.stop * share)
+            returned = dy[samples].unflatten(0, (len(part), share))  # [b, P, T, O]
+            scaled = 2 * upstream[samples].view(len(part), share, 1, 1) * returned
+            if ctx.needs_input_grad[1]:
+                same = part @ part.mT if x.is_floating_point() else (part[:, :, None] == part[:, None]).to(dy.dtype)
+                d_dy.append((same[:, None] @ scaled).flatten(0, 1))
+            if ctx.needs_input_grad[0]:
+                d_x.append((returned @ scaled.mT).sum(1) @ part)
+        return (
+            (torch.cat(d_x) if d_x else torch.zeros_like(x)) if ctx.needs_input_grad[0] else None,
+            (torch.cat(d_dy) if d_dy else torch.zeros_like(dy)) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
+    """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
+    if x.is_floating_point():
+        return _Norm.apply(*common.autocast_alike(x, dy))
+    return _Norm.apply(x.contiguous(), *common.autocast_alike(dy))
+
+
+TRITON["squared_gradient_norm"] = squared_gradient_norm
+
+
+def compile_cases(kind: str) -> list[common.CompileCase]:
+    """Return every form in which the kernels are launched on a kind of device."""
+    assert kind in KINDS
+    cases = []
+    for dtype, bits, precision, long in common.compile_dtypes(kind):
+        types = {"parts_ptr": "*fp32"}
+        pairs, outer, single = (lookup(name, kind, bits) for name in ("norm_pairs", "norm_outer", "norm_single"))
+        for indexed, block in ((False, 16), (False, 64), (True, 32)):
+            constants = {"INDEXED": indexed, "PRECISION": precision, "BLOCK_T": block}
+            own = {**types, **({"x_ptr": "*i64"} if indexed else {})}
+            cases.append(common.CompileCase(norm_pairs, dtype, constants, pairs, own, long=long or indexed))
+        cases.append(common.CompileCase(norm_outer, dtype, {"PRECISION": precision}, outer, types, long=long))
+        if not (precision == "tf32" or (bits == "32" and precision == "ieee" and long)):
+            form: dict[str, Any] = {"is_matrix": False, "long": long}
+            cases.append(common.CompileCase(norm_single, dtype, {"INDEXED": False}, single, **form))
+    return cases

@@ -1,0 +1,200 @@
+"""Gradients of `project_at` for an upstream gradient g [N]; shapes as in `l3d_kernels.kernels.project.at`.
+
+    d_left[k, r]  = Σ_{n of k} Σ_t g[n] (x[b, t] . right[k, r]) dy[s, t]
+    d_right[k, r] = Σ_{n of k} Σ_t g[n] (dy[s, t] . left[k, r]) x[b, t]
+
+Both weighted products are written down, [N, T, R] (in pieces of at most common.WORKSPACE elements), and their outer
+products with dy and x are summed, one program for each subnetwork and tile of columns. No gradients to x and dy:
+training has none to give them, and the public function refuses what it cannot do.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile, wide_ranks
+from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.common import add_dot, ceil_div, empty, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.segment_sum import sum_by_key
+
+# --- kernels ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def project_at_rows(
+    seen_out_ptr,  # [places, T, R] g x.right, in column order
+    returned_out_ptr,  # [places, T, R] g dy.left
+    weight_ptr,  # [places] g, in column order
+    tile_ptr,  # [tiles, 3] int64, of `schedule`
+    sample_ptr,  # [places] int64
+    x_ptr,  # as in products_of_lines
+    dy_ptr,
+    left_ptr,
+    right_ptr,
+    T,
+    I,
+    O,
+    K,
+    R,
+    share,
+    SEEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SLOT_T: tl.constexpr,  # positions of a pair in one tile
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Both weighted products of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
+    k, places, mask_pairs, offs_s = lines_of_tile(tile_ptr, sample_ptr, SLOT_T, BLOCK_ROWS)
+    if k >= 0:
+        weight = load(weight_ptr + places, mask_pairs)  # [ROWS]
+        for start_t in range(0, T, SLOT_T):
+            offs_t = start_t + tl.arange(0, BLOCK_ROWS) % SLOT_T
+            mask_rows = mask_pairs & (offs_t < T)
+            for start_r in range(0, R, BLOCK_COLS):
+                offs_r = start_r + tl.arange(0, BLOCK_COLS)
+                seen, returned = products_of_lines(
+                    x_ptr, dy_ptr, left_ptr, right_ptr, offs_s, offs_t, mask_rows, k, offs_r,
+                    T, I, O, K, R, share, SEEN, PRECISION, BLOCK_D,
+                )  # fmt: skip
+                starts = ((places * T + offs_t) * R)[:, None] + offs_r[None, :]
+                mask = mask_rows[:, None] & (offs_r < R)[None, :]
+                store(seen_out_ptr + starts, seen * weight[:, None], mask)
+                store(returned_out_ptr + starts, returned * weight[:, None], mask)
+
+
+@triton.jit
+def project_at_outer(
+    out_ptr,  # [columns, R, D]
+    rows_ptr,  # [places, T, R]
+    side_ptr,  # [S / divide, T, D] dy or x
+    offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
+    sample_ptr,  # [places] int64
+    T,
+    R,
+    D,
+    divide,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile [R, D] of one subnetwork's gradient: its rows' outer products with dy or x, one after another."""
+    k = tl.program_id(0).to(tl.int64)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.program_id(2) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask_r, mask_d = offs_r < R, offs_d < D
+    first, stop = tl.load(offsets_ptr + k) * T, tl.load(offsets_ptr + k + 1) * T
+    total = zeros(side_ptr, BLOCK_R, BLOCK_COLS)
+    for start in range(0, (stop - first).to(tl.int32), BLOCK_D):
+        lines = first + start + tl.arange(0, BLOCK_D)
+        mask = lines < stop
+        offs_s = tl.load(sample_ptr + lines // T, mask=mask, other=0) // divide
+        places = (rows_ptr + lines * R)[None, :] + offs_r[:, None]
+        rows = load(places, mask[None, :] & mask_r[:, None])  # [R, lines]
+        places = (side_ptr + (offs_s * T + lines % T) * D)[:, None] + offs_d[None, :]
+        side = load(places, mask[:, None] & mask_d[None, :])  # [lines, D]
+        total = add_dot(rows, side, total, PRECISION)
+    store((out_ptr + (k * R + offs_r) * D)[:, None] + offs_d[None, :], total, mask_r[:, None] & mask_d[None, :])
+
+
+# --- launch -----------------------------------------------------------------------------------------------------
+
+TABLE["project_at_rows"] = {
+    ("interpreter", None): tile(16, 32, 4),
+    ("gfx942", None): tile(64, 32, 4, 2),
+    (None, "16"): tile(64, 64, 8),
+    (None, "32"): tile(64, 32, 8),
+}
+TABLE["project_at_outer"] = {
+    ("interpreter", None): Launch({"BLOCK_COLS": 16, "BLOCK_D": 16}, 4, 3),
+    ("gfx942", None): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 4, 2),
+    (None, "16"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 64}, 4, 3),
+    (None, "32"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 8, 3),
+}
+
+
+def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divide: int) -> Tensor:
+    """Launch one gradient: rows [places, T, R] and dy or x as `side` -> [columns, R, D]."""
+    (_, T, R), D, columns = rows.shape, side.shape[2], len(offsets) - 1
+    out, (row, precision) = empty((columns, R, D), rows), common.row_for("project_at_outer", rows)
+    block = wide_ranks(R, 64)
+    grid = (columns, ceil_div(R, block), ceil_div(D, row.blocks["BLOCK_COLS"]))
+    pointers = {"out_ptr": out, "rows_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
+    flags: dict[str, Any] = {"BLOCK_R": block, "PRECISION": precision}
+    common.launch(project_at_outer, grid, row, out.device, T=T, R=R, D=D, divide=divide, **pointers, **flags)
+    return out
+
+
+def sum_by_index(rows: Tensor, index: Tensor, offsets: Tensor, n_inputs: int) -> Tensor:
+    """Sum rows [places, T, R] into the columns that indices [places, T] name: [columns, R, n_inputs]."""
+    columns = len(offsets) - 1
+    places = torch.arange(len(rows), device=rows.device)
+    column = torch.searchsorted(offsets, places, right=True) - 1
+    by_key = sum_by_key(rows.flatten(0, 1), (column[:, None] * n_inputs + index).flatten(), columns * n_inputs)
+    return by_key.unflatten(0, (columns, n_inputs)).mT
+
+
+def pieces(offsets: Tensor, n_pairs: int, per_pair: int) -> list[tuple[int, int, int, int]]:
+    """Cut the subnetworks so that a piece's products fit in the workspace: (start, stop, first pair, pairs)."""
+    K = len(offsets) - 1
+    if n_pairs * per_pair <= common.WORKSPACE:
+        return [(0, K, 0, n_pairs)]
+    ends, out, start = offsets.tolist(), [], 0
+    while start < K:
+        stop = start + 1
+        while stop < K and (ends[stop + 1] - ends[start]) * per_pair <= common.WORKSPACE:
+            stop += 1
+        if ends[stop] > ends[start]:
+            out.append((start, stop, ends[start], ends[stop] - ends[start]))
+        start = stop
+    return out
+
+
+def _no_gradients(
+    d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(left), torch.empty_like(right)
+
+
+@common.operator("project_at_backward", _no_gradients)
+def project_at_backward(
+    d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Launch the gradients to left and right."""
+    d_left, d_right = torch.zeros_like(left), torch.zeros_like(right)
+    (_, T, _), (_, R, I) = dy.shape, right.shape
+    if rows.numel() == 0 or T == 0 or R == 0:
+        return d_left, d_right
+    pairs, weight = Pairs(x, dy, left, right, (order, offsets, rows)), d_out[order]
+    for start, stop, first, n_pairs in pieces(offsets, rows.numel(), T * R):
+        seen, returned = (empty((n_pairs, T, R), dy) for _ in range(2))
+        own, ends = slice(first, first + n_pairs), offsets[start : stop + 1] - first
+        outputs = {"seen_out_ptr": seen, "returned_out_ptr": returned, "weight_ptr": weight[own]}
+        pairs.launch(project_at_rows, start, stop, first, n_pairs, **outputs)
+        samples = pairs.samples[own]
+        d_left[start:stop] = sum_outer(seen, dy, ends, samples, 1)
+        if x.is_floating_point():
+            d_right[start:stop] = sum_outer(returned, x, ends, samples, pairs.share)
+        else:
+            d_right[start:stop] = sum_by_index(returned, x[samples // pairs.share], ends, I)
+    return d_left, d_right
+
+
+# --- ahead of time ----------------------------------------------------------------------------------------------
+
+
+def compile_cases(kind: str) -> list[common.CompileCase]:
+    """Return every form in which the kernels are launched on a kind of device."""
+    cases, types = cases_of(project_at_rows, kind), {"offsets_ptr": "*i64", "sample_ptr": "*i64"}
+    for dtype, bits, precision, long in common.compile_dtypes(kind):
+        row = lookup("project_at_outer", kind, bits)
+        for cols in (16, 32, 64):
+            constants, late = {"BLOCK_R": cols, "PRECISION": precision}, long or cols != 32
+            form: dict[str, Any] = {"long": late, "divisible": ("D",)}
+            cases.append(common.CompileCase(project_at_outer, dtype, constants, row, types, **form))
+    return cases

@@ -1,0 +1,366 @@
+"""report and plots: the page says what the run folder holds, alone, offline and always the same."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import l3d
+from l3d.report.report import MAX_DIAGRAMS, plots, write_report
+
+pytest.importorskip("jinja2")
+matplotlib = pytest.importorskip("matplotlib")
+
+TMS = {"W_in": (2, 5), "W_out": (5, 2), "b_out": (5,)}
+
+
+class Page(HTMLParser):
+    """What a browser would find in the page: every tag with its attributes, and the text inside."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, {name: value or "" for name, value in attributes}))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def diagrams(self) -> list[str]:
+        return [at["id"] for at in self.all("figure") if "network" in at.get("class", "").split()]
+
+
+def make_run(folder: Path, model: nn.Module, n_inputs: int, n_subnetworks: int = 4, steps: int = 3) -> Path:
+    """Save a short real decomposition and its metrics."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand(32, n_inputs, generator=generator)
+    settings = {"rank": 1, "k": 0.25, "steps": steps, "batch_size": 16, "warm_start": 1, "seed": 0}
+    d = l3d.decompose(model, data, n_subnetworks=n_subnetworks, **settings)
+    d.save(folder)
+    rates = [round(i / n_subnetworks, 3) for i in range(n_subnetworks)]
+    metrics = {
+        "error": 0.18743219876543,
+        "kept_per_sample": 1.03125,
+        "dead_fraction": 1 / n_subnetworks,
+        "activation_rate": rates,
+        "seconds": 3725.5,
+        "steps_per_second": 1612.25,
+        "peak_memory_bytes": 431 * 2**20,
+        "held_out_error": 0.21,
+        "mmcs": 0.9973,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    (folder / "config.yaml").write_text("name: tms\nseed: 0\n", encoding="utf-8")
+    return folder
+
+
+def mlp(*sizes: int) -> nn.Module:
+    """Build an MLP with a fixed start."""
+    torch.manual_seed(0)
+    layers = OrderedDict((f"layer{i}", nn.Linear(*sizes[i : i + 2])) for i in range(len(sizes) - 1))
+    return nn.Sequential(layers).eval()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("small"), mlp(5, 2, 5), 5)
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    return Path(shutil.copytree(small_run, tmp_path / "run"))
+
+
+def test_page_asks_for_nothing_over_the_network(run):
+    """No address of any kind, no resource tag, one script, and a policy that allows just that script."""
+    page = Page(write_report(run))
+    assert "http://" not in page.source
+    assert "https://" not in page.source
+    assert not {"link", "iframe", "object", "embed", "img", "base"} & {tag for tag, _ in page.tags}
+    links = [at[key] for _, at in page.tags for key in ("src", "href", "action", "data") if key in at]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert set(re.findall(r"url\((.)", page.source)) <= {"#"}
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [at["content"] for at in page.all("meta") if "http-equiv" in at]
+    assert policy.startswith("default-src 'none'")
+    assert f"script-src 'sha256-{allowed}';" in policy
+
+
+def test_every_link_inside_the_page_has_its_target_once(run):
+    """Ids are unique over all figures, and each #link, clip path and marker exists."""
+    page = Page(write_report(run))
+    ids = [at["id"] for _, at in page.tags if "id" in at]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', page.source)) <= set(ids)
+
+
+def test_markup_in_names_and_settings_stays_text(tmp_path):
+    """A parameter's name, a setting or the run's title cannot become part of the page."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict([("<script>alert(1)<", nn.Linear(5, 3)), ("b\"'&", nn.Linear(3, 5))])).eval()
+    run = make_run(tmp_path / "run", model, 5)
+    (run / "config.yaml").write_text("name: '<img src=x onerror=alert(2)>'\n", encoding="utf-8")
+    page = Page(write_report(run))
+    assert len(page.all("script")) == 1
+    assert not page.all("img")
+    assert "<script>alert(1)<.weight" in page.text
+    assert "<img src=x onerror=alert(2)>" in page.text
+
+
+def test_same_run_folder_gives_the_same_bytes(run, tmp_path, monkeypatch):
+    """Neither the time, the place, the user's matplotlib settings nor an older report leave a trace."""
+    first = write_report(run).read_bytes()
+    copy = shutil.copytree(run, tmp_path / "elsewhere")
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "path")
+    monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "red")
+    assert write_report(copy).read_bytes() == first
+    assert write_report(run).read_bytes() == first
+    assert matplotlib.rcParams["axes.facecolor"] == "red"
+
+
+def test_headline_figures_are_those_of_the_metrics(run):
+    """Each figure at the top carries its exact value beside the readable one."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    page = Page(write_report(run))
+    exact = [json.loads(at["value"]) for at in page.all("data")]
+    expected = ["error", "held_out_error", "mmcs", "kept_per_sample", "dead_fraction"]
+    assert exact == [metrics[key] for key in (*expected, "seconds", "steps_per_second", "peak_memory_bytes")]
+    assert {"18.7\u00a0%", "25\u00a0%", "0.997", "1 h 2 min", "1,612", "431 MiB"} <= set(page.text)
+
+
+def test_without_metrics_the_last_training_step_is_shown(run):
+    """A folder that only d.save wrote still gives a page, and the page says so."""
+    (run / "metrics.json").unlink()
+    (run / "config.yaml").unlink()
+    page = Page(write_report(run))
+    history = l3d.load(run).history
+    exact = [json.loads(at["value"]) for at in page.all("data")]
+    assert exact == [history[key][-1] for key in ("error", "kept_per_sample", "dead_fraction")]
+    assert "Figures of the last training step" in page.text
+    assert page.text.count("run") >= 1
+
+
+def test_figures_that_were_not_finite_are_shown_as_missing(run):
+    """metrics.json holds null for them."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"error": None}))
+    page = Page(write_report(run))
+    assert page.all("data")[0]["value"] == "null"
+
+
+def test_one_diagram_for_each_subnetwork_of_a_small_network(run):
+    assert Page(write_report(run)).diagrams() == [f"subnetwork-{i}" for i in range(4)]
+
+
+def test_no_diagram_of_a_wide_network(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "run", mlp(5, plots.MAX_UNITS + 1, 5), 5)))
+    assert page.diagrams() == []
+    assert page.all("table")
+
+
+def test_a_thousand_subnetworks_make_a_small_page(tmp_path):
+    """Every one has a row; only the most active ones are drawn."""
+    path = write_report(make_run(tmp_path / "run", mlp(5, 2, 5), 5, n_subnetworks=1000, steps=2))
+    page = Page(path)
+    assert len(re.findall(r'<th scope="row">(?:<a [^>]*>)?\d+', page.source)) == 1000
+    assert page.diagrams() == [f"subnetwork-{i}" for i in range(1000 - MAX_DIAGRAMS, 1000)]
+    assert path.stat().st_size < 3_000_000
+
+
+def test_shares_of_a_row_are_those_of_the_subnetwork(run):
+    """The table's percentages are the tensors' squared norms, which sum to one."""
+    page = Page(write_report(run))
+    shown = [float(at["style"].removeprefix("--share:")) for at in page.all("td") if at.get("class") == "share"]
+    d = l3d.load(run)
+    expected = [100 * float(t.square().sum()) for i in range(4) for t in d.subnetwork(i).values()]
+    assert shown == pytest.approx(expected, abs=0.051)
+
+
+def _truncate(run):
+    (run / "metrics.json").write_text('{"error": 0.1')
+
+
+def _wrong_kind(run):
+    (run / "metrics.json").write_text("[1, 2]")
+
+
+def _wrong_length(run):
+    (run / "metrics.json").write_text('{"activation_rate": [0.5]}')
+
+
+def _broken_config(run):
+    (run / "config.yaml").write_text("name: [")
+
+
+def _foreign_description(run):
+    (run / "subnetworks.json").write_text('{"format": "other", "subnetworks": []}')
+
+
+def _description_of_another_run(run):
+    (run / "subnetworks.json").write_text('{"format": "l3d-subnetworks-1", "subnetworks": [{}]}')
+
+
+def _no_decomposition(run):
+    for path in run.rglob("*"):
+        if path.is_file() and path.name not in ("metrics.json", "config.yaml", "report.html"):
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_truncate, r"metrics\.json: not readable as JSON"),
+        (_wrong_kind, r"metrics\.json: expected a JSON object, got list"),
+        (_wrong_length, r"metrics\.json: activation_rate: expected 4 rates, got 1"),
+        (_broken_config, r"config\.yaml: not readable as YAML"),
+        (_foreign_description, r"subnetworks\.json: expected format 'l3d-subnetworks-1', got 'other'"),
+        (_description_of_another_run, r"subnetworks\.json: expected 4 subnetworks, got 1"),
+        (_no_decomposition, "run"),
+    ],
+)
+def test_a_broken_run_folder_is_named_and_the_old_report_stays(run, damage, message):
+    before = write_report(run).read_bytes()
+    damage(run)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert not list(run.glob(".report*"))
+
+
+def test_a_missing_run_folder_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such run folder"):
+        write_report(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_a_missing_extra_is_named(run, monkeypatch, missing):
+    """One line says what to install, and no report is begun."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf"{missing}: pip install 'l3d\[report\]'$"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_importing_the_report_imports_no_extra():
+    code = "import sys, l3d.report.report, l3d.report.plots; print({'jinja2', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "shapes, biases",
+    [
+        (TMS, [None, "b_out"]),
+        ({"b_out": (5,), "W_in": (2, 5), "W_out": (5, 2)}, [None, "b_out"]),
+        ({"a": (5, 5), "a_b": (5,), "b": (5, 5), "b_b": (5,)}, ["a_b", "b_b"]),
+        ({"a": (5, 5), "b": (5, 5), "late": (5,)}, [None, "late"]),
+        ({"a": (5, 5), "b": (5, 5), "late": (5,), "later": (5,)}, ["later", "late"]),
+        ({"only": (3, 4)}, [None]),
+    ],
+)
+def test_chain_is_read_from_the_shapes(shapes, biases):
+    """A bias goes to the nearest matrix of its size before it, then to one after it."""
+    chain = plots.mlp_chain(shapes)
+    assert [layer.weight for layer in chain] == [name for name, shape in shapes.items() if len(shape) == 2]
+    assert [layer.bias for layer in chain] == biases
+    assert [(layer.n_out, layer.n_in) for layer in chain] == [s for s in shapes.values() if len(s) == 2]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {},
+        {"bias": (5,)},
+        {"a": (2, 5), "b": (5, 3)},  # sizes do not meet
+        {"a": (2, 5), "scale": (7,)},  # a vector of no layer
+        {"a": (2, 5), "b": (2,), "scale": (2,)},  # two vectors for one layer
+        {"a": (2, 5), "conv": (2, 2, 3, 3)},
+        {"a": (plots.MAX_UNITS + 1, 5)},
+    ],
+)
+def test_what_is_no_small_chain_is_not_drawn(shapes):
+    assert plots.mlp_chain(shapes) is None
+    with pytest.raises(ValueError, match="expected a chain"):
+        plots.network_diagram([{name: torch.zeros(shape) for name, shape in shapes.items()}], shapes)
+
+
+def test_an_edge_joins_the_units_of_its_weight():
+    """W[out, in] runs from the in-th unit on the left to the out-th on the right, in its sign's colour."""
+    network = {name: torch.zeros(shape) for name, shape in TMS.items()}
+    network["W_in"][1, 3] = -0.5
+    network["W_out"][4, 0] = 1.0
+    figure = plots.network_diagram([network], TMS)
+    (axes,) = figure.axes
+    first, second = (item for item in axes.collections if hasattr(item, "get_segments"))
+    unit = [0.9, 0.7, 0.5, 0.3, 0.1]  # five units from top to bottom; two are at 0.75 and 0.25
+    assert first.get_segments()[0].ravel().tolist() == pytest.approx([0, unit[3], 1, 0.25])
+    assert second.get_segments()[0].ravel().tolist() == pytest.approx([1, 0.75, 2, unit[4]])
+    assert len(first.get_segments()) == len(second.get_segments()) == 1
+    colours = [matplotlib.colors.to_hex(item.get_colors()[0]) for item in (first, second)]
+    assert colours == [plots.NEGATIVE, plots.POSITIVE]
+    assert second.get_linewidths()[0] > first.get_linewidths()[0]
+
+
+def test_many_subnetworks_share_one_figure_and_scale():
+    networks = [{name: torch.full(shape, 0.1 * i) for name, shape in TMS.items()} for i in range(7)]
+    figure = plots.network_diagram(networks, TMS)
+    widths = [axes.collections[0].get_linewidths() for axes in figure.axes[1:7]]
+    assert [float(width[0]) for width in widths] == sorted(float(width[0]) for width in widths)
+
+
+def _history(n_steps: int) -> dict[str, list[float]]:
+    error = [float("nan"), float("inf"), *(1 / (1 + i / 50) for i in range(n_steps - 2))]
+    k = [1.0 if i < n_steps // 4 else 0.1 for i in range(n_steps)]
+    kept = [8 * share for share in k]
+    return {
+        "step": list(range(n_steps)),
+        "error": error,
+        "kept_per_sample": kept,
+        "dead_fraction": [0.0] * n_steps,
+        "k": k,
+    }
+
+
+@pytest.mark.parametrize("n_steps", [4, 5000])
+def test_error_curve_is_binned_and_survives_what_is_not_finite(n_steps):
+    """Long histories become at most MAX_POINTS points that keep the mean; the warm start is marked."""
+    history = _history(n_steps)
+    figure = plots.error_curve(history)
+    line = figure.axes[0].lines[0]
+    assert len(line.get_xdata()) == min(n_steps, plots.MAX_POINTS)
+    assert float(line.get_ydata().compressed()[-1]) == pytest.approx(history["error"][-1], rel=0.01)
+    assert any("warm start" in text.get_text() for text in figure.axes[0].texts)
+    assert "inf" not in plots.to_svg(figure)
+
+
+def test_error_curve_of_one_step_that_diverged():
+    history = {key: values[:1] for key, values in _history(4).items()}
+    assert plots.to_svg(plots.error_curve(history)).startswith("<svg")
+
+
+@pytest.mark.parametrize("n_subnetworks", [1, 10, plots.MAX_BARS + 40])
+@pytest.mark.parametrize("n_dead", [0, 1])
+def test_activation_rates_count_the_dead(n_subnetworks, n_dead):
+    rates = [0.0] * n_dead + [0.1] * (n_subnetworks - n_dead)
+    notes = [text.get_text() for text in plots.activation_rates(rates).axes[0].texts]
+    assert ("1 dead" in notes) == bool(n_dead)
