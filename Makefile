@@ -46,6 +46,7 @@ lint: $(STAMP)  ## check style, format and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP)  ## rewrite the files in the project's format
 	$(BIN)/ruff check --select I --fix .

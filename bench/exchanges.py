@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from bench.measure.environment import RESULTS, environment
 from bench.methods.planted import Direction, Planted, perceptron
 from bench.training import CHOICES, table
+from l3d.api import Decomposition
 from l3d.data.batches import count_rows
 from l3d.decomposition.directions import LowRank, Whole
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.extract import Extractor
 from l3d.toys import make, one_thread
 from l3d.toys.recovery import distinct, similarity

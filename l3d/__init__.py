@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from l3d.analysis.intervention_ratios import intervention_ratios as intervention_ratios
     from l3d.analysis.logits import TopLogits as TopLogits
     from l3d.analysis.logits import top_logits as top_logits
-    from l3d.decomposition.subnetworks import Decomposition as Decomposition
+    from l3d.api import Decomposition as Decomposition
+    from l3d.api import load as load
+    from l3d.api import save as save
     from l3d.gradients.extract import Extractor as Extractor
     from l3d.gradients.extract import extract_gradients as extract_gradients
     from l3d.gradients.factors import Gradients as Gradients
-    from l3d.storage.store import load as load
-    from l3d.storage.store import save as save
     from l3d.train import decompose as decompose
 
 __version__ = "0.1.0"
 
 # Public name -> its module, imported on first use: torch takes seconds to import, and `l3d --help` should not.
 _HOMES = {
-    "Decomposition": "decomposition.subnetworks",
+    "Decomposition": "api",
     "Evaluation": "analysis.evaluation",
     "Extractor": "gradients.extract",
     "FineTuned": "analysis.finetune",
@@ -52,8 +52,8 @@ _HOMES = {
     "impact": "analysis.evaluation",
     "intervene": "analysis.intervention",
     "intervention_ratios": "analysis.intervention_ratios",
-    "load": "storage.store",
-    "save": "storage.store",
+    "load": "api",
+    "save": "api",
     "top_logits": "analysis.logits",
     "top_samples": "analysis.evaluation",
 }

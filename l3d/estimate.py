@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from l3d.data.batches import count_rows
-from l3d.decomposition.chunked import Chunks
 from l3d.decomposition.costs import Path, choose_paths
 from l3d.decomposition.objective import n_kept
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
 from l3d.train import decompose
@@ -110,7 +110,7 @@ def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
 
 
 def tensor_estimates(
-    decomposition: Decomposition, gradients: Gradients, settings: Settings, n_samples: int
+    decomposition: Subnetworks, gradients: Gradients, settings: Settings, n_samples: int
 ) -> list[TensorEstimate]:
     """Describe every tensor; `gradients` are those of a batch of `n_samples`, or of a chunk of it."""
     kept = n_kept(kept_fraction(settings, settings.steps), gradients.n_samples, decomposition.n_subnetworks)

@@ -6,21 +6,22 @@ loss ─ Adam, unit norm ─► decomposition
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from l3d.api import Decomposition
 from l3d.callbacks import Callback, ProgressBar
 from l3d.data.arguments import check_whole
 from l3d.data.batches import count_rows
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.divergence import Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.model import Params
 from l3d.storage.lock import release
-from l3d.training.checkpoints import restore
+from l3d.training.checkpoints import restore, save
 from l3d.training.run import Run
 from l3d.training.settings import resolve
 
@@ -174,7 +175,7 @@ def decompose(
     folder = None
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
-        run = Run(settings, extractor, data, target, n_restarts, micro_batch_size, recompute, model_name)
+        run = Run(settings, extractor, data, target, n_restarts, micro_batch_size, recompute, model_name, Decomposition)
         if cache is not None:
             run.use_cache(cache, n_references, cache_reads)
         elif n_references != 1 or cache_reads != "auto":
@@ -186,10 +187,10 @@ def decompose(
         label = f"{n_restarts} restarts" if n_restarts > 1 else "decompose"
         told = callbacks if run.is_first() else ()
         with ProgressBar(label) if progress and run.is_first() else Callback() as bar:
-            run.train((bar, *told), folder, every)
+            run.train((bar, *told), every, partial(save, run, folder) if folder is not None else lambda: None)
         if run.cache is not None and progress and run.is_first():
             print(run.cache.choice(), file=sys.stderr)
-        best = run.best()
+        best = cast(Decomposition, run.best())
         if folder is not None and run.is_first():
             best.save(folder.path)
     finally:

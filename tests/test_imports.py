@@ -153,6 +153,19 @@ def test_every_file_can_be_imported_first() -> None:
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+def test_only_the_top_rooms_import_the_root() -> None:
+    """`import l3d` and `from l3d import name` stand in cli, studies and report alone: lower rooms name the file."""
+    names = set(l3d.__all__) | {"__version__"}
+    for path in FILES["l3d"]:
+        if path.relative_to(ROOT / "l3d").parts[0] in ("cli", "studies", "report", "__init__.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert "l3d" not in {alias.name for alias in node.names}, path
+            elif isinstance(node, ast.ImportFrom) and node.module == "l3d":
+                assert not names & {alias.name for alias in node.names}, path
+
+
 def test_no_submodule_hides_a_public_function() -> None:
     """Importing every submodule leaves every public name what it was: no file has a function's name."""
     before = {name: getattr(l3d, name) for name in l3d.__all__}

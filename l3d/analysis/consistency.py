@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 
 
 def match(scores: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Consistency(NamedTuple):
 
 
 @torch.no_grad()
-def consistency(first: Decomposition, second: Decomposition) -> Consistency:
+def consistency(first: Subnetworks, second: Subnetworks) -> Consistency:
     """Match two decompositions' subnetworks one to one by |cos| of their directions Vout.
 
     Raises ValueError where they are of other parameters or the first has more subnetworks.

@@ -6,32 +6,12 @@ these have not is what was learned from the data.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from l3d.analysis.intervention import shifted
-from l3d.gradients.factors import Dense, Gradients, Part
 from l3d.gradients.model import Params, select_parameters
-
-
-def shuffled(gradients: Gradients, generator: torch.Generator | None = None) -> Gradients:
-    """Return gradients in which what belongs to one sample is torn apart.
-
-    For every tensor, what came back (dy) is dealt out anew over the samples while what the layer saw (x) stays; dense
-    gradients are dealt out whole. Tensors are shuffled each by itself, so nothing joins them any more; the rows of x
-    and dy are the same as before.
-    """
-
-    def deal(part: Part) -> Part:
-        order = torch.randperm(gradients.n_samples, generator=generator).to(gradients.device)
-        if isinstance(part, Dense):
-            return Dense(part.grad[order])
-        return replace(part, dy=part.dy[order])
-
-    parts = {name: [deal(part) for part in parts] for name, parts in gradients.parts.items()}
-    return Gradients(parts, gradients.shapes, gradients.n_samples, gradients.dtype, gradients.device)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d.analysis.contexts import top_contexts
+from l3d.analysis.evaluation import impact
 from l3d.analysis.logits import Movement, move_many, softmax_movement
 from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, kind_of
@@ -23,7 +24,7 @@ from l3d.gradients.model import run_fixed, to_device
 from l3d.storage.run_folder import SUBNETWORKS_FORMAT
 
 if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Decomposition
+    from l3d.decomposition.subnetworks import Subnetworks
 
 N_ROWS = 1000  # that are looked at, at most, unless asked for
 N_SHOWN = 6  # rows per subnetwork
@@ -39,7 +40,7 @@ def default_rows(steps: int, batch_size: int) -> int:
 
 
 def describe(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     data: Any,
     *,
@@ -74,7 +75,7 @@ def describe(
     length = shown.shape[1] if kind == "text" else 1
     source.limit(max(2, IMPACTS_AT_ONCE // (length * decomposition.n_subnetworks)))
     kl = decomposition.settings.get("divergence") == "kl"
-    found = decomposition.impact(model, source.data, N_REFERENCES, any_weights=any_weights).cpu()
+    found = impact(decomposition, model, source.data, N_REFERENCES, any_weights=any_weights).cpu()
     impacts, at = _by_place(found, source, length)
     tokens = source.inputs() if kind == "text" else None
     contexts = top_contexts(impacts, N_SHOWN, tokens if impacts.shape[1] == length else None)
@@ -126,7 +127,7 @@ def _by_place(found: Tensor, source: ShownRows, length: int) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def _moves(
-    d: Decomposition, model: nn.Module, source: ShownRows, rows: Tensor, positions: Tensor, kl: bool
+    d: Subnetworks, model: nn.Module, source: ShownRows, rows: Tensor, positions: Tensor, kl: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return, per subnetwork, how its first rows' outputs move, [m, V], and which entry each predicts, [m].
 

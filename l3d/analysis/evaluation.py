@@ -16,7 +16,7 @@ from l3d.decomposition.costs import choose_paths
 from l3d.decomposition.objective import energy, objective, residual_norms
 from l3d.decomposition.objective import n_kept as n_kept_of
 from l3d.decomposition.project import project
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
@@ -46,7 +46,7 @@ class TopSamples(NamedTuple):
 
 
 def evaluate(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     data: Any,
     *,
@@ -111,7 +111,7 @@ def evaluate(
 
 @own_precision()
 def score(
-    gradients: Gradients, decomposition: Decomposition, k: float, selection: str, refit: bool, backend: str
+    gradients: Gradients, decomposition: Subnetworks, k: float, selection: str, refit: bool, backend: str
 ) -> tuple[lk.SparseCoefficients, Tensor]:
     """Return a batch's kept coefficients and what they leave of each gradient, ‖g_s − ĝ_s‖²: [S]."""
     encoder, decoder = decomposition.encoder, decomposition.decoder
@@ -157,7 +157,7 @@ def least_squares(kept: lk.SparseCoefficients, overlaps: Tensor, gram: Tensor) -
 
 @torch.no_grad()
 def impact(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     data: Any,
     n_references: int = 10,
@@ -191,7 +191,7 @@ def impact(
 
 
 def top_samples(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     data: Any,
     n: int = 10,
@@ -211,7 +211,7 @@ def top_samples(
     return TopSamples(best.indices.mT, best.values.mT)
 
 
-def _widened(decomposition: Decomposition) -> Decomposition:
+def _widened(decomposition: Subnetworks) -> Subnetworks:
     """Return a decomposition whose sums are at least float32: itself, or a wider copy."""
     if next(decomposition.parameters()).dtype.itemsize >= 4:
         return decomposition
@@ -219,7 +219,7 @@ def _widened(decomposition: Decomposition) -> Decomposition:
 
 
 def _draws(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     n_references: int,
     seed: int,
     reference: str | Tensor | None,
@@ -235,7 +235,7 @@ def _draws(
 
 
 def _gradients(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     data: Any,
     divergence: str | Divergence | None,
@@ -261,7 +261,7 @@ def _gradients(
 
 
 def extractor_of(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     divergence: str | Divergence | None = None,
     reference: str | Tensor | None = None,

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from l3d.analysis.intervention import intervene
 from l3d.data.arguments import check_whole
 from l3d.data.batches import Batches
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.model import check_fixed, model_output, only_trainable, to_device
 from l3d.storage.store import write_tensors
 
@@ -28,7 +28,7 @@ class FineTuned:
     deltas: dict[int, float]  # subnetwork -> δ
     losses: list[float]  # of every step's batch, before the step
     model: nn.Module = field(repr=False)  # as it was before
-    decomposition: Decomposition = field(repr=False)
+    decomposition: Subnetworks = field(repr=False)
     any_weights: bool = field(default=False, repr=False)  # as it was given
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class FineTuned:
 @torch.enable_grad()
 def finetune(
     model: nn.Module,
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     data: Any,
     loss: Loss,
     subnetworks: Sequence[int],
@@ -75,9 +75,9 @@ def finetune(
 
     Raises ValueError for arguments out of range and a loss that is not one finite number.
 
-    >>> from l3d.decomposition.subnetworks import Decomposition
+    >>> from l3d.decomposition.subnetworks import Subnetworks
     >>> model = nn.Linear(3, 2)
-    >>> d = Decomposition({"weight": model.weight.shape}, 4, 1)
+    >>> d = Subnetworks({"weight": model.weight.shape}, 4, 1)
     >>> x, y = torch.randn(32, 3), torch.randn(32, 2)
     >>> tuned = finetune(model, d, torch.utils.data.TensorDataset(x, y), nn.functional.mse_loss, [0, 2], steps=3)
     >>> sorted(tuned.deltas), len(tuned.losses)
@@ -126,7 +126,7 @@ def finetune(
 
 
 @torch.no_grad()
-def _factors(decomposition: Decomposition, chosen: list[int], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(decomposition: Subnetworks, chosen: list[int], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the chosen directions' factors by tensor: left [n, R, O], right [n, R, I]."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     result = {}

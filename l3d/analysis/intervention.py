@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.model import Params, select_parameters
 from l3d.storage.identity import check_identity, moving
 
@@ -14,7 +14,7 @@ from l3d.storage.identity import check_identity, moving
 @contextmanager
 def intervene(
     model: nn.Module,
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     deltas: Mapping[int, float],
     params: Params = None,
     *,

@@ -19,7 +19,7 @@ from l3d.data.arguments import check_whole
 from l3d.data.batches import count_rows, in_order, mix, take
 from l3d.decomposition.directions import Directions
 from l3d.decomposition.objective import n_kept
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
 from l3d.gradients.model import Params, check_fixed, model_output, select_parameters, to_device
@@ -74,7 +74,7 @@ class Pool(NamedTuple):
 
 @torch.no_grad()
 def intervention_ratios(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     model: nn.Module,
     data: Any,
     *,
@@ -160,16 +160,14 @@ def intervention_ratios(
 
 
 @torch.no_grad()
-def alike(
-    direction: Mapping[str, Tensor], decomposition: Decomposition, generator: torch.Generator
-) -> dict[str, Tensor]:
+def alike(direction: Mapping[str, Tensor], decomposition: Subnetworks, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw a random direction of the decomposition's ranks, with `direction`'s norm in each of its tensors."""
     shapes = {name: decomposition.shapes[name] for name in direction}
     drawn = Directions(shapes, decomposition.ranks, 1, generator).tensors(0)
     return {name: v.to(direction[name]) * (direction[name].norm() / v.norm()) for name, v in drawn.items()}
 
 
-def fill_pool(decomposition: Decomposition, extractor: Extractor, data: Any, n_rows: int, seed: int) -> Pool:
+def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_rows: int, seed: int) -> Pool:
     """Look through at most `n_rows` of the data for what each subnetwork is active for, in batches as trained."""
     count = count_rows(data)
     batch_size = decomposition.settings.get("batch_size", 16)

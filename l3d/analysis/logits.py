@@ -19,7 +19,7 @@ from l3d.gradients.model import check_fixed, model_output, to_device
 from l3d.storage.identity import check_identity
 
 if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Decomposition
+    from l3d.decomposition.subnetworks import Subnetworks
 
 METHODS = ("forward", "double_backward")
 
@@ -45,7 +45,7 @@ class Movement(NamedTuple):
 
 def top_logits(
     model: nn.Module,
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     index: int,
     inputs: Any,
     n: int = 10,
@@ -67,9 +67,9 @@ def top_logits(
 
     Raises ValueError for arguments out of range; RuntimeError where an operation has no forward mode, naming it.
 
-    >>> from l3d.decomposition.subnetworks import Decomposition
+    >>> from l3d.decomposition.subnetworks import Subnetworks
     >>> model = nn.Linear(4, 3)
-    >>> d = Decomposition({name: p.shape for name, p in model.named_parameters()}, 2, rank=1)
+    >>> d = Subnetworks({name: p.shape for name, p in model.named_parameters()}, 2, rank=1)
     >>> top_logits(model, d, 0, torch.randn(5, 4), n=2).raised.shape
     torch.Size([5, 2])
     """

@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from l3d.callbacks import Callback, log_to
 from l3d.cli import options
-from l3d.cli.main import read_settings
-from l3d.cli.output import environment, peak_memory, write_results
+from l3d.cli.job import (
+    Job,
+    Settings,
+    costs,
+    evaluate_run,
+    evaluation_data,
+    find_run,
+    load,
+    load_toy,
+    model_name,
+    reload,
+    take_out,
+)
+from l3d.cli.output import write_results
+from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
-from l3d.data.sources import Data, absolute, absolute_files, load_data, load_model, take_rows
+from l3d.data.sources import Data, absolute, absolute_files
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
 
 if TYPE_CHECKING:
     from l3d import Decomposition
-    from l3d.toys import Toy
-
-Settings = dict[str, Any]
-
-TIMING = ("seconds", "steps_per_second")
-
-
-class Job(NamedTuple):
-    """What a run needs, loaded and checked."""
-
-    command: str  # that made it: "toy" or "decompose"
-    settings: Settings  # what its config.yaml holds
-    model: nn.Module
-    data: Data  # to train on
-    held_out: Data | None
-    toy: Toy | None
 
 
 def decompose(settings: Settings) -> None:
     """Decompose a model on data, into a new run folder."""
     dry_run = settings.pop("dry_run")
-    out, overwrite = _take_out(settings, "runs/decompose", check=not dry_run)
+    out, overwrite = take_out(settings, "runs/decompose", check=not dry_run)
     for name in ("model", "data"):
         if not settings[name]:
             raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
@@ -59,21 +51,12 @@ def decompose(settings: Settings) -> None:
 
 
 def toy(settings: Settings) -> None:
-    """Decompose a toy model, into a new run folder; or all of them, over several seeds."""
-    suite_only = {name: settings.pop(name) for name in ("seeds", "readme")}
-    if settings["name"] != "all":
-        for name, value in suite_only.items():
-            if value is not None:
-                raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
-    elif settings["random_weights"] or settings["toy_seed"] is not None or settings["weights_seed"] is not None:
-        raise ValueError("--random_weights, --weights_seed and --toy_seed: for one toy, not for l3d toy all")
-    out, overwrite = _take_out(settings, f"runs/{settings['name']}")
-    if settings["name"] == "all":
-        from l3d.cli import studies as study_commands
-
-        study_commands.toy_suite(settings, out, suite_only["seeds"] or 10, suite_only["readme"])
-    else:
-        _train(load_toy(settings), out, overwrite=overwrite)
+    """Decompose a toy model, into a new run folder."""
+    for name in ("seeds", "readme"):
+        if settings.pop(name) is not None:
+            raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
+    out, overwrite = take_out(settings, f"runs/{settings['name']}")
+    _train(load_toy(settings), out, overwrite=overwrite)
 
 
 def resume(settings: Settings) -> None:
@@ -148,124 +131,6 @@ def report(settings: Settings) -> None:
     print(f"report: {write_report(target)}")
 
 
-def sweep(settings: Settings) -> None:
-    """Decompose one model over every combination of some settings."""
-    from l3d.cli import studies as study_commands
-
-    study_commands.sweep(settings)
-
-
-def intervene(settings: Settings) -> None:
-    """Measure interventions along every subnetwork of a run."""
-    from l3d.cli import studies as study_commands
-
-    study_commands.intervene(settings)
-
-
-def paper(settings: Settings) -> None:
-    """Make the figures of one of the paper's studies again."""
-    from l3d.cli import studies as study_commands
-
-    study_commands.paper(settings)
-
-
-def _take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path, bool]:
-    """Take the run folder to make, and whether it may be replaced, out of the settings."""
-    out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
-    if check and not overwrite:
-        run_folder.check_new(out)  # before the model is loaded, which may take long
-    return out, overwrite
-
-
-def find_run(settings: Settings) -> tuple[Path, Path]:
-    """Return the run folder and the one to write into: the same, or a copy to be made in --out."""
-    run = Path(settings["run"])
-    run_folder.read_command(run)
-    if settings["out"] is None:
-        return run, run
-    if is_first():  # of several processes it alone copies, and the others may come later
-        run_folder.check_copy(run, Path(settings["out"]))
-    return run, Path(settings["out"])
-
-
-def reload(run: Path, changes: Settings) -> Job:
-    """Load what a run folder was made from, with some settings changed."""
-    command = run_folder.read_command(run)
-    settings = read_settings(command, run)
-    for name in ("out", "overwrite", "dry_run"):
-        settings.pop(name, None)
-    for name in ("name",) if command == "toy" else ("model", "data"):
-        if not isinstance(settings.get(name), str):
-            raise ValueError(f"{run / run_folder.CONFIG}: {name}: expected a text, got {settings.get(name)!r}")
-    if command == "toy" and "data" in changes:
-        raise ValueError("--data: a toy has its own data")
-    return load_toy(settings | changes) if command == "toy" else load(settings | changes)
-
-
-def load(settings: Settings) -> Job:
-    """Load the model and the data that settings name."""
-    _check_scored_rows(settings)
-    model = _move(load_model(settings["model"], **settings["model_args"]), settings["device"])
-    data = load_data(settings["data"], model_spec=settings["model"], **settings["data_args"])
-    _redraw_if_asked(model, settings)
-    n_held_out = settings["held_out"]
-    if n_held_out == 0:
-        return Job("decompose", settings, model, data, None, None)
-    count = count_rows(data)
-    if count is None:
-        raise ValueError("--held_out: needs data whose rows can be counted, a tensor or a Dataset with a length")
-    if count <= n_held_out:
-        raise ValueError(f"--held_out: cannot keep {n_held_out} of {count} rows out of training")
-    first = take_rows(data, slice(None, count - n_held_out))
-    return Job("decompose", settings, model, first, take_rows(data, slice(count - n_held_out, None)), None)
-
-
-def load_toy(settings: Settings) -> Job:
-    """Make the toy that settings name, and complete them by its own."""
-    from l3d import toys
-
-    _check_scored_rows(settings)
-    seed = settings["seed"] or 0
-    own_seed = settings.get("toy_seed")
-    made = toys.make(settings["name"], seed=seed if own_seed is None else own_seed)
-    given = {name: value for name, value in settings.items() if value is not None}
-    resolved = {"name": made.name, "seed": seed} | made.arguments(settings["preset"]) | given
-    model = _move(made.model, settings["device"])
-    redrawn = _redraw_if_asked(model, resolved)
-    return Job("toy", resolved, model, made.data, None, None if redrawn else made)  # redrawn, it has no true circuits
-
-
-def _check_scored_rows(settings: Settings) -> None:
-    """Refuse to score a single row, before the work and not after."""
-    for name in ("held_out", "evaluate_rows"):
-        if settings.get(name) == 1:
-            raise ValueError(f"--{name}: expected at least 2 rows: one alone has no other to refer to")
-
-
-def _redraw_if_asked(model: nn.Module, settings: Settings) -> bool:
-    """Redraw the weights where the run is a control; tell whether it is."""
-    from l3d.analysis.controls import redraw_
-
-    asked: bool = settings.get("random_weights", False)
-    seed = settings.get("weights_seed")
-    if seed is not None and not asked:
-        raise ValueError("--weights_seed: needs --random_weights, whose draw it is")
-    if asked:
-        redraw_(model, settings.get("params"), (settings.get("seed") or 0) if seed is None else seed)
-    return asked
-
-
-def _move(model: nn.Module, device: str | None) -> nn.Module:
-    if device is None:
-        return model
-    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: a GPU for each
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        raise ValueError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -> None:
     import l3d
 
@@ -291,36 +156,6 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
         raise KeyboardInterrupt(run_folder.interrupted(out)) from None
 
 
-def costs(d: Decomposition, model: nn.Module) -> dict[str, Any]:
-    """Return what a run took and where, as metrics.json holds it."""
-    return {name: float(d.timing[name]) for name in TIMING} | peak_memory() | {"environment": environment(model)}
-
-
-def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
-    """Return one run of a sweep as `l3d toy` or `l3d decompose` would make it, with the settings of such a command."""
-    settings = {name: job.settings[name] for name in ("evaluate_rows",) if name in job.settings} | chosen
-    if job.command == "toy":
-        settings |= {"name": job.settings["name"], "toy_seed": job.settings["seed"]}
-    else:
-        names = [option.name for option in (*options.MODEL, *options.DATA, options.HELD_OUT)]
-        settings |= {name: job.settings[name] for name in names}
-    settings |= {"random_weights": random_weights, "weights_seed": weights_seed(job) if random_weights else None}
-    return job._replace(settings=settings, toy=None if random_weights else job.toy)
-
-
-def weights_seed(job: Job) -> int:
-    """Return the seed that all controls of a sweep redraw with: one network, so that seeds of runs can be compared."""
-    return job.settings.get("seed") or 0
-
-
-def model_name(job: Job) -> str | None:
-    """Name the model as its run does; a Hugging Face model knows its name itself."""
-    if job.command == "toy":
-        return f"toy:{job.settings['name']}"
-    spec: str = job.settings["model"]
-    return None if spec.startswith("hf:") else spec
-
-
 def _estimate(job: Job) -> None:
     """Print what a run would take."""
     from l3d.cli.output import print_estimate
@@ -335,14 +170,6 @@ def _estimate(job: Job) -> None:
     if not is_first():
         return
     print_estimate(found)
-
-
-def evaluation_data(job: Job) -> Data:
-    """Return the training rows to evaluate on: at most so many, evenly spaced; of a stream some first batches."""
-    count, most = count_rows(job.data), job.settings["evaluate_rows"]
-    if count is None:  # a stream of batches, which may have no end
-        return list(itertools.islice(job.data, max(1, most // job.settings["batch_size"])))  # type: ignore[arg-type]
-    return job.data if count <= most else take_rows(job.data, [i * count // most for i in range(most)])
 
 
 def _describe(
@@ -367,27 +194,3 @@ def _describe(
     except ValueError as error:  # the run and its figures are good all the same
         print(f"l3d: no descriptions of subnetworks: {error} (--describe 0 does not try)", file=sys.stderr)
         return None
-
-
-def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
-    """Return the figures of an evaluation, as metrics.json holds them."""
-    d = d.to(next(job.model.parameters()).device)
-    backend = job.settings.get("backend", "auto")
-    # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
-    options = {"backend": backend, "any_weights": any_weights}
-    found = d.evaluate(job.model, data, n_references=1 if job.toy is None else 30, **options)
-    figures = {
-        "error": float(found.error),
-        "kept_per_sample": float(found.kept_per_sample),
-        "dead_fraction": float(found.dead_fraction),
-        "activation_rate": [float(rate) for rate in found.activation_rate],
-        "n_rows": count_rows(data),
-    }
-    if job.held_out is not None:
-        figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, **options).error)
-    if job.toy is not None:
-        try:
-            figures |= job.toy.recovery(d)
-        except ValueError as error:  # --params left out what it looks at
-            print(f"l3d: {error}", file=sys.stderr)
-    return figures

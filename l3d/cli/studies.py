@@ -11,7 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from l3d.cli import commands, options
+from l3d.cli import job as job_module
+from l3d.cli import options
 from l3d.cli.output import environment
 from l3d.data.sources import absolute, absolute_files
 from l3d.storage import run_folder
@@ -23,8 +24,12 @@ Settings = dict[str, Any]
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
 
-def toy_suite(settings: Settings, out: Path, n_seeds: int, readme: str | None) -> None:
+def toy_suite(settings: Settings) -> None:
     """Run the recovery suite and write its table."""
+    n_seeds, readme = settings.pop("seeds") or 10, settings.pop("readme")
+    if settings["random_weights"] or settings["toy_seed"] is not None or settings["weights_seed"] is not None:
+        raise ValueError("--random_weights, --weights_seed and --toy_seed: for one toy, not for l3d toy all")
+    out, _ = job_module.take_out(settings, "runs/all")
     from torch import nn
 
     from l3d.storage.files import replace_between
@@ -76,7 +81,7 @@ def sweep(settings: Settings) -> None:
         named = [name for name in ("model", "data") if settings[name]]
         if named or settings["held_out"]:
             raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
-        job = commands.load_toy({**settings, "name": settings["toy"]})
+        job = job_module.load_toy({**settings, "name": settings["toy"]})
     else:
         for name in ("model", "data"):
             if not settings[name]:
@@ -85,7 +90,7 @@ def sweep(settings: Settings) -> None:
             if settings[f"{name}_args"]:
                 given[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
         defaults = {option.name: option.default for option in options.DECOMPOSE}
-        job = commands.load({**settings, **defaults, **given})
+        job = job_module.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}
     check_base(out, base)
     names = [option.name for option in options.DECOMPOSE]
@@ -95,17 +100,17 @@ def sweep(settings: Settings) -> None:
         check_free(folder)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
-        own = commands.standing_alone(job, chosen, point.random_weights)
-        control = redrawn(job.model, chosen.get("params"), commands.weights_seed(job))
+        own = job_module.standing_alone(job, chosen, point.random_weights)
+        control = redrawn(job.model, chosen.get("params"), job_module.weights_seed(job))
 
         def write_config(path: Path) -> None:
             run_folder.write_config(path, own.command, own.settings)
 
         with control if point.random_weights else nullcontext():
-            more: Settings = {"model_name": commands.model_name(own), "on_start": write_config}
+            more: Settings = {"model_name": job_module.model_name(own), "on_start": write_config}
             d = l3d.decompose(job.model, job.data, **chosen, **more, out=folder, resume=resume)
-            metrics = commands.evaluate_run(d, own, commands.evaluation_data(own))
-            return metrics | commands.costs(d, own.model)
+            metrics = job_module.evaluate_run(d, own, job_module.evaluation_data(own))
+            return metrics | job_module.costs(d, own.model)
 
     try:
         found = run_sweep(out, base, runs, train)
@@ -126,8 +131,8 @@ def intervene(settings: Settings) -> None:
     from l3d.report.report import write_report
     from l3d.storage.store import to_json
 
-    run, target = commands.find_run(settings)
-    job = commands.reload(run, {})
+    run, target = job_module.find_run(settings)
+    job = job_module.reload(run, {})
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
     found: dict[str, InterventionRatios] = {}

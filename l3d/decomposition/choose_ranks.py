@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from l3d.data.arguments import check_fraction, check_whole
+from l3d.decomposition.low_rank import singular
 from l3d.gradients.factors import Gradients
 from l3d.gradients.model import exact_pattern
-from l3d.training.start import singular
 
 SHARE = 0.9  # of the gradients' squared norm that rank="auto" asks the ranks to hold
 MOST = 16  # the largest rank that rank="auto" gives

@@ -1,7 +1,9 @@
 """A decomposition: K subnetworks, each an encoder direction and a unit-norm decoder direction in parameter space."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +14,17 @@ from l3d.decomposition.costs import choose_paths
 from l3d.decomposition.directions import Directions, Rank, resolve_ranks
 from l3d.decomposition.objective import objective
 from l3d.decomposition.project import project
+from l3d.distributed.process_group import Ranks
 from l3d.gradients.factors import Gradients
 from l3d.gradients.model import exact_pattern
 from l3d.gradients.precision import own_precision
 from l3d_kernels.sparse import above
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Decomposition(nn.Module):
+
+class Subnetworks(nn.Module):
     """K low-rank subnetworks of a network's parameters.
 
     Args:
@@ -72,7 +78,7 @@ class Decomposition(nn.Module):
         ranks: Mapping[str, tuple[int, ...]],
         settings: Mapping[str, Any],
         like: Tensor,
-    ) -> "Decomposition":
+    ) -> Self:
         """Make a decomposition whose tensors are still to be filled, of the dtype and on the device of `like`.
 
         `ranks` are resolved ones, as the attribute holds them.
@@ -83,7 +89,7 @@ class Decomposition(nn.Module):
         return decomposition.to_empty(device=like.device).to(like.dtype)
 
     @classmethod
-    def side_by_side(cls, parts: Sequence["Decomposition"]) -> "Decomposition":
+    def side_by_side(cls, parts: Sequence[Self]) -> Self:
         """Lay decompositions of the same parameters and ranks side by side, their subnetworks one after another.
 
         Restarts are trained so, all in one step. The settings are those of the first.
@@ -96,7 +102,7 @@ class Decomposition(nn.Module):
                 target.copy_(torch.cat(tensors))
         return whole
 
-    def part(self, index: int, n_parts: int) -> "Decomposition":
+    def part(self, index: int, n_parts: int) -> Self:
         """Copy one of so many equal parts that lie side by side; history and the like stay behind."""
         size = self.n_subnetworks // n_parts
         part = self.empty(self.shapes, size, self.ranks, self.settings, next(self.parameters()))
@@ -105,6 +111,19 @@ class Decomposition(nn.Module):
                 target.copy_(whole[index * size : (index + 1) * size])
         part.base_model = self.base_model
         return part
+
+    def gathered(self, ranks: Ranks, n_subnetworks: int) -> Self | None:
+        """Return all subnetworks, of which every process holds a share, on the first one's CPU; None on the others."""
+        whole = None
+        if ranks.rank == 0:
+            like = torch.empty(0, dtype=next(self.parameters()).dtype)
+            whole = self.empty(self.shapes, n_subnetworks, self.ranks, self.settings, like)
+            whole.base_model = self.base_model
+        for name, parameter in self.named_parameters():
+            collected = ranks.collect(parameter)
+            if whole is not None and collected is not None:
+                whole.get_parameter(name).data.copy_(collected)
+        return whole
 
     @property
     def n_subnetworks(self) -> int:
@@ -168,27 +187,3 @@ class Decomposition(nn.Module):
                 f"gradients: expected those of {', '.join(self.shapes)}, got {', '.join(gradients.shapes)}"
             )
         return gradients.to(next(self.parameters()))
-
-    def evaluate(self, model: nn.Module, data: Any, **options: Any) -> Any:
-        """Score the decomposition on data; see `l3d.analysis.evaluation.evaluate`."""
-        from l3d.analysis.evaluation import evaluate
-
-        return evaluate(self, model, data, **options)
-
-    def impact(self, model: nn.Module, data: Any, n_references: int = 10, **options: Any) -> Tensor:
-        """Return every subnetwork's impact on every sample, [n, K]; see `l3d.analysis.evaluation.impact`."""
-        from l3d.analysis.evaluation import impact
-
-        return impact(self, model, data, n_references, **options)
-
-    def save(self, path: Any) -> None:
-        """Write the decomposition into a folder, as safetensors and json; see `l3d.storage.store.save`."""
-        from l3d.storage.store import save
-
-        save(self, path)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the decomposition with its model card to the Hugging Face hub; see `l3d.storage.hub.push`."""
-        from l3d.storage.hub import push
-
-        return push(self, repo_id, **options)

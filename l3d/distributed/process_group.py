@@ -29,9 +29,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l3d.decomposition.subnetworks import Decomposition
-from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
-
 # Longer than whatever one rank may have the others wait for, a checkpoint say; a rank that ends is noticed otherwise.
 TIMEOUT = timedelta(hours=2)
 
@@ -87,19 +84,6 @@ class Ranks:
         parts = [each.view(tensor.dtype).view(padded.shape) for each in received]
         return torch.cat([each[:length] for each, length in zip(parts, lengths, strict=True)])
 
-    def whole(self, share: Decomposition, n_subnetworks: int) -> Decomposition | None:
-        """Return the decomposition of which every rank holds a share, on the CPU of rank 0; None on the others."""
-        whole = None
-        if self.rank == 0:
-            like = torch.empty(0, dtype=next(share.parameters()).dtype)
-            whole = Decomposition.empty(share.shapes, n_subnetworks, share.ranks, share.settings, like)
-            whole.base_model = share.base_model
-        for name, parameter in share.named_parameters():
-            collected = self.collect(parameter)
-            if whole is not None and collected is not None:
-                whole.get_parameter(name).data.copy_(collected)
-        return whole
-
     def root_mean_squares(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the root mean square entry of every tensor [n, ...] over all ranks, to multiply the tensor by."""
         found = []
@@ -109,25 +93,6 @@ class Ranks:
             square, count = self.total(torch.stack([square, count]))
             found.append((square / count).sqrt().view([1] * tensor.ndim))
         return found
-
-    def gather_gradients(self, own: Gradients) -> Gradients:
-        """Append every rank's samples; a tensor that parts share travels once."""
-        done: dict[Place, Tensor] = {}
-
-        def gathered(tensor: Tensor) -> Tensor:
-            place = place_of(tensor)
-            if place not in done:
-                done[place] = self.gather(tensor)
-            return done[place]
-
-        def whole(part: Part) -> Part:
-            if isinstance(part, Dense):
-                return Dense(gathered(part.grad))
-            return Rows(gathered(part.x), gathered(part.dy), part.x_axis)
-
-        parts = {name: [whole(part) for part in parts] for name, parts in own.parts.items()}
-        n_samples = int(self.total(torch.tensor(own.n_samples, device=own.device)))
-        return Gradients(parts, own.shapes, n_samples, own.dtype, own.device)
 
     def visitors(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield the other ranks' tensors [n, ...], one rank's at a time; n may differ, and 0 is passed over."""

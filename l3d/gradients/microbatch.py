@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from l3d.data.batch import count_rows_of, without_label
-from l3d.decomposition.chunked import Chunks
 from l3d.distributed.process_group import Ranks
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
-from l3d.gradients.factors import Gradients
+from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
 from l3d.gradients.samples import Share, padding_mask
 
 
@@ -58,7 +58,7 @@ class Microbatches:
             return self.extractor(self.batch, self.generator())
         rows, split = self._rows(index)
         gradients = self.extractor(rows_of(self.batch, rows), self.generator(), self._share(rows, split))
-        return self.ranks.gather_gradients(gradients) if self.ranks is not None and split else gradients
+        return gather_gradients(self.ranks, gradients) if self.ranks is not None and split else gradients
 
     def _outputs(self, index: int) -> Tensor:
         rows, split = self._rows(index)
@@ -81,6 +81,26 @@ class Microbatches:
         if self.ranks is not None and split:
             return Share(rows.start, self.n_rows, self.ranks.gather, self.padded)
         return None if len(self) == 1 else Share(rows.start, self.n_rows, lambda own: own, self.padded)
+
+
+def gather_gradients(ranks: Ranks, own: Gradients) -> Gradients:
+    """Append every rank's samples; a tensor that parts share travels once."""
+    done: dict[Place, Tensor] = {}
+
+    def gathered(tensor: Tensor) -> Tensor:
+        place = place_of(tensor)
+        if place not in done:
+            done[place] = ranks.gather(tensor)
+        return done[place]
+
+    def whole(part: Part) -> Part:
+        if isinstance(part, Dense):
+            return Dense(gathered(part.grad))
+        return Rows(gathered(part.x), gathered(part.dy), part.x_axis)
+
+    parts = {name: [whole(part) for part in parts] for name, parts in own.parts.items()}
+    n_samples = int(ranks.total(torch.tensor(own.n_samples, device=own.device)))
+    return Gradients(parts, own.shapes, n_samples, own.dtype, own.device)
 
 
 def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients], Gradients]) -> Chunks:

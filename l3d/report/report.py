@@ -28,7 +28,7 @@ from l3d.storage.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_me
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from l3d import Decomposition
+    from l3d.decomposition.subnetworks import Subnetworks
 
 MAX_DIAGRAMS = 60  # more subnetworks than this: the most active ones are drawn
 
@@ -185,7 +185,7 @@ def _read_config(path: Path) -> tuple[str, str]:
 
 
 def _diagrams(
-    d: Decomposition, shapes: Mapping[str, tuple[int, ...]], rates: Sequence[float] | None
+    d: Subnetworks, shapes: Mapping[str, tuple[int, ...]], rates: Sequence[float] | None
 ) -> Iterator[tuple[int, Figure]]:
     """Yield (index, diagram) per subnetwork, all to one scale; none where the tensors form no small chain."""
     if plots.mlp_chain(shapes) is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from l3d import Decomposition
+    from l3d.decomposition.subnetworks import Subnetworks
 
 MAX_COLUMNS = 8  # more tensors than this: the largest ones by name, the others summed
 N_WORDS = 4  # that say what a subnetwork acts on
@@ -41,7 +41,7 @@ class Table(NamedTuple):
 
 
 def make_table(
-    d: Decomposition,
+    d: Subnetworks,
     rates: Sequence[float] | None,
     described: Mapping[str, Any],
     prefix: str = "",
@@ -107,7 +107,7 @@ def visible(token: str) -> str:
 
 
 @torch.no_grad()
-def squared_shares(d: Decomposition) -> torch.Tensor:
+def squared_shares(d: Subnetworks) -> torch.Tensor:
     """Return the share of its squared norm that each subnetwork has in each tensor: [K, tensors]."""
     factors = ([factor.double() for factor in piece.factors()] for _, piece in d.decoder.items())
     squares = torch.stack([((u @ u.mT) * (v @ v.mT)).sum((1, 2)) for u, v in factors], dim=1)

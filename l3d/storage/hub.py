@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
+from l3d.storage.store import save
 
 SCHEME = "hf://"
 FILES = ("decomposition.json", "decomposition.safetensors", "README.md")
@@ -16,7 +17,7 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def push(
-    decomposition: Decomposition,
+    decomposition: Subnetworks,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -36,8 +37,6 @@ def push(
 
     Returns the commit's address. Raises ValueError in one line where the hub cannot be reached or refuses.
     """
-    from l3d.storage.store import save
-
     repo, branch = parse(repo_id)
     hub = _client(repo)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,13 +55,11 @@ def push(
     return str(commit.commit_url)
 
 
-def pull(address: str) -> Decomposition:
-    """Load a decomposition from "hf://USER/NAME" or "hf://USER/NAME@REVISION"; nothing that it holds is executed.
+def pull(address: str) -> Path:
+    """Download a decomposition from "hf://USER/NAME" or "hf://USER/NAME@REVISION" and return its folder.
 
-    Raises ValueError in one line where the hub cannot be reached or refuses, or where what came is damaged.
+    Raises ValueError in one line where the hub cannot be reached or refuses, or holds no decomposition.
     """
-    from l3d.storage.store import load
-
     repo, revision = parse(address)
     hub = _client(repo)
     try:
@@ -71,7 +68,7 @@ def pull(address: str) -> Decomposition:
         raise ValueError(f"{SCHEME}{repo}: cannot be downloaded: {_reason(error)}") from error
     if not (Path(folder) / FILES[0]).is_file():
         raise ValueError(f"{SCHEME}{repo}: holds no {FILES[0]}: not a decomposition of l3d")
-    return load(folder)
+    return Path(folder)
 
 
 def parse(address: str) -> tuple[str, str | None]:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,15 +20,17 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.card import CARD, is_card, write_card
 from l3d.storage.files import read_json, replace_text, replacing
 from l3d.storage.lock import LOCK, check_free, claim
 
 FORMAT = "l3d-decomposition-1"
 
+Built = TypeVar("Built", bound=Subnetworks)
 
-def save(decomposition: Decomposition, path: str | Path) -> None:
+
+def save(decomposition: Subnetworks, path: str | Path) -> None:
     """Write a decomposition into a folder, which is made if missing, with a model card (README.md).
 
     A README.md that is no card of ours is left as it is.
@@ -37,7 +39,7 @@ def save(decomposition: Decomposition, path: str | Path) -> None:
     write_card(Path(path), header)
 
 
-def write(decomposition: Decomposition, folder: Path) -> dict[str, Any]:
+def write(decomposition: Subnetworks, folder: Path) -> dict[str, Any]:
     """Write a decomposition's two files, and return what the json holds."""
     header = {
         "format": FORMAT,
@@ -58,18 +60,12 @@ def write(decomposition: Decomposition, folder: Path) -> dict[str, Any]:
     return header
 
 
-def load(path: str | Path, columns: slice | None = None) -> Decomposition:
-    """Read a decomposition from a folder, or from the hub: "hf://USER/NAME" or "hf://USER/NAME@REVISION".
+def load(path: str | Path, build: type[Built], columns: slice | None = None) -> Built:
+    """Read a decomposition from a folder; of `columns` only, neighbouring subnetworks, where they are given.
 
-    Of one in a folder, `columns` reads only some subnetworks, neighbours.
-
-    Raises FileNotFoundError where there is none, ValueError where the files are broken or of another kind, or the hub
-    refuses.
+    build: the class to make, `Subnetworks` or one that extends it. Raises FileNotFoundError where there is none,
+    ValueError where the files are damaged or of another kind.
     """
-    if str(path).startswith("hf://"):
-        from l3d.storage.hub import pull
-
-        return pull(str(path))
     folder = Path(path)
     header = read_json(folder / "decomposition.json")
     if header.get("format") != FORMAT:
@@ -78,7 +74,7 @@ def load(path: str | Path, columns: slice | None = None) -> Decomposition:
     if columns is not None:
         header["n_subnetworks"] = columns.stop - columns.start
     try:
-        return _assembled(header, tensors)
+        return _assembled(header, tensors, build)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -86,14 +82,14 @@ def load(path: str | Path, columns: slice | None = None) -> Decomposition:
         ) from error
 
 
-def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decomposition:
+def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor], build: type[Built]) -> Built:
     """Build the decomposition that a header and named tensors describe; any error says that they do not."""
     shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
     ranks = {name: tuple(each) for name, each in header["ranks"].items()}
     if not tensors:
         raise ValueError("the tensors are others than the header says")
     like = next(iter(tensors.values()))
-    decomposition = Decomposition.empty(shapes, header["n_subnetworks"], ranks, header["settings"], like)
+    decomposition = build.empty(shapes, header["n_subnetworks"], ranks, header["settings"], like)
     own = _named(decomposition)
     if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
         raise ValueError("the tensors are others than the header says")
@@ -106,7 +102,7 @@ def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Deco
     return decomposition
 
 
-def _named(decomposition: Decomposition) -> dict[str, Tensor]:
+def _named(decomposition: Subnetworks) -> dict[str, Tensor]:
     """Name every tensor by side, parameter and factor: "encoder.W_in.weight.left"."""
     named = {}
     for side in ("encoder", "decoder"):
@@ -147,7 +143,7 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step*[0-9]"))
 
     def save_checkpoint(
-        self, step: int, decomposition: Decomposition, optimizer: Mapping[str, Tensor], state: Any
+        self, step: int, decomposition: Subnetworks, optimizer: Mapping[str, Tensor], state: Any
     ) -> None:
         """Write a checkpoint and drop the older ones."""
         old = self.checkpoints()
@@ -165,14 +161,14 @@ class RunFolder:
 
     def load_checkpoint(
         self, columns: slice | None = None
-    ) -> tuple[Decomposition, dict[str, Tensor], dict[str, Any]] | None:
+    ) -> tuple[Subnetworks, dict[str, Tensor], dict[str, Any]] | None:
         """Read the last checkpoint: (decomposition, optimiser tensors, state), or None; whole or some subnetworks."""
         found = self.checkpoints()
         if not found:
             return None
         path = found[-1]
         optimizer = read_tensors(path / "optimizer.safetensors", columns)
-        return load(path, columns), optimizer, read_json(path / "state.json")
+        return load(path, Subnetworks, columns), optimizer, read_json(path / "state.json")
 
 
 def _remove_run(folder: Path) -> None:

@@ -4,16 +4,46 @@
 sign, the scale or the order of the subnetworks.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Decomposition
-    from l3d.toys.toy import Toy
-
 Circuits = list[dict[str, Tensor]]
+
+
+class Known(Protocol):
+    """What the measures ask of a toy: its true circuits, its model and its data."""
+
+    @property
+    def truth(self) -> Circuits:
+        """The true circuits."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model."""
+
+    @property
+    def data(self) -> Tensor:
+        """The data to decompose it on: [n, features]."""
+
+
+class Found(Protocol):
+    """What the measures ask of a decomposition."""
+
+    @property
+    def n_subnetworks(self) -> int:
+        """K."""
+
+    def subnetwork(self, index: int) -> dict[str, Tensor]:
+        """Return a subnetwork's tensors."""
+
+    def evaluate(self, model: nn.Module, data: Any) -> Any:
+        """Return an evaluation with `activation_rate` [K]."""
+
+    def impact(self, model: nn.Module, data: Any) -> Tensor:
+        """Return every subnetwork's impact on every sample: [n, K]."""
+
 
 MEASURES = {
     "mmcs": "mean over true circuits of the best |cos| with a subnetwork, over all entries of both matrices",
@@ -28,7 +58,7 @@ MEASURES = {
 LIVE = 0.01  # activation rate from which a subnetwork counts as live
 
 
-def similarity(circuits: Circuits, decomposition: "Decomposition", own: bool = False) -> Tensor:
+def similarity(circuits: Circuits, decomposition: Found, own: bool = False) -> Tensor:
     """Return |cos| between circuits and subnetworks: [circuits, K]; see `cosines`."""
     return cosines(circuits, [decomposition.subnetwork(i) for i in range(decomposition.n_subnetworks)], own)
 
@@ -54,9 +84,9 @@ def distinct(scores: Tensor) -> int:
     return int((best[:, None] == best).sum(1).eq(1).sum())
 
 
-def find_features(toy: "Toy", decomposition: "Decomposition") -> dict[str, float]:
+def find_features(toy: Known, decomposition: Found) -> dict[str, float]:
     """Compare with true directions: mmcs, mmcs_own and features_found."""
-    scores = toy.similarity(decomposition)
+    scores = similarity(toy.truth, decomposition)
     return {
         "mmcs": float(scores.amax(1).mean()),
         "mmcs_own": float(similarity(toy.truth, decomposition, own=True).amax(1).mean()),
@@ -64,13 +94,13 @@ def find_features(toy: "Toy", decomposition: "Decomposition") -> dict[str, float
     }
 
 
-def find_columns(toy: "Toy", decomposition: "Decomposition", matrix: Tensor) -> dict[str, float]:
+def find_columns(toy: Known, decomposition: Found, matrix: Tensor) -> dict[str, float]:
     """Compare with a linear map's columns: besides `find_features`, r2 and r2_task (matrix: the task's A).
 
     The column that feature i's subnetwork gives is ΔW_out W_in[:, i], what its change of the output weights makes of
     the feature.
     """
-    scores = toy.similarity(decomposition)
+    scores = similarity(toy.truth, decomposition)
     w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
     columns = []
     for i, k in enumerate(scores.argmax(1).tolist()):
@@ -92,7 +122,7 @@ def r_squared(found: Tensor, target: Tensor) -> float:
     return float(1 - (found * scale - target).square().sum() / (target - target.mean()).square().sum())
 
 
-def find_groups(toy: "Toy", decomposition: "Decomposition", size: int) -> dict[str, float]:
+def find_groups(toy: Known, decomposition: Found, size: int) -> dict[str, float]:
     """Look for one subnetwork per group of `size` neighbouring features: groups_found and purity."""
     live = decomposition.evaluate(toy.model, toy.data).activation_rate >= LIVE
     purities = [torch.zeros(toy.data.shape[1] // size)]  # what no live subnetwork at all would come to
@@ -103,7 +133,7 @@ def find_groups(toy: "Toy", decomposition: "Decomposition", size: int) -> dict[s
     return {"groups_found": int((best >= 0.9).sum()), "purity": float(best.mean())}
 
 
-def find_inputs(toy: "Toy", decomposition: "Decomposition") -> dict[str, float]:
+def find_inputs(toy: Known, decomposition: Found) -> dict[str, float]:
     """Move one input at a time through [-1, 1], and see which subnetwork that moves most: inputs_found."""
     n_features = toy.data.shape[1]
     levels = torch.linspace(-1, 1, 20)

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from l3d.toys import recovery
 from l3d.toys.networks import Network
-
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Decomposition
+from l3d.toys.recovery import Found
 
 TRAINING = ("steps", "n_restarts")  # of a toy's settings, those that the published recipe has its own of
 
@@ -33,7 +31,7 @@ class Toy:
     data: Tensor  # [n, features]
     draw: Sample  # what the data was drawn by
     settings: dict[str, Any]  # recommended arguments of decompose
-    measure: Callable[["Toy", "Decomposition"], dict[str, float]]  # what `recovery` returns
+    measure: Callable[["Toy", Found], dict[str, float]]  # what `recovery` returns
     truth: list[dict[str, Tensor]] = field(default_factory=list)  # per circuit: {parameter: tensor of its shape}
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -44,7 +42,7 @@ class Toy:
         """Return the recommended arguments of `decompose`; "published" itself says how to train."""
         return {name: v for name, v in self.settings.items() if not (preset == "published" and name in TRAINING)}
 
-    def similarity(self, decomposition: "Decomposition") -> Tensor:
+    def similarity(self, decomposition: Found) -> Tensor:
         """Return |cos| between every true circuit and every subnetwork: [circuits, K].
 
         The cosine runs over the tensors the circuit is given in, all entries of them: a subnetwork that
@@ -54,11 +52,11 @@ class Toy:
             raise ValueError(f"toy: the circuits of {self.name!r} are no single directions; see recovery")
         return recovery.similarity(self.truth, decomposition)
 
-    def mmcs(self, decomposition: "Decomposition") -> float:
+    def mmcs(self, decomposition: Found) -> float:
         """Return the mean over true circuits of the best |cos| among the subnetworks, in [0, 1]."""
         return float(self.similarity(decomposition).max(1).values.mean())
 
-    def recovery(self, decomposition: "Decomposition") -> dict[str, float]:
+    def recovery(self, decomposition: Found) -> dict[str, float]:
         """Say how well the circuits were found, by the toy's own measures; see `l3d.toys.recovery.MEASURES`.
 
         Raises ValueError where tensors that the measures look at were not decomposed.

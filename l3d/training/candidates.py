@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l3d.decomposition.chunked import Chunks
 from l3d.decomposition.costs import choose_paths
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
 from l3d.decomposition.flat import flattened, multiplied_out, pulled_back
 from l3d.decomposition.project import project
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import matrix_shape
 from l3d.training.start import NOISE, draw_samples, truncated
 

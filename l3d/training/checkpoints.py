@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from l3d.data.batch import tensors_of
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage import store
 from l3d.storage.identity import check_identity, digest
 
@@ -19,9 +19,9 @@ def save(run: "Run", folder: store.RunFolder) -> None:
     """Write a checkpoint; of several processes all must call this, and the first writes."""
     tensors, values = run.optimizer.state()
     state = {"optimizer": values, "recorder": run.recorder.state(), "seen": _seen(run)}
-    decomposition: Decomposition | None = run.decomposition
+    decomposition: Subnetworks | None = run.decomposition
     if run.ranks is not None:
-        decomposition = run.ranks.whole(run.decomposition, run.settings.n_subnetworks)
+        decomposition = run.decomposition.gathered(run.ranks, run.settings.n_subnetworks)
         collected = {name: t if name.startswith("scale") else run.ranks.collect(t) for name, t in tensors.items()}
         tensors = {name: tensor for name, tensor in collected.items() if tensor is not None}
     if decomposition is None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from l3d.decomposition.chunked import Chunks
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import Gradients
 
 
@@ -33,7 +33,7 @@ def naming_step(step: int) -> Iterator[None]:
         raise ValueError(f"step {step}: {error}") from error
 
 
-def check_finite(decomposition: Decomposition) -> None:
+def check_finite(decomposition: Subnetworks) -> None:
     """Refuse a decomposition that the last steps have blown up; the last checkpoint stays."""
     for name, parameter in decomposition.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l3d.decomposition.chunked import Chunks
 from l3d.decomposition.objective import n_kept
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import Gradients
 from l3d.training.candidates import FLAT, ProbeGradients, Residuals, learn
 from l3d.training.settings import Settings
@@ -105,7 +105,7 @@ class Code(NamedTuple):
 
 
 @torch.no_grad()
-def exchange(samples: ProbeGradients, decomposition: Decomposition, k: float, generator: torch.Generator) -> Tensor:
+def exchange(samples: ProbeGradients, decomposition: Subnetworks, k: float, generator: torch.Generator) -> Tensor:
     """Set subnetworks anew that are worth less than what can take their place; encoder and decoder alike.
 
     Half of the samples, drawn at random, are learned from and chosen by; the other half confirms. The gradients are on

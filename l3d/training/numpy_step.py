@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l3d.decomposition.directions import Directions, Tucker
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.training.optimizer import RelativeAdam
 from l3d_kernels import reference
 
@@ -47,7 +47,7 @@ class SmallSteps:
         n_groups: of directions side by side, each with its own top-k and loss.
     """
 
-    def __init__(self, decomposition: Decomposition, optimizer: RelativeAdam, n_groups: int = 1) -> None:
+    def __init__(self, decomposition: Subnetworks, optimizer: RelativeAdam, n_groups: int = 1) -> None:
         self.optimizer, self.n_groups = optimizer, n_groups
         encoder, decoder = decomposition.encoder, decomposition.decoder
         self.n_directions = encoder.n_subnetworks

@@ -14,28 +14,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from l3d.analysis.controls import shuffled
 from l3d.callbacks import Callback
 from l3d.data.arguments import check_whole
 from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
-from l3d.decomposition.chunked import Chunks, objective_in_chunks
+from l3d.decomposition.chunked import objective_in_chunks
 from l3d.decomposition.directions import default_ranks
 from l3d.decomposition.flat import flattened, is_small
 from l3d.decomposition.objective import Objective, n_kept, objective
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.distributed.process_group import Ranks
 from l3d.gradients.ahead import Ahead
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
 from l3d.gradients.microbatch import Microbatches, in_chunks
 from l3d.gradients.model import to_device
 from l3d.gradients.precision import own_precision
+from l3d.gradients.shuffled import shuffled
 from l3d.storage import store
 from l3d.storage.identity import identity
 from l3d.storage.lock import release
 from l3d.training.candidates import ProbeGradients
-from l3d.training.checkpoints import save
 from l3d.training.checks import NothingToLearnError, check_finite, dtype_of_sums, finite_losses, naming_step
 from l3d.training.exchange import Probe, exchange
 from l3d.training.gradient_cache import Cache, contents
@@ -71,6 +71,7 @@ class Run:
         micro_batch_size: int | None = None,
         recompute: bool = False,
         model_name: str | None = None,
+        build: type[Subnetworks] = Subnetworks,
     ) -> None:
         self.settings, self.extractor, self.device, self.n_restarts = settings, extractor, device, n_restarts
         self.micro_batch_size, self.recompute = micro_batch_size, recompute
@@ -105,10 +106,8 @@ class Run:
         restarts = []
         for i in range(n_restarts):
             start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
-            restarts.append(
-                Decomposition(shapes, n_subnetworks, settings.rank, settings.as_dict(), start, self.columns)
-            )
-        self.decomposition = Decomposition.side_by_side(restarts).to(
+            restarts.append(build(shapes, n_subnetworks, settings.rank, settings.as_dict(), start, self.columns))
+        self.decomposition = build.side_by_side(restarts).to(
             device, dtype_of_sums(settings.dtype, extractor.parameters)
         )
         self.decomposition.base_model = identity(extractor.model, extractor.parameters, model_name)
@@ -212,8 +211,8 @@ class Run:
         d = self.decomposition
         return objective(gradients, d.encoder, d.decoder, k, n_groups=self.n_restarts, backend=self.settings.backend)
 
-    def train(self, callbacks: Sequence[Callback], folder: store.RunFolder | None, checkpoint_every: int) -> None:
-        """Train to the last step; after `check`."""
+    def train(self, callbacks: Sequence[Callback], checkpoint_every: int, save: Callable[[], None]) -> None:
+        """Train to the last step; after `check`. save: writes a checkpoint."""
         if self.probe is not None:
             for step in self.probe.missed(self.step):
                 self.probe.batches.append(self.gradients(step))
@@ -230,8 +229,7 @@ class Run:
                 self.seconds = time.perf_counter() - started
                 with naming_step(self.step - 1):
                     check_finite(self.decomposition)
-                if folder is not None:
-                    save(self, folder)
+                save()
 
     @own_precision()
     def take_step(self, gradients: Gradients | Chunks) -> bool:
@@ -343,14 +341,14 @@ class Run:
         last = [errors[-max(1, len(errors) // 10) :] for errors in every]
         return [sum(errors) / len(errors) if errors else math.inf for errors in last]
 
-    def best(self) -> Decomposition:
+    def best(self) -> Subnetworks:
         """Return the restart of least final error, with its history."""
         errors = self.final_errors()
         index = errors.index(min(errors))
         if self.ranks is None:
             best = self.decomposition.part(index, self.n_restarts)
         else:
-            best = self.ranks.whole(self.decomposition, self.settings.n_subnetworks) or self.decomposition
+            best = self.decomposition.gathered(self.ranks, self.settings.n_subnetworks) or self.decomposition
         if self.settings.dtype == "bfloat16":
             best = best.to(torch.bfloat16)
         best.restart_errors = errors

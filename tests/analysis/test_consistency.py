@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from l3d.analysis.consistency import consistency, match
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 
 from helpers import assert_relative
 

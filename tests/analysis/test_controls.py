@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.analysis.controls import redrawn, shuffled
+from l3d.analysis.controls import redrawn
 from l3d.gradients.factors import Dense, Rows
+from l3d.gradients.shuffled import shuffled
 
 from helpers import assert_relative
 

@@ -12,7 +12,7 @@ import l3d
 from l3d.analysis.description import N_MOVED, N_REFERENCES, N_SHOWN, default_rows
 from l3d.analysis.view import View
 from l3d.analysis.words import N_ENTRIES
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 
 from helpers import assert_relative
 from test_logits import Classifier, OneWay, Tiny

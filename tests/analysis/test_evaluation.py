@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 
 from helpers import Root, assert_relative
 

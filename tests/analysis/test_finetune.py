@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 
 from helpers import assert_relative
 

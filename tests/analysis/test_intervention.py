@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 from l3d.zoo import resnet20
 
 from helpers import assert_relative

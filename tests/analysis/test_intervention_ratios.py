@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import l3d
 from l3d.analysis.intervention_ratios import InterventionRatios, alike
+from l3d.api import Decomposition
 from l3d.cli.main import main
 from l3d.data.readers import TokenRows
-from l3d.decomposition.subnetworks import Decomposition
 
 from helpers import assert_relative
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import l3d
 from l3d.analysis.logits import METHODS, move, move_many
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 
 from helpers import assert_relative
 

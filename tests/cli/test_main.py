@@ -13,7 +13,8 @@ import yaml
 
 import l3d
 import l3d.toys
-from l3d.cli.main import COMMANDS, main
+from l3d.cli.main import main
+from l3d.cli.parser import COMMANDS
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

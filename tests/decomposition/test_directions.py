@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from l3d.api import Decomposition
 from l3d.decomposition import directions as directions_module
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole, resolve_ranks
-from l3d.decomposition.subnetworks import Decomposition
 
 from helpers import assert_relative
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from l3d.api import Decomposition
 from l3d.decomposition import flat
 from l3d.decomposition.objective import Objective, objective
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.extract import extract_gradients
 
 from helpers import assert_relative

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import l3d
 import l3d_kernels as lk
+from l3d.api import Decomposition
 from l3d.decomposition import costs
 from l3d.decomposition import directions as directions_module
 from l3d.decomposition import flat as flat_module
 from l3d.decomposition.costs import Path, Sizes
 from l3d.decomposition.directions import Directions, LowRank, Whole
 from l3d.decomposition.objective import Objective, energy, n_kept, objective
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.factors import Gradients, Rows
 from l3d_kernels import reference
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import l3d
+from l3d.api import Decomposition
 from l3d.decomposition import flat
 from l3d.decomposition.costs import Path
 from l3d.decomposition.objective import objective
-from l3d.decomposition.subnetworks import Decomposition
 from l3d_kernels.kernels.topk import radix
 
 from tools import launches

@@ -17,7 +17,7 @@ from torch import nn
 
 import l3d
 import l3d_kernels
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 
 TENSORS, HEADER = "decomposition.safetensors", "decomposition.json"
 SHAPES = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import l3d
+from l3d.api import Decomposition
 from l3d.cli.main import main
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.studies.paper import NAMES, measure, studies
 
 FIGURES = {

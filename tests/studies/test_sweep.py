@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import l3d
+from l3d.api import Decomposition
 from l3d.cli.main import main
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.studies.sweep import Point, points, records, run_sweep, to_markdown, write_results
 
 SHAPES = {"w": torch.Size([4, 3])}

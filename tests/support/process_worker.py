@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 from l3d.distributed import process_group as processes
 from l3d.training import history as progress
 from l3d.training import run as run_module

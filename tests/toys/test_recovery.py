@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 from l3d.storage.files import replace_between
 from l3d.studies.recovery_suite import EXPERIMENTS, LABELS, Experiment, run_suite, short, to_markdown
 from l3d.toys import Network, Superposition, Toy, grouped_features, make, recipes, signed_features

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 from l3d.toys import Superposition, Toy, make, one_thread, sparse_features
 from l3d.toys.networks import split_scale
 

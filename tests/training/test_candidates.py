@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import l3d.training.candidates
-from l3d.decomposition.chunked import Chunks
 from l3d.decomposition.directions import Directions, Rank, resolve_ranks
+from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.training.candidates import NO_CHUNKS, ProbeGradients, Residuals, learn
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import l3d
-from l3d.decomposition.subnetworks import Decomposition
+from l3d.api import Decomposition
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Gradients, Rows
 from l3d.training import gradient_cache as cache_module

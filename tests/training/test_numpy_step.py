@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import l3d
+from l3d.api import Decomposition
 from l3d.decomposition import flat
 from l3d.decomposition.flat import flattened
 from l3d.decomposition.objective import n_kept, objective
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.factors import Gradients
 from l3d.training.numpy_step import SmallSteps, has_pairs_only
 from l3d.training.optimizer import RelativeAdam

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import l3d
+from l3d.api import Decomposition
 from l3d.data.batches import mix
 from l3d.data.sources import load_data, load_model
 from l3d.decomposition.objective import objective
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.training import history as progress
 from l3d.training import start
 from l3d.training.history import COLUMNS

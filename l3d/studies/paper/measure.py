@@ -8,8 +8,8 @@ from torch import Tensor
 
 from l3d.analysis.consistency import match
 from l3d.analysis.intervention import intervene
+from l3d.api import Decomposition
 from l3d.decomposition.directions import Directions
-from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.model import Params
 from l3d.toys import Deep, Toy
 from l3d.toys.recovery import cosines

@@ -13,7 +13,7 @@ from l3d.toys import Toy, recovery
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from l3d.decomposition.subnetworks import Decomposition
+    from l3d.api import Decomposition
 
 
 class Picture(NamedTuple):

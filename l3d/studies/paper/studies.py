@@ -15,8 +15,8 @@ from l3d.toys import Toy, make, one_thread, recovery
 from l3d.train import decompose
 
 if TYPE_CHECKING:
+    from l3d.api import Decomposition
     from l3d.decomposition.directions import Directions
-    from l3d.decomposition.subnetworks import Decomposition
 
 SEEDS = 3  # toy networks that errors against rank or K are averaged over
 

@@ -1,0 +1,302 @@
+"""What the command line `l3d` accepts, what its --help says, and how it explains a value that it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonargparse
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+from l3d.cli import options
+from l3d.cli.options import Option
+
+_LOADER = "l3d-yaml"
+_SLICE = re.compile(r"-?\d*:-?\d*")
+_DESCRIPTION = """\
+Decompose a neural network in parameter space into low-rank subnetworks, each active on few inputs
+(local loss landscape decomposition)."""
+_EPILOG = """\
+start with:       l3d toy tms
+options of each:  l3d COMMAND --help
+after an error:   L3D_DEBUG=1 l3d ... shows where it came from"""
+_CONFIG = "Read options from a YAML file; what stands after it on the command line overrides it."
+
+
+class Command(NamedTuple):
+    """One subcommand, as its --help shows it."""
+
+    summary: str
+    usage: str
+    description: str
+    groups: dict[str, Iterable[Option]]
+    examples: str
+
+
+COMMANDS = {
+    "toy": Command(
+        "decompose a toy model whose true parts are known",
+        "l3d toy NAME [options]",
+        """\
+Make a toy model whose true parts are known, decompose it, and say how well they were found: mmcs is the
+mean over the true features of the largest |cosine| with a subnetwork; 1 is perfect. Where an option is not
+given, the toy's own setting holds. NAME all runs every toy over several seeds and writes a table, with the
+published figures beside the measured ones, to DIR/table.md and DIR/results.json.""",
+        {
+            "toy": [
+                options.TOY,
+                options.TOY_SEED,
+                options.REDRAWN,
+                options.WEIGHTS_SEED,
+                options.SEEDS,
+                options.README,
+            ],
+            "what is learned": options.unset(options.LEARNED),
+            "training": options.unset(options.TRAINING),
+            "machine": options.unset(options.MACHINE),
+            "results": [
+                options.EVALUATE_ROWS,
+                options.DESCRIBE,
+                options.LOG,
+                options.out("runs/NAME"),
+                options.OVERWRITE,
+            ],
+        },
+        """\
+examples:
+  l3d toy tms
+  l3d toy tms --preset published --out runs/tms-published
+  l3d toy high_rank --rank 5 --out runs/groups
+  l3d toy tms --steps 200 --seed 3 --out runs/quick --overwrite
+  l3d toy all --seeds 10 --out runs/toys""",
+    ),
+    "decompose": Command(
+        "decompose your model on your data",
+        "l3d decompose --model SPEC --data SPEC [options]",
+        """\
+Decompose a model's parameters on data: learn directions in parameter space of which few are needed to
+rebuild each sample's gradient of the divergence between its output and a reference output.
+The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no better than nothing.""",
+        {
+            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT, options.REDRAWN, options.WEIGHTS_SEED),
+            "what is learned": options.LEARNED,
+            "training": options.TRAINING,
+            "memory": options.MEMORY,
+            "machine": options.MACHINE,
+            "results": [
+                options.EVALUATE_ROWS,
+                options.DESCRIBE,
+                options.LOG,
+                options.out("runs/decompose"),
+                options.OVERWRITE,
+                options.DRY_RUN,
+            ],
+        },
+        """\
+examples:
+  l3d decompose --model hf:stories260k --data text:stories.txt --params 'model.layers.2.self_attn.*' \\
+      --divergence kl --n_subnetworks 100 --rank 6 --steps 2000 --held_out 200 --out runs/attention
+  l3d decompose --model python:l3d.zoo:resnet20 --model_args.weights resnet20.safetensors \\
+      --data npz:cifar10.npz --data_args.mean '[.485,.456,.406]' --data_args.std '[.229,.224,.225]' \\
+      --params 'layer3.*.conv*' --divergence kl --out runs/resnet
+  l3d decompose --config runs/attention/config.yaml --seed 1 --out runs/attention-1
+  l3d decompose --config runs/attention/config.yaml --batch_size 64 --dry_run
+  torchrun --nproc_per_node 2 -m l3d decompose --config runs/attention/config.yaml --out runs/attention-2""",
+    ),
+    "evaluate": Command(
+        "evaluate a decomposition again, also on other data",
+        "l3d evaluate RUN [options]",
+        """\
+Load a run's model and data again, evaluate its decomposition, and put the figures into RUN/metrics.json.
+This runs the code that RUN/config.yaml names: only evaluate run folders you trust.""",
+        {
+            "run": [options.RUN],
+            "instead of the run's own": (
+                *options.unset((*options.DATA, options.EVALUATE_ROWS, options.DESCRIBE)),
+                options.DEVICE,
+                options.ANY_WEIGHTS,
+            ),
+            "results": [options.COPY],
+        },
+        """\
+examples:
+  l3d evaluate runs/attention
+  l3d evaluate runs/attention --data text:other.txt --data_args.length 16 --out runs/attention-other""",
+    ),
+    "resume": Command(
+        "go on with an interrupted run from its last checkpoint",
+        "l3d resume RUN [options]",
+        """\
+Go on with an interrupted `l3d toy` or `l3d decompose` from its last checkpoint, with its own settings.
+This runs the code that RUN/config.yaml names: only resume run folders you trust.""",
+        {"run": [options.RUN], "results": [options.COPY]},
+        "example:\n  l3d resume runs/attention",
+    ),
+    "sweep": Command(
+        "many runs over k, K, rank and seed",
+        "l3d sweep --over.NAME '[VALUE,..]' (--toy NAME | --model SPEC --data SPEC) [options]",
+        """\
+Decompose one model many times: every combination of the values given by --over. Each is a run folder in
+DIR/runs; DIR/table.md, sweep.json and error-kept.svg say what they come to. In the same --out finished
+runs are kept, an interrupted one goes on, and values may be added. Runs that differ in the seed alone are
+compared: alike is the mean |cosine| of subnetworks matched one to one.""",
+        {
+            "sweep": [options.OVER, options.TOY_MODEL, options.RANDOM_WEIGHTS],
+            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT),
+            "what is learned": options.unset(options.LEARNED),
+            "training": options.unset(options.TRAINING),
+            "machine": options.unset(options.MACHINE),
+            "results": [options.EVALUATE_ROWS, options.folder("runs/sweep")],
+        },
+        """\
+examples:
+  l3d sweep --toy tms --over.k '[.05,.1,.2]' --over.seed '[0,1,2]' --random_weights
+  l3d sweep --model hf:stories260k --data text:stories.txt --params 'model.layers.2.self_attn.*' \\
+      --divergence kl --steps 500 --over.n_subnetworks '[50,100]' --over.rank '[4,auto]' --out runs/sizes""",
+    ),
+    "intervene": Command(
+        "measure what moving along each subnetwork changes",
+        "l3d intervene RUN [options]",
+        """\
+For each subnetwork: how far outputs move with the weights along it, on samples it is active for and on the
+rest, over a sweep of distances; and the same for a random direction of its norm and rank. Writes
+RUN/interventions.json and a plot, and the report again. This runs the code that RUN/config.yaml names.""",
+        {
+            "run": [options.RUN],
+            "what is measured": [options.INTERVENE_ROWS, options.SAMPLES, options.CONTROL, options.ANY_WEIGHTS],
+            "results": [options.COPY],
+        },
+        """\
+examples:
+  l3d intervene runs/attention
+  l3d intervene runs/attention --control runs/attention-shuffled --samples 64""",
+    ),
+    "paper": Command(
+        "make the paper's figures again",
+        "l3d paper NAME [options]",
+        """\
+Make the figures of one of the paper's toy studies again: SVG and PNG files, figures.json with the numbers in
+them, and index.html, a page of them all.""",
+        {
+            "figures": [options.PAPER, options.PAPER_SEED],
+            "results": [options.folder("runs/paper-NAME"), options.OVERWRITE],
+        },
+        "examples:\n  l3d paper tms\n  l3d paper squared --seed 1 --out runs/squared-1",
+    ),
+    "report": Command(
+        "write a run's report.html again",
+        "l3d report RUN [options]",
+        "Write RUN/report.html again from what the run folder holds; neither model nor data are needed.",
+        {"run": [options.RUN], "results": [options.COPY]},
+        "example:\n  l3d report runs/attention",
+    ),
+}
+
+
+class _Help(DefaultHelpFormatter):
+    """Keep the line breaks of descriptions and epilogs, and show values instead of Python types."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.splitlines())
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+
+def read_settings(command: str, run: Path) -> dict[str, Any]:
+    """Read and check RUN/config.yaml as `l3d COMMAND --config` would."""
+    path = run / "config.yaml"
+    try:
+        return parse([command, "--config", str(path)])[command]
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{path}: {explain(error)}") from error
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    arguments = ["--dry_run" if argument == "--dry-run" else argument for argument in arguments]
+    parsed = _parser().parse_args(arguments).as_dict()
+    parsed[parsed["command"]].pop("config", None)
+    return _plain(parsed)
+
+
+def _plain(value: Any) -> Any:
+    """Turn jsonargparse's own kinds of numbers into Python's, which YAML and everything else can write."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
+
+
+def _parser() -> ArgumentParser:
+    jsonargparse.set_loader(_LOADER, _load_yaml, exceptions=(yaml.YAMLError,))
+    parser = _new_parser(usage="l3d COMMAND ...", description=_DESCRIPTION, epilog=_EPILOG)
+    added = parser.add_subcommands(dest="command", required=True, title="commands")
+    for name, command in COMMANDS.items():
+        subparser = _new_parser(command.usage, command.description, command.examples)
+        subparser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help=_CONFIG)
+        for title, group in command.groups.items():
+            _add(subparser.add_argument_group(title), group)
+        added.add_subcommand(name, subparser, help=command.summary)
+    return parser
+
+
+def _new_parser(usage: str, description: str, epilog: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog="l3d",
+        usage=usage,
+        description=description,
+        epilog=epilog,
+        formatter_class=_Help,
+        exit_on_error=False,
+        parser_mode=_LOADER,
+        default_env=False,
+    )
+
+
+def _add(group: Any, added: Iterable[Option]) -> None:
+    for option in added:
+        text = option.help.replace("%", "%%")
+        if option.positional:
+            group.add_argument(option.name, type=option.type, metavar=option.values, help=text)
+        elif option.type is bool:
+            group.add_argument(f"--{option.name}", action="store_true", help=text)
+        else:
+            text += "" if option.default in (None, {}) else " Default: %(default)s."
+            name, kind = f"--{option.name}", option.type
+            group.add_argument(name, type=kind, default=option.default, metavar=option.values, help=text)
+
+
+def _load_yaml(text: str) -> Any:
+    """Read a value as YAML, except for what YAML would mistake: slices (10:20 is 620 to it) and signs."""
+    stripped = text.strip()
+    if _SLICE.fullmatch(stripped):
+        return stripped
+    value = jsonargparse.get_loader("yaml")(text)
+    return text if value is None and stripped not in ("null", "~", "") else value
+
+
+def explain(error: argparse.ArgumentError) -> str:
+    """Put a message of jsonargparse, which can fill a screen, into one line that says what was expected."""
+    message = str(error).removeprefix("argument command: ")
+    if message.startswith('expected "command" to be one of'):
+        return f"expected one of {', '.join(COMMANDS)}"
+    missing = re.search(r"arguments are required: (?:\w+\.)?(\w+)$", message)
+    if missing:
+        return f"{missing[1].upper()} is required"
+    refused = re.match(r'Parser key "(?:\w+\.)*?(\w+)":\s*(.*)', message, re.DOTALL)
+    if refused is None:
+        return message
+    name, reason = refused.groups()
+    expected = options.expected(name)
+    given = re.findall(r"(?:Given|Got) value: (.*)", reason) or re.findall(r"(\S+) does not conform", reason)
+    if expected is None or not given:
+        return f"--{name}: {reason}"
+    return f"--{name}: expected {expected}, got {given[-1]}"
