@@ -1,4 +1,4 @@
-"""A training step's loss and gradients from a batch that is never at hand whole: in chunks of samples, over ranks.
+"""A training step's loss and gradients from a batch that is never at hand whole: in chunks of samples, over processes.
 
 Batch top-k looks at the whole batch, so there are two passes over it: the first for the coefficients [S, K], without
 autograd, after which it is known what is kept; the second, chunk by chunk, for the products of the kept pairs and
@@ -18,7 +18,7 @@ from l3d.decomposition.costs import Path, choose_paths
 from l3d.decomposition.directions import Directions, Whole
 from l3d.decomposition.objective import Objective, at_pairs, energy, everywhere, n_kept
 from l3d.decomposition.project import project
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.chunks import Chunks
 from l3d_kernels.sparse import sparse_coefficients
 from l3d_kernels.topk import batch_topk_over_columns
@@ -31,12 +31,12 @@ def objective_in_chunks(
     k: float,
     *,
     n_groups: int = 1,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Objective, list[Tensor]]:
     """Compute the loss of a batch at the kept fraction k, and its derivatives by every tensor.
 
-    The decoder's come first, then the encoder's, as in a decomposition. With ranks, encoder and decoder are this
+    The decoder's come first, then the encoder's, as in a decomposition. With several processes, both sides are this
     rank's share of the directions, and so are what is kept and the derivatives; loss and residual are the whole's.
     Nothing of the result is differentiable.
     """
@@ -50,14 +50,14 @@ def objective_in_chunks(
             coefficients.append(project(chunk, (encoder,), paths[-1], chunk.shapes, backend))
             norms.append(chunk.squared_norm(backend))
         chunks.sizes = [len(each) for each in norms]
-        kept = _kept(torch.cat(coefficients), k, n_groups, ranks, backend)
+        kept = _kept(torch.cat(coefficients), k, n_groups, group, backend)
         squared_norms = torch.cat(norms)
-        if ranks is not None:  # they may have been computed by different paths, but have to be the same
-            squared_norms = ranks.stacked(squared_norms)[0]
+        if group is not None:  # they may have been computed by different paths, but have to be the same
+            squared_norms = group.stacked(squared_norms)[0]
     squared_norm = squared_norms.sum()
 
     leaf = kept.values.detach().requires_grad_()
-    energies, d_leaf, d_decoder = _energy(kept._replace(values=leaf), leaf, decoder, n_groups, ranks, backend)
+    energies, d_leaf, d_decoder = _energy(kept._replace(values=leaf), leaf, decoder, n_groups, group, backend)
     totals = d_decoder + [torch.zeros_like(p) for p in encoder.parameters()]
 
     products = torch.zeros_like(leaf)  # c·<Vout, g> at the kept pairs
@@ -77,8 +77,8 @@ def objective_in_chunks(
                 total += own
     explained = kept._replace(values=products).dense().unflatten(1, (n_groups, -1)).sum(2)
     residual = energies - 2 * explained  # [S, groups], of this rank's subnetworks
-    if ranks is not None:
-        residual = ranks.total(residual)
+    if group is not None:
+        residual = group.total(residual)
     residual = squared_norms[:, None] + residual
     loss = residual.sum(0) / squared_norm
     if n_groups == 1:
@@ -86,13 +86,15 @@ def objective_in_chunks(
     return Objective(loss, kept, squared_norm, residual), [total / squared_norm for total in totals]
 
 
-def _kept(coefficients: Tensor, k: float, n_groups: int, ranks: Ranks | None, backend: str) -> lk.SparseCoefficients:
+def _kept(
+    coefficients: Tensor, k: float, n_groups: int, group: ProcessGroup | None, backend: str
+) -> lk.SparseCoefficients:
     """Choose what is kept of the whole batch: [S, K], or of this rank's columns of it."""
     n_samples, n_columns = coefficients.shape
-    if ranks is None:
+    if group is None:
         return lk.batch_topk(coefficients, n_kept(k, n_samples, n_columns // n_groups), n_groups, backend=backend)
-    n = n_kept(k, n_samples, int(ranks.total(torch.tensor(n_columns, device=coefficients.device))))
-    return batch_topk_over_columns(coefficients, n, ranks.rank, ranks.stacked)
+    n = n_kept(k, n_samples, int(group.total(torch.tensor(n_columns, device=coefficients.device))))
+    return batch_topk_over_columns(coefficients, n, group.rank, group.stacked)
 
 
 def _between(kept: lk.SparseCoefficients, start: int, stop: int, entries: slice) -> lk.SparseCoefficients:
@@ -102,20 +104,25 @@ def _between(kept: lk.SparseCoefficients, start: int, stop: int, entries: slice)
 
 
 def _energy(
-    kept: lk.SparseCoefficients, leaf: Tensor, decoder: Directions, n_groups: int, ranks: Ranks | None, backend: str
+    kept: lk.SparseCoefficients,
+    leaf: Tensor,
+    decoder: Directions,
+    n_groups: int,
+    group: ProcessGroup | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return ‖ĝ_s‖² [S, groups], or this rank's share of it, and the whole's derivatives by `leaf` and the decoder."""
     variables = [leaf, *decoder.parameters()]
     own = energy(kept, decoder, None, n_groups, backend)
     totals = _derivatives(own.sum(), variables)
     value = own.detach()
-    if ranks is None:
+    if group is None:
         return value, totals[0], totals[1:]
     used = kept.columns.unique()
     payload = [kept.dense().detach()[:, used].mT]  # [n, S] coefficients, then the directions' factors
     for _, piece in decoder.items():
         payload += [piece.vector[used]] if isinstance(piece, Whole) else [each[used] for each in piece.factors()]
-    for coefficients, *factors in ranks.visitors([each.detach() for each in payload]):
+    for coefficients, *factors in group.visitors([each.detach() for each in payload]):
         if not len(used):
             continue
         gram = _cross_gram(decoder, used, iter(factors), backend)  # [n, own n]

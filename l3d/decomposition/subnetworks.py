@@ -14,7 +14,7 @@ from l3d.decomposition.costs import choose_paths
 from l3d.decomposition.directions import Directions, Rank, resolve_ranks
 from l3d.decomposition.objective import objective
 from l3d.decomposition.project import project
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.factors import Gradients
 from l3d.gradients.model import exact_pattern
 from l3d.gradients.precision import own_precision
@@ -112,15 +112,15 @@ class Subnetworks(nn.Module):
         part.base_model = self.base_model
         return part
 
-    def gathered(self, ranks: Ranks, n_subnetworks: int) -> Self | None:
+    def gathered(self, group: ProcessGroup, n_subnetworks: int) -> Self | None:
         """Return all subnetworks, of which every process holds a share, on the first one's CPU; None on the others."""
         whole = None
-        if ranks.rank == 0:
+        if group.rank == 0:
             like = torch.empty(0, dtype=next(self.parameters()).dtype)
             whole = self.empty(self.shapes, n_subnetworks, self.ranks, self.settings, like)
             whole.base_model = self.base_model
         for name, parameter in self.named_parameters():
-            collected = ranks.collect(parameter)
+            collected = group.collect(parameter)
             if whole is not None and collected is not None:
                 whole.get_parameter(name).data.copy_(collected)
         return whole

@@ -35,17 +35,17 @@ TIMEOUT = timedelta(hours=2)
 T = TypeVar("T")
 
 
-class Ranks:
+class ProcessGroup:
     """This process among several."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @staticmethod
-    def current() -> "Ranks | None":
+    def current() -> "ProcessGroup | None":
         """Return the processes of torch.distributed's default group; None where there is but one."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return Ranks()
+            return ProcessGroup()
         return None
 
     def share(self, n: int) -> slice:
@@ -130,7 +130,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def start() -> Ranks | None:
+def start() -> ProcessGroup | None:
     """Join the processes that torchrun has started beside this one; None where it has not."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
@@ -141,7 +141,7 @@ def start() -> Ranks | None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
-    return Ranks.current()
+    return ProcessGroup.current()
 
 
 def leave() -> None:

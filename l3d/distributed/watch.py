@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from l3d.distributed import process_group as processes
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 
 BEAT = 1.0  # seconds between heartbeats
 SILENCE = 20.0  # seconds without one after which a rank counts as dead
@@ -48,14 +48,14 @@ def together(advice: Callable[[str], str]) -> Iterator[None]:
 
 
 @contextmanager
-def watching(ranks: Ranks, advice: Callable[[], str]) -> Iterator[None]:
+def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
     """While the block runs, end this process when another one has ended or SIGTERM comes; say `advice()` then.
 
     A failing collective operation, which is how gloo tells, ends in the same way.
     """
 
     def end(reason: str, status: int) -> None:
-        print(f"l3d: rank {ranks.rank}: {reason}; {advice()}", file=sys.stderr, flush=True)
+        print(f"l3d: rank {group.rank}: {reason}; {advice()}", file=sys.stderr, flush=True)
         os._exit(status)  # not sys.exit: the main thread may wait in a collective operation forever
 
     done = threading.Event()
@@ -65,7 +65,7 @@ def watching(ranks: Ranks, advice: Callable[[], str]) -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threads = [
         threading.Thread(target=_answer_signals, args=(reader, end), daemon=True),
-        threading.Thread(target=_beat, args=(ranks, done, end), daemon=True),
+        threading.Thread(target=_beat, args=(group, done, end), daemon=True),
     ]
     for thread in threads:
         thread.start()
@@ -96,7 +96,7 @@ def _answer_signals(reader: socket.socket, end: Callable[[str, int], None]) -> N
             end("told to end (SIGTERM), as torchrun does when another process has ended", STATUS)
 
 
-def _beat(ranks: Ranks, done: threading.Event, end: Callable[[str, int], None]) -> None:
+def _beat(group: ProcessGroup, done: threading.Event, end: Callable[[str, int], None]) -> None:
     """Count this rank's heartbeat up and watch the others', until `done`."""
     try:
         store = dist.TCPStore(
@@ -106,16 +106,16 @@ def _beat(ranks: Ranks, done: threading.Event, end: Callable[[str, int], None]) 
             wait_for_workers=False,
             timeout=timedelta(seconds=SILENCE),
         )  # a connection of its own: another may be blocked
-        last = {rank: (0, time.monotonic()) for rank in range(ranks.size) if rank != ranks.rank}
+        last = {rank: (0, time.monotonic()) for rank in range(group.size) if rank != group.rank}
         while not done.wait(BEAT):
-            store.add(f"l3d/beat/{ranks.rank}", 1)
+            store.add(f"l3d/beat/{group.rank}", 1)
             for rank, (count, since) in last.items():
                 found = store.add(f"l3d/beat/{rank}", 0)
                 if found != count:
                     last[rank] = (found, time.monotonic())
                 elif time.monotonic() - since > SILENCE and not store.check([f"l3d/done/{rank}"]):
                     end(f"rank {rank} has given no sign of life for {SILENCE:.0f} s", STATUS)
-        store.set(f"l3d/done/{ranks.rank}", "1")
+        store.set(f"l3d/done/{group.rank}", "1")
     except (RuntimeError, OSError) as error:
         if not done.is_set():
             end(f"the process that holds the run's store has ended ({str(error).splitlines()[0]})", STATUS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l3d.data.batch import count_rows_of, without_label
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
@@ -36,10 +36,10 @@ class Microbatches:
         batch: Any,
         generator: Callable[[], torch.Generator],
         size: int | None,
-        ranks: Ranks | None,
+        group: ProcessGroup | None,
     ) -> None:
-        self.extractor, self.batch, self.generator, self.ranks = extractor, batch, generator, ranks
-        self.whole = size is None and ranks is None
+        self.extractor, self.batch, self.generator, self.group = extractor, batch, generator, group
+        self.whole = size is None and group is None
         self.n_rows = 1 if self.whole else count_rows_of(batch)
         self.size = self.n_rows if size is None else size
         mask = None if self.whole else padding_mask(without_label(batch), extractor.model)
@@ -58,39 +58,39 @@ class Microbatches:
             return self.extractor(self.batch, self.generator())
         rows, split = self._rows(index)
         gradients = self.extractor(rows_of(self.batch, rows), self.generator(), self._share(rows, split))
-        return gather_gradients(self.ranks, gradients) if self.ranks is not None and split else gradients
+        return gather_gradients(self.group, gradients) if self.group is not None and split else gradients
 
     def _outputs(self, index: int) -> Tensor:
         rows, split = self._rows(index)
         share = Share(rows.start, self.n_rows, lambda own: own, self.padded)
         outputs = self.extractor.outputs(rows_of(self.batch, rows), self.generator(), share)
-        return self.ranks.gather(outputs) if self.ranks is not None and split else outputs
+        return self.group.gather(outputs) if self.group is not None and split else outputs
 
     def _rows(self, index: int) -> tuple[slice, bool]:
         """Return which rows this rank extracts of a chunk, and whether the others extract others."""
         start, stop = index * self.size, min(self.n_rows, (index + 1) * self.size)
-        if self.ranks is None or stop - start < self.ranks.size:  # too few to split: every rank extracts them all
+        if self.group is None or stop - start < self.group.size:  # too few to split: every rank extracts them all
             return slice(start, stop), False
-        own = self.ranks.share(stop - start)
+        own = self.group.share(stop - start)
         return slice(start + own.start, start + own.stop), True
 
     def _share(self, rows: slice, split: bool) -> Share | None:
         if self.outputs is not None:
             outputs = self.outputs
             return Share(rows.start, self.n_rows, lambda own: outputs, self.padded)
-        if self.ranks is not None and split:
-            return Share(rows.start, self.n_rows, self.ranks.gather, self.padded)
+        if self.group is not None and split:
+            return Share(rows.start, self.n_rows, self.group.gather, self.padded)
         return None if len(self) == 1 else Share(rows.start, self.n_rows, lambda own: own, self.padded)
 
 
-def gather_gradients(ranks: Ranks, own: Gradients) -> Gradients:
+def gather_gradients(group: ProcessGroup, own: Gradients) -> Gradients:
     """Append every rank's samples; a tensor that parts share travels once."""
     done: dict[Place, Tensor] = {}
 
     def gathered(tensor: Tensor) -> Tensor:
         place = place_of(tensor)
         if place not in done:
-            done[place] = ranks.gather(tensor)
+            done[place] = group.gather(tensor)
         return done[place]
 
     def whole(part: Part) -> Part:
@@ -99,7 +99,7 @@ def gather_gradients(ranks: Ranks, own: Gradients) -> Gradients:
         return Rows(gathered(part.x), gathered(part.dy), part.x_axis)
 
     parts = {name: [whole(part) for part in parts] for name, parts in own.parts.items()}
-    n_samples = int(ranks.total(torch.tensor(own.n_samples, device=own.device)))
+    n_samples = int(group.total(torch.tensor(own.n_samples, device=own.device)))
     return Gradients(parts, own.shapes, n_samples, own.dtype, own.device)
 
 

@@ -20,9 +20,9 @@ def save(run: "Run", folder: store.RunFolder) -> None:
     tensors, values = run.optimizer.state()
     state = {"optimizer": values, "recorder": run.recorder.state(), "seen": _seen(run)}
     decomposition: Subnetworks | None = run.decomposition
-    if run.ranks is not None:
-        decomposition = run.decomposition.gathered(run.ranks, run.settings.n_subnetworks)
-        collected = {name: t if name.startswith("scale") else run.ranks.collect(t) for name, t in tensors.items()}
+    if run.group is not None:
+        decomposition = run.decomposition.gathered(run.group, run.settings.n_subnetworks)
+        collected = {name: t if name.startswith("scale") else run.group.collect(t) for name, t in tensors.items()}
         tensors = {name: tensor for name, tensor in collected.items() if tensor is not None}
     if decomposition is None:
         return  # another process writes

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from l3d.data.batch import tensors_of
 from l3d.data.batches import count_rows, take
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
 from l3d.storage.files import read_json, replace_text, replacing
@@ -65,12 +65,12 @@ class Cache:
         n_steps: int,
         extract: Callable[[int], Gradients],
         reads: str = "auto",
-        ranks: Ranks | None = None,
+        group: ProcessGroup | None = None,
         seconds: Callable[[], float] | None = None,
     ) -> None:
         if reads not in READS:
             raise ValueError(f"cache_reads: expected one of {', '.join(READS)}, got {reads!r}")
-        self.path, self.n_steps, self.extract, self.ranks = Path(path), n_steps, extract, ranks
+        self.path, self.n_steps, self.extract, self.group = Path(path), n_steps, extract, group
         self.seconds = seconds
         self.identity = {"format": FORMAT, **identity}
         self.reading: bool | None = {"on": True, "off": False, "auto": None}[reads]
@@ -80,7 +80,7 @@ class Cache:
         self._agreed(self.check)
 
     def _agreed(self, decide: Callable[[], T]) -> T:
-        return decide() if self.ranks is None else self.ranks.agreed(decide)
+        return decide() if self.group is None else self.group.agreed(decide)
 
     def _stored(self, index: int) -> bool:
         return self._agreed(lambda: self._file(index).exists())
@@ -161,7 +161,7 @@ class Cache:
 
     def write(self, index: int, gradients: Gradients) -> None:
         """Store a step's gradients, the whole file or nothing."""
-        if self.ranks is not None and self.ranks.rank > 0:
+        if self.group is not None and self.group.rank > 0:
             return
         if not (self.path / "cache.json").exists():
             self.path.mkdir(parents=True, exist_ok=True)

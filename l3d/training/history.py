@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import l3d_kernels as lk
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 
 COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
 RECORDS = 1000  # rows of history a run keeps at most
@@ -25,13 +25,13 @@ class Kept(NamedTuple):
     shape: tuple[int, int]  # (S, K)
 
     @classmethod
-    def of(cls, kept: lk.SparseCoefficients, ranks: Ranks | None = None, first: int = 0) -> "Kept":
+    def of(cls, kept: lk.SparseCoefficients, group: ProcessGroup | None = None, first: int = 0) -> "Kept":
         """Take it from one process's kept coefficients, whose first subnetwork is `first` of all."""
         n_samples, n_columns = kept.shape
-        if ranks is None:
+        if group is None:
             return cls(kept.rows.numel(), kept.columns, kept.threshold, kept.shape)
-        counts = ranks.total(torch.tensor([kept.rows.numel(), n_columns], device=kept.rows.device)).tolist()
-        columns = ranks.gather(kept.columns.unique() + first)
+        counts = group.total(torch.tensor([kept.rows.numel(), n_columns], device=kept.rows.device)).tolist()
+        columns = group.gather(kept.columns.unique() + first)
         return cls(counts[0], columns, kept.threshold, (n_samples, counts[1]))
 
     @classmethod

@@ -23,7 +23,7 @@ from l3d.decomposition.directions import default_ranks
 from l3d.decomposition.flat import flattened, is_small
 from l3d.decomposition.objective import Objective, n_kept, objective
 from l3d.decomposition.subnetworks import Subnetworks
-from l3d.distributed.process_group import Ranks
+from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.ahead import Ahead
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
@@ -75,20 +75,20 @@ class Run:
     ) -> None:
         self.settings, self.extractor, self.device, self.n_restarts = settings, extractor, device, n_restarts
         self.micro_batch_size, self.recompute = micro_batch_size, recompute
-        self.ranks = Ranks.current()
+        self.group = ProcessGroup.current()
         n_subnetworks = settings.n_subnetworks
-        if self.ranks is not None and (n_restarts > 1 or n_subnetworks < self.ranks.size):
+        if self.group is not None and (n_restarts > 1 or n_subnetworks < self.group.size):
             reason = (
-                "n_restarts: expected 1" if n_restarts > 1 else f"n_subnetworks: expected at least {self.ranks.size}"
+                "n_restarts: expected 1" if n_restarts > 1 else f"n_subnetworks: expected at least {self.group.size}"
             )
-            raise ValueError(f"{reason} with {self.ranks.size} processes, which share the subnetworks of one run")
-        if settings.shuffle and (self.ranks is not None or micro_batch_size is not None):
+            raise ValueError(f"{reason} with {self.group.size} processes, which share the subnetworks of one run")
+        if settings.shuffle and (self.group is not None or micro_batch_size is not None):
             raise ValueError("shuffle: a batch is shuffled whole; leave out micro_batch_size, and run in one process")
-        self.columns = None if self.ranks is None else self.ranks.share(n_subnetworks)  # this process's subnetworks
+        self.columns = None if self.group is None else self.group.share(n_subnetworks)  # this process's subnetworks
         self.cache: Cache | None = None
         self.batches = Batches(data, settings.batch_size, settings.seed)
         self.ahead: Ahead | None = None
-        if micro_batch_size is None and self.ranks is None and self.batches.per_epoch is not None:
+        if micro_batch_size is None and self.group is None and self.batches.per_epoch is not None:
             self.ahead = Ahead(extractor, self.batches, device, self._generator)
         self.step = 0
         self.seconds = 0.0  # spent training, over interruptions
@@ -117,8 +117,8 @@ class Run:
             self.decomposition.parameters(), settings.relative_lr, n_restarts, settings.weight_decay, settings.lazy
         )
         self.small: SmallSteps | None = None  # takes the steps on small batches, from the first of them on
-        if self.ranks is not None and settings.relative_lr:
-            self.optimizer.scales = self.ranks.root_mean_squares(self.optimizer.parameters)
+        if self.group is not None and settings.relative_lr:
+            self.optimizer.scales = self.group.root_mean_squares(self.optimizer.parameters)
 
     def _held(self, gradients: Gradients) -> Gradients:
         """Hold gradients as asked: on the run's device, in bfloat16 if the decomposition is to be."""
@@ -127,7 +127,7 @@ class Run:
 
     def is_first(self) -> bool:
         """Tell whether this is the process that writes and shows."""
-        return self.ranks is None or self.ranks.rank == 0
+        return self.group is None or self.group.rank == 0
 
     def open(
         self, out: str | Path, overwrite: bool, resume: bool, on_start: Callable[[Path], None] | None
@@ -144,7 +144,7 @@ class Run:
                 raise
             return folder
 
-        return opened() if self.ranks is None else self.ranks.agreed(opened)
+        return opened() if self.group is None else self.group.agreed(opened)
 
     def use_cache(self, path: str | Path, n_references: int, reads: str) -> None:
         """Repeat the batches of the first `n_references` epochs, reading them from a store where that is faster."""
@@ -152,11 +152,11 @@ class Run:
         own = contents(self.extractor.model, self.extractor, self.batches.data, self.settings, n_references)
         assert self.batches.per_epoch is not None
         seconds = None if self.ahead is None else self.ahead.seconds
-        self.cache = Cache(path, own, n_references * self.batches.per_epoch, self.extract, reads, self.ranks, seconds)
+        self.cache = Cache(path, own, n_references * self.batches.per_epoch, self.extract, reads, self.group, seconds)
 
     def gradients(self, step: int) -> Gradients | Chunks:
         """Return the gradients of a step's batch, from the cache where there is one."""
-        whole = self.micro_batch_size is None and self.ranks is None
+        whole = self.micro_batch_size is None and self.group is None
         if self.cache is None:
             if not whole:
                 return in_chunks(self._batch(step), not self.recompute, self._held)
@@ -180,7 +180,7 @@ class Run:
 
     def _batch(self, step: int) -> Microbatches:
         inputs = to_device(self.batches[step], self.device)
-        return Microbatches(self.extractor, inputs, lambda: self._generator(step), self.micro_batch_size, self.ranks)
+        return Microbatches(self.extractor, inputs, lambda: self._generator(step), self.micro_batch_size, self.group)
 
     def _generator(self, step: int, purpose: int = 2) -> torch.Generator:
         return torch.Generator().manual_seed(mix(self.settings.seed, purpose, step))
@@ -201,7 +201,7 @@ class Run:
                 "reference: rows are shuffled in training, and a tensor with an output for every sample does not "
                 "follow them; give one output for all, or data of pairs and reference='pair'"
             )
-        if self.ranks is None:  # what others hold cannot be weighed here
+        if self.group is None:  # what others hold cannot be weighed here
             n_entries = sum(p.numel() for p in self.extractor.parameters.values())
             self.probe = Probe(self.settings, n_samples, n_entries)
 
@@ -268,12 +268,12 @@ class Run:
             derivatives = list(torch.autograd.grad(result.loss.sum(), self.optimizer.parameters))
         else:
             result, derivatives = objective_in_chunks(
-                gradients, d.encoder, d.decoder, k, n_groups=groups, ranks=self.ranks, backend=backend
+                gradients, d.encoder, d.decoder, k, n_groups=groups, group=self.group, backend=backend
             )
         losses = finite_losses(result.loss.reshape(-1).tolist(), gradients)
         self.optimizer.step(derivatives, rate, result.kept.columns)
         d.normalize_()
-        return Update(losses, Kept.of(result.kept, self.ranks, self._first_column()), result.residual)
+        return Update(losses, Kept.of(result.kept, self.group, self._first_column()), result.residual)
 
     def _start_from_data(self) -> None:
         """Replace the random start by gradients of the first batch, drawn in proportion to their squared norms."""
@@ -345,10 +345,10 @@ class Run:
         """Return the restart of least final error, with its history."""
         errors = self.final_errors()
         index = errors.index(min(errors))
-        if self.ranks is None:
+        if self.group is None:
             best = self.decomposition.part(index, self.n_restarts)
         else:
-            best = self.decomposition.gathered(self.ranks, self.settings.n_subnetworks) or self.decomposition
+            best = self.decomposition.gathered(self.group, self.settings.n_subnetworks) or self.decomposition
         if self.settings.dtype == "bfloat16":
             best = best.to(torch.bfloat16)
         best.restart_errors = errors

@@ -1,4 +1,4 @@
-"""Ranks from the gradients' own spectrum, against singular values of gradients multiplied out."""
+"""ProcessGroup from the gradients' own spectrum, against singular values of gradients multiplied out."""
 
 from pathlib import Path
 from typing import Any

@@ -64,9 +64,9 @@ def recording(kept: list[Any]) -> Iterator[None]:
     def noting(run: Run, *arguments: Any) -> Any:
         found = update(run, *arguments)
         result = results.pop()
-        result = result[0] if run.micro_batch_size is not None or run.ranks is not None else result
+        result = result[0] if run.micro_batch_size is not None or run.group is not None else result
         entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column()], 1)
-        kept.append(entries if run.ranks is None else run.ranks.gather(entries))
+        kept.append(entries if run.group is None else run.group.gather(entries))
         return found
 
     def held(name: str) -> Any:
