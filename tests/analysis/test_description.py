@@ -15,7 +15,7 @@ from l3d.analysis.words import N_ENTRIES
 from l3d.api import Decomposition
 
 from helpers import assert_relative
-from test_logits import Classifier, OneWay, Tiny
+from small_models import Classifier, OneWay, Tiny
 
 
 def untrained(model: nn.Module, n: int = 4, **settings: Any) -> Decomposition:

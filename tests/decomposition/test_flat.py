@@ -9,7 +9,7 @@ from l3d.decomposition.objective import Objective, objective
 from l3d.gradients.extract import extract_gradients
 
 from helpers import assert_relative
-from test_objective import PROBLEMS, setup, several
+from problems import PROBLEMS, setup, several
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])
