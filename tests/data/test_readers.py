@@ -13,14 +13,6 @@ from l3d.data.sources import load_data
 from helpers import Spelling
 
 
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    """Five 4×3 images of two channels, and five labels."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 2), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5))
-    return tmp_path / "a.npz"
-
-
 def test_windows_and_tails_rebuild_each_text() -> None:
     """Without BOS, the rows of a text joined are that text, less a tail shorter than a row."""
     texts = ["abcdefgh", "ab", "ijklmnopq"]
