@@ -12,6 +12,9 @@ import l3d
 
 from browser import Browser, find_chromium
 
+# as in a test file, a failing assert of theirs then shows the values it compared
+pytest.register_assert_rewrite("extraction", "helpers", "layer_checks", "tools", "training_runs")
+
 NO_DATA = "data absent"
 NO_GPU = "no GPU"
 NO_BROWSER = "no browser"

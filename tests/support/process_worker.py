@@ -77,7 +77,7 @@ def recording(kept: list[Any]) -> Iterator[None]:
         return call
 
     run_module.objective, run_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
-    # steps in numpy do not list what they keep; tests/test_small.py holds them to those that do
+    # steps in numpy do not list what they keep; tests/training/test_numpy_step.py holds them to those that do
     run_module.is_small = lambda *_: False  # type: ignore[assignment]
     Run._update = noting  # type: ignore[method-assign]
     try:
