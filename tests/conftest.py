@@ -1,4 +1,4 @@
-"""What a test may need and this machine may lack: real data, a GPU. Skips are counted at the end."""
+"""Skip tests that need real data, a GPU or a browser where there is none; count the skips at the end."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""l3d.describe: what each subnetwork acts on and moves, against the plain definitions."""
+"""Compare what l3d.describe says of each subnetwork with plain definitions."""
 
 import json
 from typing import Any

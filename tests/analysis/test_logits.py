@@ -1,4 +1,4 @@
-"""l3d.top_logits: the derivative of the output's probabilities along a subnetwork, at δ = 0."""
+"""Compare l3d.top_logits with finite differences: derivatives of probabilities along a subnetwork at δ = 0."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A run folder holds all that is needed to look at a run, to repeat it and to go on with it."""
+"""Run every command: a run folder suffices to look at a run, to repeat it and to resume it."""
 
 import json
 import math

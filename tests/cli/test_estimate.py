@@ -1,4 +1,4 @@
-"""A dry run: counted numbers are those of the run, times are those of a clock, and nothing is written."""
+"""Estimate a run without training it: counts equal the run's, times come from a clock, nothing is written."""
 
 import time
 from pathlib import Path

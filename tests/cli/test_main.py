@@ -1,4 +1,4 @@
-"""The command line says what it takes, takes what it prints, and refuses the rest in one line."""
+"""Parse the command line: --help lists every option, --print_config can be read back, errors are one line."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Data files that several tests read."""
+"""Write data files that several tests read."""
 
 from pathlib import Path
 

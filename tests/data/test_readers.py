@@ -1,4 +1,4 @@
-"""Texts become rows of tokens, images the numbers a network takes, and what does not fit is refused."""
+"""Read texts as rows of tokens and images as a network's numbers; refuse what does not fit."""
 
 from pathlib import Path
 from typing import Any

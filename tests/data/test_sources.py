@@ -1,4 +1,4 @@
-"""Models and data come from one-line descriptions, and what does not fit is refused in one line."""
+"""Load models and data from one-line descriptions; refuse bad ones in one line."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The path of small problems beside the one for any size: the same loss, gradients and kept coefficients."""
+"""Compare the path of small problems with the path for any size: loss, gradients, kept coefficients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss of a batch against a float64 computation that materialises every gradient and every direction."""
+"""Compare a batch's loss with a float64 computation that materialises every gradient and every direction."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Several batches extracted in one pass: the gradients of each alone, and runs that end in the same bits."""
+"""Extract several batches in one pass: the gradients of each batch alone, and runs of the same bits."""
 
 from pathlib import Path
 from typing import Any

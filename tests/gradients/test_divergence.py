@@ -1,4 +1,4 @@
-"""Divergences and their gradients against autograd and closed forms; what each kind of reference refers to."""
+"""Compare divergences and their gradients with autograd and closed forms; check each kind of reference."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Gradients in factors: merging, multiplying out, norms and casts, against the outer products they stand for."""
+"""Compare gradients in factors with their outer products: merging, multiplying out, norms and casts."""
 
 import itertools
 from collections.abc import Callable

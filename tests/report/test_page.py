@@ -1,4 +1,4 @@
-"""The report in a real browser: it loads alone and without a complaint, sorts, searches, opens cards, prints."""
+"""Open the report in a real browser: it loads alone and without errors, sorts, searches, opens cards, prints."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run command lines that must be refused."""
+"""Run command lines that must be refused; for tests/cli."""
 
 import pytest
 

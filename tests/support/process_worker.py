@@ -1,6 +1,6 @@
-"""What every process of the tests of several ranks runs: `python process_worker.py FOLDER NAME..`, as torchrun would.
+"""Train one process of a test of several processes: `python process_worker.py FOLDER NAME..`, as torchrun would.
 
-In one process without WORLD_SIZE it gives what the ranks are compared with.
+In one process without WORLD_SIZE it trains the run that the others are compared with.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of whole training runs."""
+"""Share fixtures among the tests of whole training runs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Exchanges: what a subnetwork is worth, what a candidate gains, and that a run may be cut off before one."""
+"""Exchange subnetworks: what each is worth, what a candidate gains, and runs cut off before an exchange."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The gradient cache: the same bits read or extracted, what identifies a store, and the choice by measurement."""
+"""Cache gradients: same bits read or extracted, what identifies a store, and the choice by measured times."""
 
 import time
 from collections.abc import Callable

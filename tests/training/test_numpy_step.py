@@ -1,4 +1,4 @@
-"""Steps in numpy beside the ones for any size: losses, derivatives, what is kept, and where training ends up."""
+"""Compare steps in numpy with those for any size: losses, derivatives, kept coefficients, trained tensors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Directions taken from data: drawn as the weights say, and equal to the best low-rank part of a sample's gradient."""
+"""Start directions from data: samples drawn by weight, directions the best low-rank part of their gradients."""
 
 import math
 from collections.abc import Callable
