@@ -1,4 +1,4 @@
-"""The GPU benchmark: what it does without a GPU, and that it counts work and judges results as it says."""
+"""Check the GPU benchmark: its exit without a GPU, its counts of work, and how it judges results."""
 
 import itertools
 import os
