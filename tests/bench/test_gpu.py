@@ -93,7 +93,7 @@ def test_flops_are_counted_as_loops_would(name: str) -> None:
 
 
 def test_flops_are_those_of_the_matrix_products_that_torch_counts() -> None:
-    """Materialised operations: torch's own counter on the products that they stand for."""
+    """Materialised operations: torch's own counter on the equivalent dense products."""
     z = TINY
     i = inputs_of("squared_residual_norm")
     with FlopCounterMode(display=False) as dense:

@@ -96,7 +96,7 @@ def test_models_that_cannot_be_loaded_say_why(
 
 
 def test_a_module_that_fails_to_import_something_is_not_called_missing(factories: str, tmp_path: Path) -> None:
-    """An import error inside the user's module stays what it is."""
+    """An import error inside the user's module is raised unchanged."""
     (tmp_path / "needs_more.py").write_text("import no_such_dependency")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         load_model("python:needs_more:f")

@@ -238,7 +238,7 @@ def test_float32_resolves_an_error_of_1e_4(coactive: bool, path: Path) -> None:
 
 
 def test_loss_of_a_perfect_decomposition_is_zero() -> None:
-    """Directions that are the gradients themselves reconstruct them: what is left is rounding, and not NaN."""
+    """Directions that are the gradients themselves reconstruct them: the error is rounding, and not NaN."""
     gradients, d = nearly_exact(3, 0.0)
     assert abs(d.loss(gradients, 1 / 6).item()) < 1e-14
 
@@ -370,7 +370,7 @@ def test_groups_whose_gram_is_too_large_to_be_cut_out(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("coactive", [False, True])
 def test_a_backend_reaches_every_operation(coactive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """backend="torch" is a way round kernels: nothing of a loss is left to "auto"."""
+    """backend="torch" avoids the kernels: every operation of a loss gets it, none gets "auto"."""
     asked: list[str] = []
 
     def told(real: Callable[..., object]) -> Callable[..., object]:
@@ -410,7 +410,7 @@ def test_gram_of_groups_is_taken_in_full_or_over_co_active_pairs() -> None:
 @pytest.mark.parametrize("name", ["linear", "convolution", "linear on positions"])
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_splitting_a_batch_changes_nothing_when_all_is_kept(name: str, cut: int) -> None:
-    """At k = 1 every sample stands for itself: the residual of a batch is the sum of its parts'."""
+    """At k = 1 samples do not compete for coefficients: a batch's residual is the sum of its parts'."""
     problem = PROBLEMS[name]
     _, d = setup(name)
     with torch.random.fork_rng():
@@ -492,7 +492,7 @@ def test_costs_choose_the_path_of_each_regime(sizes: Sizes, expected: Path) -> N
 
 
 def test_every_path_is_chosen_somewhere() -> None:
-    """No path is dead code: each is the cheapest in some regime."""
+    """Each path is the cheapest in some regime: none is dead code."""
     assert {expected for _, expected in REGIMES.values()} == set(
         itertools.starmap(Path, itertools.product((False, True), repeat=2))
     )
@@ -551,7 +551,7 @@ def test_gradients_of_other_parameters_are_refused() -> None:
 
 
 def test_a_broken_encoder_cannot_hide() -> None:
-    """NaN in a direction makes the loss NaN at any k: it is never simply not kept."""
+    """NaN in a direction makes the loss NaN at any k, also where its coefficients would not be kept."""
     for k in (0.1, 1.0):
         gradients, d = setup("linear")
         with torch.no_grad():

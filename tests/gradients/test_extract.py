@@ -75,7 +75,7 @@ def test_a_tied_head_is_found_by_either_name() -> None:
 
 @pytest.mark.parametrize("params", [None, "head.*"])
 def test_a_decomposed_head_keeps_one_row_per_sample(params: str | None) -> None:
-    """Of a head's gradient a sample keeps its own position's rows only: nothing grows with the vocabulary times T."""
+    """A sample holds only its own position's rows of a head's gradient: nothing grows with the vocabulary times T."""
     gradients = extract_gradients(Head(nn.Linear(WIDTH, 60, bias=False)), tokens(), "kl", "mean", params)
     (part,) = gradients.parts["head.weight"]
     assert isinstance(part, Rows)
@@ -190,7 +190,7 @@ def extraction_flops(model: nn.Module, inputs: Tensor, divergence: str, params: 
     ids=str,
 )
 def test_no_weight_gradient_and_nothing_below_the_first_layer(params: Any, backward: list[tuple[int, int]]) -> None:
-    """The backward pass forms activation gradients only, and stops at the first decomposed layer."""
+    """The backward pass computes activation gradients only, and stops at the first decomposed layer."""
     forward = [(6, 5), (5, 4), (4, 3)]
     expected = sum(2 * 7 * wide * narrow for wide, narrow in forward + backward)
     assert extraction_flops(mlp(), torch.randn(7, 6), "mse", params) == expected
@@ -290,7 +290,7 @@ def test_scaling_of_the_output(divergence: str) -> None:
 
 
 def test_drawn_references_follow_the_generator() -> None:
-    """Another sample's output is drawn from the generator given, and from nothing else."""
+    """Which other sample's output is the reference is drawn from the given generator alone."""
     model, inputs = mlp(), torch.randn(8, 6)
 
     def extracted(seed: int) -> Tensor:
@@ -342,7 +342,7 @@ def test_mapping_inputs() -> None:
 
 
 def test_mean_reference_of_confident_models() -> None:
-    """Words that no sample gives a measurable probability do not stand in the way of the mean reference."""
+    """The mean reference is finite where no sample gives a word a measurable probability."""
     model = nn.Linear(6, 5).float()
     with torch.no_grad():
         model.bias.copy_(torch.tensor([300.0, 0.0, 0.0, 300.0, 0.0]))

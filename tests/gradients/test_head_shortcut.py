@@ -101,7 +101,7 @@ COMPUTED: dict[str, Callable[[], nn.Module]] = {
 
 
 def check_head(head: nn.Module, rows: int, whole_batch: bool = False) -> None:
-    """Hold the gradients under a head against plain autograd, position by position."""
+    """Compare the gradients of a model with this head with plain autograd's, position by position."""
     model, inputs = Head(head), tokens(rows)
     output = model(inputs)
     references = torch.randn_like(output)
@@ -116,7 +116,7 @@ def check_head(head: nn.Module, rows: int, whole_batch: bool = False) -> None:
 
 @pytest.fixture
 def shortcuts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether the head shortcut was found, at every extraction."""
+    """Record at every extraction whether the head shortcut was found."""
     found: list[bool] = []
     positionwise_head = extract.positionwise_head
 
@@ -132,7 +132,7 @@ def shortcuts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", TAKEN)
 def test_shortcut_is_taken_and_exact(name: str, rows: int, shortcuts: list[bool]) -> None:
-    """Where the output is the head's own result, passed position by position, the vocabulary is left behind."""
+    """Where the output is the head's own result, position by position, backward passes start below the head."""
     check_head(TAKEN[name](), rows)
     assert shortcuts == [True]
 
@@ -140,7 +140,7 @@ def test_shortcut_is_taken_and_exact(name: str, rows: int, shortcuts: list[bool]
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", NOT_TAKEN)
 def test_shortcut_is_not_taken(name: str, rows: int, shortcuts: list[bool]) -> None:
-    """Where anything but the head's own result is the output, plain autograd does the work."""
+    """Where the output is anything else than the head's own result, plain autograd differentiates it."""
     check_head(NOT_TAKEN[name](), rows)
     assert shortcuts == [False]
 
@@ -148,7 +148,7 @@ def test_shortcut_is_not_taken(name: str, rows: int, shortcuts: list[bool]) -> N
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", COMPUTED)
 def test_heads_with_a_computed_weight(name: str, rows: int) -> None:
-    """A head whose weight is itself computed is exact: what made the weight is not forgotten."""
+    """A head whose weight is itself computed is exact: the parameters behind the weight get their gradients."""
     check_head(COMPUTED[name](), rows)
 
 

@@ -112,7 +112,7 @@ def test_the_language_model_comes_back_as_it_was() -> None:
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_gradients_hold_no_graph(rows: int) -> None:
-    """What comes back requires no gradient, so nothing of the model's graph is kept alive by it."""
+    """No extracted tensor requires a gradient, so none keeps the model's graph alive."""
     model = mlp()
     gradients = extract_gradients(model, torch.randn(rows, 6), "mse", model(torch.randn(rows, 6)))
     assert [tensor.requires_grad for _, tensor in gradients.tensors()] == [False] * len(list(gradients.tensors()))

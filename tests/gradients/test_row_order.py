@@ -42,7 +42,7 @@ def heads_first(self: Any, x: Tensor) -> Tensor:
 
 
 def last_position(self: Any, x: Tensor) -> Tensor:
-    """Reads only the last of [T, B, D]: most of what comes back is zero."""
+    """Reads only the last of [T, B, D]: most of the output gradient is zero."""
     return self.b(torch.tanh(self.a(x.transpose(0, 1))))[-1]
 
 
@@ -229,7 +229,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("rows", [2, 3])
 def test_experts_routed_differently_in_every_batch(rows: int) -> None:
-    """Where the rows of an expert come from is a matter of the batch, never of the batch before it."""
+    """Each batch routes its own rows to an expert: the previous batch's routing is not reused."""
     torch.manual_seed(1)
     check_batches(Experts(), list(torch.randn(25, rows, 2, 3)))
 

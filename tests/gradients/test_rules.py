@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 @pytest.fixture
 def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """Which way each parameter's gradients were made: the kind of a rule's part, or the name of a fallback."""
+    """How each parameter's gradients were computed: the kind of a rule's part, or the name of a fallback."""
     taken: dict[str, set[str]] = defaultdict(set)
 
     def spied(apply: rules.Rule) -> rules.Rule:
@@ -291,7 +291,7 @@ PATHS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_path(name: str, paths: dict[str, set[str]]) -> None:
-    """Rules claim the layers they are for, and each fallback is reached by what it is for; all are exact."""
+    """Each layer takes its rule, and each case without one takes its fallback; all are exact."""
     factory, make, expected = PATHS[name]
     check(factory(), make(), whole_batch=True)
     assert {parameter: paths[parameter] for parameter in expected} == {k: {v} for k, v in expected.items()}

@@ -30,14 +30,17 @@ class Head(nn.Module):
 
 
 def mlp() -> nn.Sequential:
+    """Make a network of three layers, 6 inputs to 3 outputs."""
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
 def tokens(rows: int = 3, length: int = LENGTH) -> Tensor:
+    """Draw token ids [rows, length]."""
     return torch.randint(VOCABULARY, (rows, length))
 
 
 def gpt2(tied: bool) -> nn.Module:
+    """Make a GPT-2 of two layers, its head tied to the embedding or not."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -48,6 +51,7 @@ def gpt2(tied: bool) -> nn.Module:
 
 
 def llama(tied: bool) -> nn.Module:
+    """Make a Llama of two layers with grouped keys and values, its head tied to the embedding or not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -58,7 +62,7 @@ def llama(tied: bool) -> nn.Module:
 
 
 def enlarged(model: nn.Module) -> nn.Module:
-    """Fresh weights are tiny, and biases zero: give each entry a size that shows."""
+    """Redraw all parameters at a standard deviation of 0.5: fresh weights are tiny, and fresh biases zero."""
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     return model.double().eval()
@@ -68,6 +72,7 @@ LANGUAGE_MODELS = {"gpt2": gpt2, "llama": llama}
 
 
 def logits(output: Any) -> Tensor:
+    """Return a model's output as a tensor."""
     return getattr(output, "logits", output)
 
 
@@ -83,7 +88,7 @@ def truth(
     places: list[tuple[int, ...]],
     divergence: Callable[[Tensor, Tensor], Tensor] = kl,
 ) -> dict[str, Tensor]:
-    """torch.func's gradient of every sample's divergence, its row alone in the batch.
+    """Compute every sample's gradient with torch.func, its row alone in the batch.
 
     A sample is an entry of the output: places[s] = (row, position, ...); references[s] is its reference output.
     """
@@ -99,6 +104,7 @@ def truth(
 
 
 def all_places(rows: int, *positions: int) -> list[tuple[int, ...]]:
+    """List every (row, position, ...) in the order of the samples."""
     return [tuple(place) for place in np.ndindex(rows, *positions)]
 
 
@@ -113,6 +119,7 @@ def assert_gradients(gradients: Any, expected: dict[str, Tensor]) -> None:
 
 
 def assert_same(actual: Any, expected: Any, where: str = "state") -> None:
+    """Assert that two nested states are equal to the bit; a failure names the place."""
     assert type(actual) is type(expected), where
     if isinstance(expected, dict):
         assert list(actual) == list(expected), where

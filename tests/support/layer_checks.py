@@ -32,11 +32,12 @@ class Net(nn.Module):
 
 
 def layer(module: nn.Module) -> Net:
-    """A model that is one layer, followed by a sine so that what comes back differs everywhere."""
+    """Make a model of one layer and a sine, so that the output gradient differs everywhere."""
     return Net(lambda self, x: torch.sin(self.layer(x)), layer=module)
 
 
 def weight(*shape: int) -> nn.Parameter:
+    """Draw a parameter from the standard normal distribution."""
     return nn.Parameter(torch.randn(shape))
 
 
@@ -51,15 +52,17 @@ def scrambled(module: nn.Module) -> nn.Module:
 
 
 def indices(high: int, *shape: int) -> Tensor:
+    """Draw whole numbers below `high`."""
     return torch.randint(high, shape)
 
 
 def mean_square(output: Tensor, reference: Tensor) -> Tensor:
+    """Return the divergence "mse" of one sample, written with torch's own."""
     return (output - reference).square().mean()
 
 
 def truth(model: nn.Module, inputs: Tensor, references: Tensor, whole_batch: bool = False) -> dict[str, Tensor]:
-    """torch.func's gradient of each sample's divergence, the row alone in its batch (or in the whole batch)."""
+    """Compute each sample's gradient with torch.func, its row alone in the batch (or in the whole batch)."""
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(params: dict[str, Tensor], row: int) -> Tensor:
@@ -79,7 +82,7 @@ def check(
     zero: tuple[str, ...] = (),
     tolerance: float = TOLERANCE,
 ) -> Gradients:
-    """Hold the extracted gradients and their squared norm against the truth.
+    """Compare the extracted gradients and their squared norm with torch.func's.
 
     Args:
         whole_batch: rows depend on one another, so the truth needs the whole batch.

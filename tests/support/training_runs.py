@@ -30,14 +30,17 @@ class Net(nn.Module):
 
 
 def interrupt(_: Tensor) -> Tensor:
+    """Stop a run as Ctrl-C would."""
     raise KeyboardInterrupt
 
 
 def nan(y: Tensor) -> Tensor:
+    """Return an output that is NaN throughout."""
     return y * float("nan")
 
 
 def points(n: int = 40, seed: int = 0) -> Tensor:
+    """Draw n rows for `Net`, the same for the same seed."""
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
 
 
@@ -45,6 +48,7 @@ ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 2
 
 
 def train(model: nn.Module | None = None, data: Any = None, **changes: Any) -> Decomposition:
+    """Train 20 steps by `ARGUMENTS`, with changes."""
     model, data = Net() if model is None else model, points() if data is None else data
     return l3d.decompose(model, data, **{**ARGUMENTS, **changes})
 
@@ -60,4 +64,5 @@ def assert_same_bits(a: Decomposition, b: Decomposition) -> None:
 
 
 def differ(a: Decomposition, b: Decomposition) -> bool:
+    """Tell whether any tensor of two runs differs."""
     return any(not torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

@@ -19,14 +19,14 @@ pytestmark = pytest.mark.usefixtures("one_batch_at_a_time")
 
 @pytest.fixture
 def dead_after(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A subnetwork counts as dead after five batches instead of two hundred."""
+    """Count a subnetwork as dead after 5 batches instead of 200."""
     for module in ("l3d.training.history", "l3d.training.run"):
         monkeypatch.setattr(f"{module}.DEAD_AFTER", 5)
     return 5
 
 
 def stillborn(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
-    """Let some subnetworks of a run's start see nothing: their encoders are zero, and have no gradient."""
+    """Start some subnetworks of a run dead: their encoders are zero, and have no gradient."""
     original = Decomposition.side_by_side.__func__
 
     def start(cls: type[Decomposition], parts: Any) -> Decomposition:
@@ -75,7 +75,7 @@ STILL: dict[str, Any] = {"warm_start": 0, "k": 0.3}  # from the first step on on
 
 
 def test_a_dead_subnetwork_is_given_a_new_life(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the dead one is set, alike in encoder and decoder; then it is kept as others are."""
+    """Only the dead one is reset, to the same direction in encoder and decoder; then it is kept as others are."""
     stillborn(monkeypatch, [2])
     revivals = watch(monkeypatch)
     d = train(revive=True, **STILL)
@@ -116,7 +116,7 @@ def test_a_revived_subnetwork_is_not_dead_until_it_could_be(dead_after: int, mon
 
 
 def test_without_reviving_the_dead_stay_dead(dead_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """revive=False, which published is, leaves a subnetwork that sees nothing as it is to the end."""
+    """With revive=False, as in the preset published, a dead subnetwork stays as it is to the end."""
     stillborn(monkeypatch, [2])
     revivals = watch(monkeypatch)
     for arguments in ({"revive": False}, {"preset": "published"}):
@@ -153,7 +153,7 @@ def test_a_restart_s_dead_are_its_own(dead_after: int, monkeypatch: pytest.Monke
         ({"steps": 20, "warm_start": 5}, [10, 15]),
         ({"steps": 20, "warm_start": 6}, [15]),
         ({"steps": 20, "warm_start": 20}, []),
-        ({"steps": 25, "warm_start": 0}, [5, 10, 15, 20]),  # .8 of 25 is 20
+        ({"steps": 25, "warm_start": 0}, [5, 10, 15, 20]),  # 0.8 of 25 is 20
         ({"steps": 24, "warm_start": 0}, [5, 10, 15]),
         ({"steps": 4, "warm_start": 0}, []),
     ],
@@ -162,7 +162,7 @@ def test_a_restart_s_dead_are_its_own(dead_after: int, monkeypatch: pytest.Monke
 def test_the_dead_are_looked_for_at_certain_steps(
     arguments: dict[str, int], expected: list[int], updates: int, dead_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every so often, once k has been at its value for as long, and not in the last fifth of the run."""
+    """Every DEAD_AFTER steps, once k has been at its value for as many, and not in the last fifth of the run."""
     stillborn(monkeypatch, [1])
     found = []
     original = Run._revive
@@ -182,7 +182,7 @@ def test_the_dead_are_looked_for_at_certain_steps(
 def test_the_badly_reconstructed_are_what_it_is_revived_from(
     n_restarts: int, dead_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples are drawn by what each restart itself leaves of them in the step's batch, as many as it has dead."""
+    """Each restart draws samples by its own residuals of the step's batch, as many as it has dead subnetworks."""
     stillborn(monkeypatch, [2] if n_restarts == 1 else [2, 5, 7])
     seen, drawn, moved = [], [], []
     original = Run._revive

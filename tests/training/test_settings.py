@@ -48,7 +48,7 @@ CHOSEN: dict[str, Any] = {
     [(1000, 32, 32_000), (64, 32, 2000), (70, 32, 3000), (65, 32, 2000), (1, 32, 1000), (3, 1, 3000), (33, 32, 1000)],
 )
 def test_published_preset_is_the_paper_s_recipe(n_rows: int, batch_size: int, steps: int) -> None:
-    """1000 epochs of the batches there are, Adam at an absolute .01 times .8 every tenth, everything kept at first."""
+    """1000 epochs, Adam at an absolute rate of 0.01 times 0.8 every tenth, everything kept at first."""
     settings = resolve("published", n_rows, **{**CHOSEN, "batch_size": batch_size})
     assert (settings.lr, settings.relative_lr, settings.schedule, settings.warm_shape) == (0.01, False, "step", "hold")
     rates = [learning_rate(settings, step) for step in range(0, settings.steps, settings.steps // 100)]
@@ -67,7 +67,7 @@ def test_published_rate_falls_at_each_tenth_exactly(steps: int) -> None:
 
 
 def test_default_preset() -> None:
-    """2000 steps at a relative .1 on a cosine that ends at a hundredth; k falls geometrically over a tenth."""
+    """2000 steps at a relative rate of 0.1 on a cosine that ends at a hundredth; k falls geometrically over a tenth."""
     settings = resolve("default", 1000, **CHOSEN)
     assert (settings.steps, settings.lr, settings.relative_lr, settings.schedule) == (2000, 0.1, True, "cosine")
     assert (settings.warm_start, settings.warm_shape) == (200, "anneal")
@@ -142,7 +142,7 @@ def test_training_is_adam_on_the_objective(preset: str) -> None:
 
 @pytest.mark.parametrize("chosen", [None, False, True])
 def test_the_presets_revive_unless_they_are_the_paper_s(chosen: bool | None) -> None:
-    """Left open, dead subnetworks are revived by default and not as published; a choice counts in both."""
+    """With revive=None the preset default revives dead subnetworks and published does not; a choice holds in both."""
     for preset, default in (("default", True), ("published", False)):
         settings = resolve(preset, None, **{**CHOSEN, "revive": chosen})
         assert settings.revive is (default if chosen is None else chosen)
