@@ -4,48 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-def check_tokens(model: nn.Module, inputs: Any) -> None:
-    """Refuse token ids beyond a transformers model's vocabulary, and rows longer than it takes.
-
-    A GPU would answer the first with a failed assertion that ends the process, and a rotary model would answer the
-    second with nonsense. Models without a `config`, and inputs that are no ids [B, T], pass.
-    """
-    config = getattr(model, "config", None)
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if config is None or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-        return
-    vocabulary, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.shape[1] > longest:
-        raise ValueError(f"data: rows have {ids.shape[1]} tokens, the model takes at most {longest}")
-    if ids.numel() and isinstance(vocabulary, int):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"data: holds token {low if low < 0 else high}, but the model's vocabulary has {vocabulary}: "
-                "the tokenizer does not belong to this model"
-            )
-
-
-def check_logits(outputs: Tensor) -> None:
-    """Refuse outputs [S, ..] that are no logits of a distribution, as KL takes them: one entry, or probabilities.
-
-    The softmax of a single entry is always one; that of probabilities is nearly uniform, whatever the model says.
-    Log-probabilities are logits.
-    """
-    if outputs.shape[-1] < 2:
-        raise ValueError(
-            "divergence: 'kl' compares distributions over the outputs' last dimension, which has "
-            f"{outputs.shape[-1]} entry; return logits of two or more classes, or take 'mse'"
-        )
-    values = outputs.detach().float()
-    if bool((values >= 0).all()) and bool(((values.sum(-1) - 1).abs() < 1e-2).all()):
-        raise ValueError(
-            "divergence: 'kl' takes logits, but the model's outputs are probabilities (none is negative, and they sum "
-            "to 1); return what its softmax is given"
-        )
+from torch import Tensor
 
 
 def describe(inputs: Any) -> str:
@@ -114,3 +73,28 @@ def tensors_of(batch: Any) -> list[Tensor]:
     if isinstance(batch, (tuple, list)):
         return [tensor for value in batch for tensor in tensors_of(value)]
     return [batch] if isinstance(batch, Tensor) else []
+
+
+def rows_of(batch: Any, rows: slice) -> Any:
+    """Take neighbouring rows of a tensor, of a mapping's tensors, or of a tuple's."""
+    n_rows = count_rows_of(batch)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(each) for key, each in value.items()}
+        if isinstance(value, (tuple, list)):
+            return tuple(cut(each) for each in value)
+        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
+
+    return batch if rows == slice(0, n_rows) else cut(batch)
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move a batch (tensor, mapping, tuple) to a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(to_device(value, device) for value in inputs)
+    return inputs

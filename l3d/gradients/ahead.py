@@ -10,11 +10,10 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from l3d.data.batch import tensors_of
+from l3d.data.batch import tensors_of, to_device
 from l3d.data.batches import Batches
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
-from l3d.gradients.model import to_device
 
 # Bytes that may be held at once: of inputs, of what the graph keeps, and of the gradients in factors. And batches.
 BYTES = 192 << 20

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from l3d.data.batch import check_logits, check_tokens, count_rows_of, join, without_label
+from l3d.data.batch import count_rows_of, join, without_label
 from l3d.gradients import divergence as div
+from l3d.gradients.checks import check_logits, check_tokens
 from l3d.gradients.factors import Dense, Gradients, Part, combine, compact
 from l3d.gradients.graph.graph import Use, n_outputs, no_gradient, output_shape, read_graph
 from l3d.gradients.graph.layout import Layout, find_layouts

@@ -5,13 +5,13 @@ for all. So where there is more than one chunk the outputs of the whole batch ar
 every chunk is then told which rows of it it is (`l3d.gradients.samples.Share`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from l3d.data.batch import count_rows_of, without_label
+from l3d.data.batch import count_rows_of, rows_of, without_label
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
@@ -108,17 +108,3 @@ def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients]
     if keep:
         return Chunks.held([held(microbatches(i)) for i in range(len(microbatches))])
     return Chunks(lambda i: held(microbatches(i)), len(microbatches))
-
-
-def rows_of(batch: Any, rows: slice) -> Any:
-    """Take neighbouring rows of a tensor, of a mapping's tensors, or of a tuple's."""
-    n_rows = count_rows_of(batch)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(each) for key, each in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(cut(each) for each in value)
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
-
-    return batch if rows == slice(0, n_rows) else cut(batch)

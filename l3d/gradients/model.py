@@ -200,14 +200,3 @@ def only_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterat
         for p, flag in before:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a batch (tensor, mapping, tuple) to a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(to_device(value, device) for value in inputs)
-    return inputs

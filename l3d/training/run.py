@@ -16,6 +16,7 @@ from torch import Tensor
 
 from l3d.callbacks import Callback
 from l3d.data.arguments import check_whole
+from l3d.data.batch import to_device
 from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
 from l3d.decomposition.chunked import objective_in_chunks
@@ -29,7 +30,6 @@ from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
 from l3d.gradients.microbatch import Microbatches, in_chunks
-from l3d.gradients.model import to_device
 from l3d.gradients.precision import own_precision
 from l3d.gradients.shuffled import shuffled
 from l3d.storage import store

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 import l3d
 from l3d.api import Decomposition
+from l3d.data.batch import count_rows_of, rows_of
 from l3d.decomposition.chunked import objective_in_chunks
 from l3d.decomposition.objective import objective
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
-from l3d.gradients.microbatch import Microbatches, count_rows_of, in_chunks, rows_of
+from l3d.gradients.microbatch import Microbatches, in_chunks
 from l3d.training import candidates, run
 from l3d.training import history as progress
 
