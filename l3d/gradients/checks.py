@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def check_tokens(model: nn.Module, inputs: Any) -> None:
-    """Refuse token ids beyond a transformers model's vocabulary, and rows longer than it takes.
+    """Raise ValueError for token ids outside a transformers model's vocabulary, and for rows longer than it takes.
 
-    A GPU would answer the first with a failed assertion that ends the process, and a rotary model would answer the
-    second with nonsense. Models without a `config`, and inputs that are no ids [B, T], pass.
+    On a GPU such an id fails an assertion that ends the process; a model with rotary positions would compute nonsense
+    for rows that are too long. Models without a `config`, and inputs that are not ids [B, T], pass.
     """
     config = getattr(model, "config", None)
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
@@ -30,19 +30,19 @@ def check_tokens(model: nn.Module, inputs: Any) -> None:
 
 
 def check_logits(outputs: Tensor) -> None:
-    """Refuse outputs [S, ..] that are no logits of a distribution, as KL takes them: one entry, or probabilities.
+    """Raise ValueError for outputs [S, ...] that are not logits, which KL needs: a single entry, or probabilities.
 
-    The softmax of a single entry is always one; that of probabilities is nearly uniform, whatever the model says.
-    Log-probabilities are logits.
+    The softmax of a single entry is always 1; the softmax of probabilities is nearly uniform for any model.
+    Log-probabilities are logits and pass.
     """
     if outputs.shape[-1] < 2:
         raise ValueError(
             "divergence: 'kl' compares distributions over the outputs' last dimension, which has "
-            f"{outputs.shape[-1]} entry; return logits of two or more classes, or take 'mse'"
+            f"{outputs.shape[-1]} entry; return logits of two or more classes, or use 'mse'"
         )
     values = outputs.detach().float()
     if bool((values >= 0).all()) and bool(((values.sum(-1) - 1).abs() < 1e-2).all()):
         raise ValueError(
             "divergence: 'kl' takes logits, but the model's outputs are probabilities (none is negative, and they sum "
-            "to 1); return what its softmax is given"
+            "to 1); return the logits before the softmax"
         )

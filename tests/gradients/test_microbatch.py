@@ -214,7 +214,7 @@ def test_rows_of_every_kind_of_batch() -> None:
     pair = rows_of((x, {"y": x}), slice(5, 6))
     assert (pair[0].tolist(), pair[1]["y"].tolist()) == ([[5]], [[5]])
     assert count_rows_of([x, 3]) == 6
-    with pytest.raises(ValueError, match="data: a batch can only be split by rows where it holds tensors, got str"):
+    with pytest.raises(ValueError, match="data: a batch can only be split by rows if it holds tensors, got str"):
         count_rows_of("abc")
 
 
