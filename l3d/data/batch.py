@@ -1,4 +1,4 @@
-"""Work on one batch, whatever holds its tensors: count, cut and join its rows, move it to a device."""
+"""Count, cut and join the rows of a batch (a tensor, mapping or tuple), and move it to a device."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -16,7 +16,7 @@ class ImageRows(Dataset):
 
     Args:
         images: uint8 [n, C, H, W].
-        size: height and width to resize to; bilinear, antialiased where it shrinks.
+        size: height and width to resize to; bilinear, antialiased when it shrinks.
         mean, std: [C, 1, 1], of the images divided by 255.
 
     A row is float32 [C, *size].

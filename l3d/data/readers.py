@@ -25,7 +25,7 @@ def read_texts(path: Path, separator: str | None) -> list[str]:
     """Read the non-empty texts of a UTF-8 file, or of all *.txt files below a folder, ordered by name.
 
     separator: splits a file into texts; None: a file is one text. Raises FileNotFoundError for a missing path,
-    ValueError for a file that is not UTF-8 and where there is no text.
+    ValueError for a file that is not UTF-8 or if there is no text.
     """
     if not path.exists():
         raise FileNotFoundError("no such file or folder")
@@ -71,7 +71,7 @@ def token_rows(
         texts: strings, or lists of ids.
         encoder: a tokenizer of transformers; None if the texts are lists of ids.
         length: tokens per row, BOS included.
-        max_rows: stop at so many rows; None for no limit.
+        max_rows: the most rows to return; None for no limit.
         start: "every" takes all windows of a text, "first" its first.
         short: what to do with a tail shorter than a row: "drop" it or "pad" it.
 

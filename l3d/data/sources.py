@@ -66,7 +66,7 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     * "tokens:FILE" -> whole numbers [n, length] of an .npy file, or of an .npz file the array `key` (default:
       "input_ids", else the only one), with padding where its array "attention_mask" is 0.
     * "npz:FILE" -> the array `key` (default: "images", else the only one). Images, uint8 [n, H, W, C],
-      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given; with size=224
+      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel if those are given; with size=224
       (or [height, width]) they are resized as they are read. Arrays of another dtype are not changed.
     * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, mapping of tensors, Dataset or iterable.
 

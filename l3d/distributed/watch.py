@@ -62,9 +62,8 @@ def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
     done = threading.Event()
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    terminate = signal.signal(
-        signal.SIGTERM, lambda number, frame: None
-    )  # the thread reads the signal from the socket below
+    # an empty handler: the thread reads the signal from the socket
+    terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     threads = [
         threading.Thread(target=_answer_signals, args=(receiver, end), daemon=True),
@@ -104,13 +103,14 @@ def _answer_signals(receiver: socket.socket, end: Callable[[str, int], None]) ->
 def _beat(group: ProcessGroup, done: threading.Event, end: Callable[[str, int], None]) -> None:
     """Increment this rank's heartbeat every `BEAT` seconds and check the others', until `done` is set."""
     try:
+        # a connection of its own: the default one may be blocked
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=SILENCE),
-        )  # a connection of its own: the default one may be blocked
+        )
         last = {rank: (0, time.monotonic()) for rank in range(group.size) if rank != group.rank}
         while not done.wait(BEAT):
             store.add(f"l3d/beat/{group.rank}", 1)

@@ -12,7 +12,7 @@ class Chunks:
     """A batch's gradients in chunks of samples, which can be iterated over any number of times.
 
     Args:
-        make: returns the chunk with a number; it may keep chunks or extract one anew each time.
+        make: returns the chunk with a number; it may keep the chunks or extract them again.
         n_chunks: number of chunks.
     """
 

@@ -263,9 +263,8 @@ class Extractor:
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
         from_output = {use.name for use in uses if layouts[use.node] is None}
         from_output |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
-        from_output |= {
-            name for name, p in self.parameters.items() if p._backward_hooks
-        }  # hooks run only in autograd's engine
+        # only autograd's engine calls a parameter's hooks
+        from_output |= {name for name, p in self.parameters.items() if p._backward_hooks}
         if graph.opaque:  # the graph may lack uses of any parameter
             from_output |= set(self.parameters)
         uses = [use for use in uses if use.name not in from_output]
@@ -282,13 +281,13 @@ class Extractor:
                 if edge is not None:
                     edge = last_apart(edge, samples.n_rows, samples.n_positions)
                 edges = [GradientEdge(node, 0)] + ([] if edge is None else [edge])
-                returned = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
-                starts, grad_outputs = [edge], samples.one_by_one(returned[-1])
+                at_edges = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
+                starts, grad_outputs = [edge], samples.one_by_one(at_edges[-1])
                 for use in at_head:  # a sample's only row is that of its own position
-                    dy = samples.own_rows(returned[0])
+                    dy = samples.own_rows(at_edges[0])
                     part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
                     parts[use.name].append(part)
-        dys = self._returned(starts, grad_outputs, samples.per_row, uses, layouts)
+        dys = self._output_gradients(starts, grad_outputs, samples.per_row, uses, layouts)
         for use in uses:
             layout = layouts[use.node]
             assert layout is not None
@@ -298,7 +297,7 @@ class Extractor:
         return parts
 
     @staticmethod
-    def _returned(
+    def _output_gradients(
         starts: list[Any],
         grad_outputs: Iterable[Tensor],
         per_row: int,

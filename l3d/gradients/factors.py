@@ -103,7 +103,7 @@ class Gradients:
     device: torch.device
     _matrices: dict[str, Tensor] = field(default_factory=dict)
     _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    _within: tuple["Gradients", int, int] | None = None  # (whole, start, stop) where `between` has cut these samples
+    _within: tuple["Gradients", int, int] | None = None  # (whole, start, stop) if `between` cut these samples
 
     def __repr__(self) -> str:
         """Describe the gradients without their numbers: one line in all, then one line per parameter."""

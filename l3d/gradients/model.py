@@ -129,9 +129,8 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
         reason = " ".join(str(error).split())
         raise ValueError(f"data: the model failed on inputs of shape {describe(inputs)}: {reason}") from error
     except UserWarning as warning:
-        if "None of the inputs have requires_grad" not in str(
-            warning
-        ):  # another warning, raised by the user's own filters
+        # another warning, which the user's own filters turn into an error
+        if "None of the inputs have requires_grad" not in str(warning):
             raise
         raise ValueError(f"model: {warning} Use checkpointing with use_reentrant=False, or none") from warning
     finally:

@@ -104,10 +104,10 @@ def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
     groups = node._saved_groups
     if groups == 1:
         return Rows(patches.flatten(2), dy, x_axis=1)
-    by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
-    returned = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
-    per_sequence = dy.shape[0] // by_group.shape[0]
-    grad = returned.unflatten(0, (-1, per_sequence)) @ by_group[:, None]  # [B, P, g, O/g, I]
+    x_by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
+    dy_by_group = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
+    per_sequence = dy.shape[0] // x_by_group.shape[0]
+    grad = dy_by_group.unflatten(0, (-1, per_sequence)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
     return Dense(grad.reshape(-1, *shape))
 
 
@@ -263,9 +263,8 @@ def vector_jacobian_product(use: Use, layout: Layout, dy: Tensor, parameter: Ten
         grad = grad.to_dense()  # an embedding's gradient may be sparse
         if grad.is_complex() and not use.chain and not parameter.is_complex():
             grad = grad.real
-        grad = grad.sum_to_size(
-            shape
-        )  # autograd's engine sums over broadcast dimensions, a node called directly does not
+        # autograd's engine sums over broadcast dimensions, a node called directly does not
+        grad = grad.sum_to_size(shape)
         if use.chain:
             (grad,) = torch.autograd.grad([edge], [parameter], [grad], retain_graph=True)
         grads.append(grad.reshape(parameter.shape))

@@ -195,7 +195,7 @@ def check_same_padding(mask: Tensor | None, other: Tensor | None) -> None:
         return
     one, two = (torch.ones_like(given) if each is None else each for each in (mask, other))
     if one.shape != two.shape or not torch.equal(one != 0, two != 0):
-        raise ValueError("attention_mask: expected the contrast's padding to be where the input's is")
+        raise ValueError("attention_mask: expected the contrast to be padded at the same positions as the input")
 
 
 @dataclass(frozen=True)

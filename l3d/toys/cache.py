@@ -21,9 +21,8 @@ def trained(name: str, seed: int, build: Callable[[], Network], fit: Callable[[]
     again. It is also trained again if the file cannot be read or the folder cannot be written.
     """
     path = _folder() / "toys" / f"{name}-{seed}-{_version()}{_dtype()}.safetensors"
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # `build`'s initial weights are overwritten, and `fit` has its own generator
+    # `build`'s initial weights are overwritten, and `fit` has its own generator
+    with torch.random.fork_rng(devices=[]):
         network = build()
         try:
             network.load_state_dict(load_file(path))

@@ -180,9 +180,8 @@ def _fit_superposition(n_features: int, n_hidden: int, generator: torch.Generato
     def build() -> Superposition:
         network = Superposition(n_features, n_hidden)
         torch.nn.init.normal_(network.W_in.weight, std=(2 / n_hidden) ** 0.5)
-        network.W_out.weight.data.copy_(
-            network.W_in.weight.mT
-        )  # with unrelated initial matrices most features are lost
+        # with unrelated initial matrices most features are lost
+        network.W_out.weight.data.copy_(network.W_in.weight.mT)
         torch.nn.init.zeros_(network.W_out.bias)
         return network
 

@@ -265,7 +265,7 @@ def test_masks_that_tell_no_samples_are_refused(mask: Tensor, message: str) -> N
 def test_pairs_of_different_padding_are_refused() -> None:
     """A sample whose contrast is padding has nothing to be compared with."""
     pair = (batch((0, 4)), batch((0, 5)))
-    with pytest.raises(ValueError, match="expected the contrast's padding to be where the input's is"):
+    with pytest.raises(ValueError, match="expected the contrast to be padded at the same positions as the input"):
         extract_gradients(build("Llama"), pair, "kl", "pair")
     same = (batch((0, 4)), {**batch((0, 4)), "input_ids": torch.zeros(1, LENGTH, dtype=torch.int64)})
     assert extract_gradients(build("Llama"), same, "kl", "pair").n_samples == 4

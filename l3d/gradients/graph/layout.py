@@ -52,8 +52,8 @@ DIGITS = 25  # number of weights 2^-12 .. 2^12, one per value of a digit; all ar
 def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
     """Return the layout of the output of each node that uses a parameter; None if it is no known one.
 
-    If no operation of the graph can move or mix rows, the layout is "major" everywhere; else a probe proves it, anew in
-    every batch.
+    If no operation of the graph can move or mix rows, the layout is "major" everywhere; else a probe proves it,
+    in every batch again.
     """
     nodes = list(dict.fromkeys(use.node for use in graph.uses))
     if graph.rows_stay:
