@@ -36,9 +36,7 @@ def from_pretrained(spec: str, class_name: str, source: str, **arguments: Any) -
         raise ImportError(f"{spec}: transformers is not installed: pip install 'l3d[hf]'") from error
     try:
         return getattr(transformers, class_name).from_pretrained(source, **arguments)
-    except (
-        Exception
-    ) as error:  # its class depends on the versions of transformers, the hub client, its HTTP library and safetensors
+    except Exception as error:  # its class varies with the versions of transformers, hub client, HTTP library
         raise ValueError(f"{spec}: transformers cannot load it: {first_line(error)}") from error
 
 

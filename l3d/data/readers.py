@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-_TEXTS_AT_ONCE = (
-    256  # texts per call of the tokenizer: a larger number is not faster, a smaller one stops sooner at max_rows
-)
+_TEXTS_AT_ONCE = 256  # texts per call of the tokenizer: enough to be fast, few enough to stop soon at max_rows
 
 
 def read_texts(path: Path, separator: str | None) -> list[str]:

@@ -55,9 +55,7 @@ def load_dataset(
         raise
     except StopIteration as error:
         raise ValueError("holds no text: the dataset has no rows") from error
-    except (
-        Exception
-    ) as error:  # its class depends on the versions of datasets, the hub client, its HTTP library and Arrow
+    except Exception as error:  # its class varies with the versions of datasets, hub client, HTTP library, Arrow
         raise ValueError(f"datasets cannot read it: {first_line(error)}") from error
 
 

@@ -1,6 +1,6 @@
 """Let several processes train one decomposition.
 
-What comes in is a tensor or a decision of each process that torchrun has started. What goes out is the tensors of all
-of them gathered or summed, in the same order everywhere, or a message and an exit when one process ends. Read
-`process_group` first; `watch` notices processes that have ended.
+What comes in is a tensor of each process that torchrun has started, or a decision of the first process. What goes out
+is, on every process, the tensors gathered or summed in one order, or the decision; if a process ends, the others print
+how to resume and exit. Read `process_group` first.
 """

@@ -186,7 +186,7 @@ def _fit_superposition(n_features: int, n_hidden: int, generator: torch.Generato
         return network
 
     def score(stacked: Mapping[str, Tensor], losses: Tensor) -> Tensor:
-        """Rank the starts, lower is better: all features represented, then balance, then loss."""
+        """Score the starts, lowest best: first all features represented, then balanced, then the least loss."""
         w_in, w_out = stacked["W_in.weight"].mT, stacked["W_out.weight"]  # [starts, features, hidden]
         represented = ((w_in * w_out).sum(2) > 0.8).all(1)
         strength = (w_in.square().sum(2) + w_out.square().sum(2)).sqrt()

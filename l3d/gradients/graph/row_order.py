@@ -38,9 +38,8 @@ def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: in
     A wrong False costs a probing backward pass; a wrong True would make gradients wrong. So False is returned for every
     operation that is not known here.
     """
-    shape = node._input_metadata[
-        0
-    ].shape  # of the output: the inputs of a backward node are the outputs of its forward operation
+    # the inputs of a backward node are the outputs of its forward operation
+    shape = node._input_metadata[0].shape
     if not shape or not shape[0] or shape[0] % n_rows:
         return False
     activations = [size for size in inputs if size is not None]
