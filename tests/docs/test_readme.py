@@ -1,4 +1,4 @@
-"""Everything in README.md that can be run is run: its Python blocks, and its l3d commands with fewer steps."""
+"""Run every Python block of README.md, and its l3d commands with fewer steps."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Everything in docs/studies.md that can be run is run: its Python blocks in order, its commands with few steps."""
+"""Run every Python block of docs/studies.md in order, and its commands with few steps."""
 
 import os
 import re

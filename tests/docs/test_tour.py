@@ -1,4 +1,4 @@
-"""Everything in docs/tour.md that can be run is run: Python as it stands, commands with fewer steps."""
+"""Run every Python block of docs/tour.md, and its commands with fewer steps."""
 
 import os
 import re
