@@ -20,7 +20,8 @@ from l3d.analysis.logits import Movement, move_many, softmax_movement
 from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, kind_of
 from l3d.analysis.words import Reader, short
-from l3d.gradients.model import run_fixed, to_device
+from l3d.data.batch import to_device
+from l3d.gradients.model import run_fixed
 from l3d.storage.run_folder import SUBNETWORKS_FORMAT
 
 if TYPE_CHECKING:

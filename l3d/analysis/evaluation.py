@@ -11,6 +11,7 @@ from torch.utils.data import RandomSampler
 
 import l3d_kernels as lk
 from l3d.data.arguments import check_fraction
+from l3d.data.batch import to_device
 from l3d.data.batches import in_order, mix
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import energy, objective, residual_norms
@@ -20,7 +21,7 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
-from l3d.gradients.model import exact_pattern, to_device
+from l3d.gradients.model import exact_pattern
 from l3d.gradients.precision import own_precision
 from l3d.storage.identity import check_identity
 from l3d_kernels.reference import pieces

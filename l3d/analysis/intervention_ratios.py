@@ -16,13 +16,14 @@ import l3d_kernels as lk
 from l3d.analysis.evaluation import extractor_of
 from l3d.analysis.intervention import shifted
 from l3d.data.arguments import check_whole
+from l3d.data.batch import to_device
 from l3d.data.batches import count_rows, in_order, mix, take
 from l3d.decomposition.directions import Directions
 from l3d.decomposition.objective import n_kept
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
-from l3d.gradients.model import Params, check_fixed, model_output, select_parameters, to_device
+from l3d.gradients.model import Params, check_fixed, model_output, select_parameters
 from l3d.gradients.samples import Samples, padding_mask
 
 # Default δ, as shares of the norm of the decomposed weights: small, for a decomposition says what is so nearby. On

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l3d.gradients.model import check_fixed, model_output, to_device
+from l3d.data.batch import to_device
+from l3d.gradients.model import check_fixed, model_output
 from l3d.storage.identity import check_identity
 
 if TYPE_CHECKING:

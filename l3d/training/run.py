@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l3d.callbacks import Callback
+from l3d.data.batch import to_device
 from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
 from l3d.decomposition.costs import Plan
@@ -21,7 +22,6 @@ from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
 from l3d.gradients.microbatch import Microbatches, in_chunks
-from l3d.gradients.model import to_device
 from l3d.gradients.shuffled import shuffled
 from l3d.storage import store
 from l3d.storage.identity import identity

@@ -456,7 +456,7 @@ def test_a_toy_without_one_of_its_matrices_is_decomposed_all_the_same(
     """Only how well circuits were found cannot be told, and that is said."""
     run = tmp_path / "run"
     assert main(["toy", "tms", "--params", "W_in.weight", "--steps", "5", "--n_restarts", "1", "--out", str(run)]) == 0
-    assert "how well circuits were found cannot be told without 'W_out.weight'" in capsys.readouterr().err
+    assert "recovery cannot be measured without 'W_out.weight'" in capsys.readouterr().err
     assert "mmcs" not in read(str(run))
 
 

@@ -219,7 +219,7 @@ def test_an_iterator_may_be_gone_over_once() -> None:
     d = trained()
     batches = iter(points().split(16))
     assert torch.equal(d.impact(network(), batches), d.impact(network(), points()))
-    with pytest.raises(ValueError, match="an iterator gives its batches once"):
+    with pytest.raises(ValueError, match="an iterator can be read only once"):
         d.impact(network(), batches)
 
 

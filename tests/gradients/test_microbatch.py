@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 import l3d
 from l3d.api import Decomposition
+from l3d.data.batch import count_rows_of, rows_of
 from l3d.decomposition.chunked import objective_in_chunks
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import objective
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
-from l3d.gradients.microbatch import Microbatches, count_rows_of, in_chunks, rows_of
+from l3d.gradients.microbatch import Microbatches, in_chunks
 from l3d.training import run
 from l3d.training.options import GradientCache, Memory, Replacement
 
@@ -214,7 +215,7 @@ def test_rows_of_every_kind_of_batch() -> None:
     pair = rows_of((x, {"y": x}), slice(5, 6))
     assert (pair[0].tolist(), pair[1]["y"].tolist()) == ([[5]], [[5]])
     assert count_rows_of([x, 3]) == 6
-    with pytest.raises(ValueError, match="data: a batch can only be split by rows where it holds tensors, got str"):
+    with pytest.raises(ValueError, match="data: a batch can only be split by rows if it holds tensors, got str"):
         count_rows_of("abc")
 
 
