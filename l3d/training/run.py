@@ -32,9 +32,9 @@ from l3d.gradients.microbatch import Microbatches, in_chunks
 from l3d.gradients.model import to_device
 from l3d.gradients.precision import own_precision
 from l3d.gradients.shuffled import shuffled
-from l3d.storage import store
 from l3d.storage.identity import identity
 from l3d.storage.lock import release
+from l3d.storage.run_folder import RunFolder
 from l3d.training.candidates import ProbeGradients
 from l3d.training.checks import NothingToLearnError, check_finite, dtype_of_sums, finite_losses, naming_step
 from l3d.training.exchange import Probe, exchange
@@ -131,11 +131,11 @@ class Run:
 
     def open(
         self, out: str | Path, overwrite: bool, resume: bool, on_start: Callable[[Path], None] | None
-    ) -> store.RunFolder:
+    ) -> RunFolder:
         """Open the run folder; of several processes the first does."""
 
-        def opened() -> store.RunFolder:
-            folder = store.RunFolder.open(out, overwrite, resume)
+        def opened() -> RunFolder:
+            folder = RunFolder.open(out, overwrite, resume)
             try:
                 if on_start is not None:
                     on_start(folder.path)

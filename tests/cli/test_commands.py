@@ -548,6 +548,6 @@ def test_toy_all_looks_for_the_place_of_its_table_first(tmp_path: Path, capsys: 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- toys -->\nno end\n", encoding="utf-8")
     line = refusal(capsys, ["toy", "all", "--out", str(tmp_path / "all"), "--readme", str(readme)])
-    assert line == f"{readme}: expected the lines <!-- toys --> and <!-- /toys -->, between which the text goes"
+    assert line == f"{readme}: expected the marker lines <!-- toys --> and <!-- /toys --> around the text to replace"
     assert readme.read_text(encoding="utf-8") == "<!-- toys -->\nno end\n"
     assert not (tmp_path / "all").exists()
