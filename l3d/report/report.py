@@ -128,7 +128,7 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
 
 
 _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
-    "error": ("error", percent, "of the gradients’ squared norm is not reconstructed; 0 % is perfect"),
+    "error": ("error", percent, "of the gradients’ squared norm is not reconstructed; 0 % is perfect"),
     "held_out_error": ("error on held-out data", percent, "the same, on rows not used in training"),
     "mmcs": (
         "match with the true features",

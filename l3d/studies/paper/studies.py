@@ -39,8 +39,8 @@ def tms(seed: int) -> Iterator[Picture]:
         "directions",
         "Feature directions",
         "Directions in the plane of the two hidden units. Grey: each feature. Blue: its subnetwork, with |cos| at "
-        f"least {short(float(cosines['subnetwork'].min()))}. Red: the subnetwork's encoder, which may be tilted away from "
-        f"other features, with |cos| at least {short(float(cosines['encoder'].min()))} and "
+        f"least {short(float(cosines['subnetwork'].min()))}. Red: the subnetwork's encoder, which may be tilted away "
+        f"from other features, with |cos| at least {short(float(cosines['encoder'].min()))} and "
         f"{short(statistics.median(cosines['encoder'].tolist()))} in the median.",
         draw.planes(truth, planes["subnetwork"], planes["encoder"], ["in W_in, beside W_out", "in W_out, beside W_in"]),
         {name: values.tolist() for name, values in cosines.items()},
