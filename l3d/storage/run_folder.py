@@ -98,10 +98,10 @@ def _remove_run(folder: Path) -> None:
     """Delete the files that a run wrote into a folder, and no others. Raises ValueError for a folder without a run."""
     header = folder / "decomposition.json"
     config = folder / "config.yaml"
-    ours = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
-    ours = ours or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
-    ours = ours or any((folder / "checkpoints").glob("step*/decomposition.json"))
-    if not ours:
+    is_run = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
+    is_run = is_run or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
+    is_run = is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
+    if not is_run:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
     for name in ("checkpoints", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -198,7 +198,7 @@ def read_ratios(run: Path) -> dict[int, float]:
         pairs = zip(found["subnetworks"], found["ratio"], strict=True)
         return {int(k): float(ratio) for k, ratio in pairs if ratio is not None}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not what l3d intervene writes ({error})") from error
+        raise ValueError(f"{path}: not a file of l3d intervene ({error})") from error
 
 
 def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def interrupted(run: Path, command: str = "l3d resume") -> str:
     last = last_checkpoint(run)
     if last is None:
         return f"interrupted, before the first checkpoint in {run}"
-    return f"interrupted; last checkpoint: {last}; go on with: {command} {run}"
+    return f"interrupted; last checkpoint: {last}; resume with: {command} {run}"
 
 
 def check_new(out: Path) -> None:

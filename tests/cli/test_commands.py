@@ -270,7 +270,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(user: list[str], capsys: pyt
     assert main([*user, "--data_args.after", "1500", "--out", "run"]) == 130
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("l3d: interrupted; last checkpoint: run")
-    assert message.endswith("go on with: l3d resume run")
+    assert message.endswith("resume with: l3d resume run")
     assert not Path("run", "metrics.json").exists()
     assert main(["resume", "run"]) == 0
     whole, resumed = l3d.load("whole"), l3d.load("run")

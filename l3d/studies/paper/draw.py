@@ -25,21 +25,21 @@ def figure_of(width: float, height: float, **layout: Any) -> tuple[Figure, Any]:
 
 
 def planes(
-    features: Sequence[Tensor], found: Sequence[Tensor], read: Sequence[Tensor], titles: Sequence[str]
+    features: Sequence[Tensor], decoder: Sequence[Tensor], encoder: Sequence[Tensor], titles: Sequence[str]
 ) -> Figure:
     """Draw directions in the hidden plane, one panel per tensor.
 
-    Grey lines are the features, blue arrows the subnetworks (Vout), thin red arrows their encoders (Vin). features,
-    found, read: per panel [n, 2]; row i of each belongs to feature i.
+    Grey lines are the features, blue arrows the subnetworks (Vout), thin red arrows their encoders (Vin).
+    features, decoder, encoder: per panel [n, 2]; row i of each belongs to feature i.
     """
     with _style():
         figure, panels = figure_of(4.4 * len(titles), 4.3, ncols=len(titles), squeeze=False)
-        for axes, true, ours, readers, title in zip(panels[0], features, found, read, titles, strict=True):
+        for axes, true, directions, encoders, title in zip(panels[0], features, decoder, encoder, titles, strict=True):
             unit = torch.nn.functional.normalize(true.double().cpu())
             for i, (x, y) in enumerate(unit.tolist()):
                 axes.plot([0, 1.18 * x], [0, 1.18 * y], color=RULE, linewidth=7, alpha=0.55, solid_capstyle="round")
                 axes.text(1.32 * x, 1.32 * y, str(i), ha="center", va="center")
-            for arrows, colour, width, length in ((readers, NEGATIVE, 0.8, 0.7), (ours, POSITIVE, 1.7, 1.0)):
+            for arrows, colour, width, length in ((encoders, NEGATIVE, 0.8, 0.7), (directions, POSITIVE, 1.7, 1.0)):
                 seen = torch.nn.functional.normalize(arrows.double().cpu())
                 seen = length * seen * (unit * seen).sum(1, keepdim=True).sign()  # a direction's sign is arbitrary
                 style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
