@@ -20,8 +20,8 @@ from l3d.decomposition.objective import Objective, at_pairs, energy, everywhere,
 from l3d.decomposition.project import project
 from l3d.distributed.process_group import Ranks
 from l3d.gradients.factors import Gradients, concatenate
+from l3d_kernels.ops import batch_topk_over_columns
 from l3d_kernels.sparse import sparse_coefficients
-from l3d_kernels.topk import batch_topk_over_columns
 
 
 class Chunks:

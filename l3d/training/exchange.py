@@ -27,7 +27,8 @@ from l3d.decomposition.subnetworks import Decomposition
 from l3d.gradients.factors import Gradients
 from l3d.training.candidates import FLAT, ProbeGradients, Residuals, learn
 from l3d.training.settings import Settings
-from l3d_kernels import reference
+from l3d_kernels import cpu
+from l3d_kernels.splitting import pieces
 
 EVERY = 100  # steps from one exchange to the next
 AT_ONCE = 4  # restarts that are looked at in one; more take turns, so that what exchanges cost has a bound
@@ -113,7 +114,7 @@ def exchange(samples: ProbeGradients, decomposition: Decomposition, k: float, ge
     """
     encoder, decoder = decomposition.encoder, decomposition.decoder
     coefficients, overlaps = samples.project(encoder), samples.project(decoder)
-    values = coefficients * reference.largest(coefficients, n_kept(k, *coefficients.shape))[0]
+    values = coefficients * cpu.largest(coefficients, n_kept(k, *coefficients.shape))[0]
     gram = decoder.gram()
     residual = samples.squared_norm() + ((values @ gram - 2 * overlaps) * values).sum(1)
 
@@ -180,7 +181,7 @@ def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k:
 
     def left(columns: list[int], found: Tensor) -> Tensor:
         gram, overlaps = code.gram[columns][:, columns], code.overlaps[:, columns]
-        kept = reference.largest(found, n)[0]
+        kept = cpu.largest(found, n)[0]
         values = refitted(found * kept, kept, overlaps, gram)
         return ((values @ gram - 2 * overlaps) * values).sum(1)
 
@@ -219,7 +220,7 @@ def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
     """
     rows, columns = code.values.nonzero(as_tuple=True)
     grows = torch.zeros_like(code.values)
-    for piece in reference.pieces(len(rows), len(members)):
+    for piece in pieces(len(rows), len(members)):
         row, column = rows[piece], columns[piece]
         c = code.values[row, column]
         freed = left[row] + c[:, None] * code.gram[column]  # <V_j, r_s + c V_k>

@@ -12,7 +12,7 @@ from torch import Tensor
 from l3d.decomposition.chunked import Chunks
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
 from l3d.gradients.factors import Gradients, Rows, matrix_shape
-from l3d_kernels.reference import pieces
+from l3d_kernels.splitting import pieces
 
 NOISE = 0.1  # of random entries, relative: factors that are zero would have no gradient, and never leave it
 

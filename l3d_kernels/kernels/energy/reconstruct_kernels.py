@@ -1,4 +1,4 @@
-"""Reconstructions of materialised gradients, and the squared distance from them.
+"""Reconstruct materialised gradients, and measure the squared distance from the gradients: the kernels.
 
     ĝ_s = Σ_{i kept for s} c_i V_k(i) = Σ_q c_q left_q ⊗ right_q      [S, O, I]
     ‖G_s − ĝ_s‖²                                                      [S]
@@ -6,23 +6,23 @@
     kept: N coefficients c_i; left [K, R, O], right [K, R, I], grad [S, O, I]; q runs over a sample's rows (i, r)
     torch.einsum("sk,kro,kri->soi", kept.dense(), left, right)
 
-A program forms a tile [O, I] of one sample's ĝ from the rows that the sample keeps, R·O·I multiply-adds an entry, and
-stores it, or takes the difference to `grad` and sums its squares. V is never formed. Gradients from the upstream
-D = ∂/∂ĝ [S, O, I], over a subnetwork's entries i:
+A program forms a tile [O, I] of one sample's ĝ from the rows that the sample keeps, R·O·I multiply-adds an entry. It
+stores the tile, or subtracts it from `grad` and sums the squares. V is never formed. Gradients from the upstream
+gradient D = ∂/∂ĝ [S, O, I], over a subnetwork's entries i:
 
     d_left[k, r] = Σ_i c_i D_s right_kr,   d_right[k, r] = Σ_i c_i D_sᵀ left_kr,   d_c_i = Σ_r left_kr . (D_s right_kr)
 
-For the distance, D = −2 g_s (G_s − ĝ_s) is formed for a few rows of O at a time. Torch equivalents:
-`l3d_kernels.reference.reconstruct` and `squared_residual_norm`.
+For the distance, D = −2 g_s (G_s − ĝ_s) is formed for a few rows of O at a time. Specifications: `reconstruct` and
+`squared_residual_norm` of `l3d_kernels.reference`.
 """
 
 import triton
 import triton.language as tl
 
-from l3d_kernels.kernels.energy.gram_energy import rows_of
-from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, feed, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.kernels.energy.gram_energy_backward import rows_of
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def reconstruct_backward(
     tl.store(d_a_ptr + places, total, mask=mask)
 
 
-# --- launch table and ahead-of-time cases; the launches are in reconstruction.py ---------------------------------
+# --- launch table and ahead-of-time cases; the launches are in reconstruct.py ------------------------------------
 
 LARGEST_RANKS = 32  # of a subnetwork in a tile of the backward pass
 for kernel_name in ("reconstruct_tile", "residual_tile", "residual_norm_tile"):
@@ -218,23 +218,14 @@ TABLE["reconstruct_backward"] = {
 }
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
     integers = ("columns_ptr", "row_offsets_ptr", "rows_ptr", "column_order_ptr", "column_offsets_ptr")
-    sums = ("parts_ptr", "scale_ptr", "d_a_ptr")
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        for kernel in (reconstruct_tile, residual_tile, residual_norm_tile, reconstruct_backward):
-            types = {name: "*i64" for name in integers if name in kernel.arg_names}
-            types |= {name: "*fp32" for name in sums if name in kernel.arg_names}
-            row = lookup(kernel.fn.__name__, kind, bits)
-            if kernel is not reconstruct_backward:
-                cases.append(common.CompileCase(kernel, dtype, {"PRECISION": precision}, row, types, long=long))
-                continue
-            for block_r, left in ((16, True), (16, False), (LARGEST_RANKS, True)):
-                constants = {"PRECISION": precision, "BLOCK_R": block_r, "WITH_VALUES": left}
-                constants["stride_d_b" if left else "stride_d_a"] = 1
-                own_long = long or block_r == LARGEST_RANKS
-                cases.append(common.CompileCase(kernel, dtype, constants, row, types, True, own_long, ("A", "B")))
-    return cases
+    types = dict.fromkeys(integers, "*i64") | dict.fromkeys(("parts_ptr", "scale_ptr", "d_a_ptr"), "*fp32")
+    tiles = (reconstruct_tile, residual_tile, residual_norm_tile)
+    cases = [case for kernel in tiles for case in matrix_cases(kernel, kind, types=types)]
+    forms = [
+        ({"BLOCK_R": block_r, "WITH_VALUES": left, "stride_d_b" if left else "stride_d_a": 1}, block_r == LARGEST_RANKS)
+        for block_r, left in ((16, True), (16, False), (LARGEST_RANKS, True))
+    ]
+    return cases + matrix_cases(reconstruct_backward, kind, forms, types, ("A", "B"))
