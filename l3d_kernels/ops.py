@@ -324,10 +324,10 @@ def sparse_decode(
     indices: Int[Tensor, "A k"] | Int[Tensor, "N"],
     values: Float[Tensor, "A k"] | Float[Tensor, "N"],
     weight: Float[Tensor, "L D"],
-    row_offsets: Int[Tensor, "codes"] | None = None,
+    row_offsets: Int[Tensor, "offsets"] | None = None,
     *,
     backend: str = "auto",
-) -> Float[Tensor, "codes D"]:
+) -> Float[Tensor, "A D"]:
     """Decode sparse codes, the decoder of TopK autoencoders: Σ_j values[a, j] weight[indices[a, j]] for every code a.
 
     `indices` are rows of `weight`. Codes of varying length are given flat, [N], with row_offsets [A+1]: code a owns the

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel, compile_dtypes
 from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.kernels.shared.device import add_dot, add_row_products, feed, load, store, zeros
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
 from l3d_kernels.registry import TRITON
 
@@ -95,10 +95,7 @@ def softmax_logits(
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_s, mask_v = offs_s < S, offs_v < V
-    logits = zeros(weight_ptr, BLOCK_S, BLOCK_V)
-    logits = add_row_products(
-        logits, hidden_ptr, offs_s * D, mask_s, weight_ptr, offs_v * D, mask_v, D, PRECISION, BLOCK_D
-    )
+    logits = row_products(hidden_ptr, offs_s * D, mask_s, weight_ptr, offs_v * D, mask_v, D, PRECISION, BLOCK_D)
     store((logits_ptr + offs_s * V)[:, None] + offs_v[None, :], logits, mask_s[:, None] & mask_v[None, :])
 
 
@@ -237,4 +234,4 @@ def compile_cases(kind: str) -> list[CompileCase]:
         for biased in (False, True) if precision != "tf32" else ():
             own, late = {"BIASED": biased}, long or not biased
             cases.append(CompileCase(softmax_exponentials, "fp32", own, row, types, is_matrix=False, long=late))
-    return cases + matrix_cases(softmax_logits, kind, types={"logits_ptr": "*fp32"}, divisible=("D",))
+    return cases + cases_of_kernel(softmax_logits, kind, types={"logits_ptr": "*fp32"}, divisible=("D",))

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from l3d_kernels.kernels.decode.sparse_decode_weight import d_weight
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, other_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.registry import TRITON
 
 
@@ -97,14 +96,7 @@ def decode_d_values(
         store(d_values_ptr + offs_n, tl.sum(acc, 1), (offs_n < last) & (offs_n < N))
 
 
-# --- launch -----------------------------------------------------------------------------------------------------
-
-for kernel_name in ("decode_codes", "decode_d_values"):
-    TABLE[kernel_name] = {
-        ("interpreter", None): Launch({"BLOCK_N": 2, "BLOCK_D": 16}),
-        (None, "16"): Launch({"BLOCK_N": 4, "BLOCK_D": 1024}, warps=4, stages=3),
-        (None, "32"): Launch({"BLOCK_N": 4, "BLOCK_D": 512}, warps=4, stages=3),
-    }
+# --- launch; the rows of the table are in sparse_decode_weight --------------------------------------------------------
 
 
 def _per_code(indices: Tensor, row_offsets: Tensor | None) -> dict[str, Any]:
@@ -171,5 +163,7 @@ def compile_cases(kind: str) -> list[CompileCase]:
     forms = [({"FIXED": fixed}, not fixed) for fixed in (True, False)]
     types = {"indices_ptr": "*i64", "row_offsets_ptr": "*i64"}
     return [
-        case for kernel in (decode_codes, decode_d_values) for case in other_cases(kernel, kind, forms, types, ("D",))
+        case
+        for kernel in (decode_codes, decode_d_values)
+        for case in cases_of_kernel(kernel, kind, forms, types, ("D",), False)
     ]

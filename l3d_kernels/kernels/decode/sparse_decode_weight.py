@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, other_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
@@ -104,7 +104,7 @@ def decode_d_weight(
 # --- launch -----------------------------------------------------------------------------------------------------
 
 STRETCH = 128  # entries of one row of the weight that one program sums; further entries go to other programs
-for kernel_name in ("decode_d_weight", "decode_d_weight_stretch"):
+for kernel_name in ("decode_codes", "decode_d_values", "decode_d_weight", "decode_d_weight_stretch"):
     TABLE[kernel_name] = {
         ("interpreter", None): Launch({"BLOCK_N": 2, "BLOCK_D": 16}),
         (None, "16"): Launch({"BLOCK_N": 4, "BLOCK_D": 1024}, warps=4, stages=3),
@@ -142,4 +142,4 @@ def compile_cases(kind: str) -> list[CompileCase]:
     types = dict.fromkeys(("order_ptr", "codes_ptr", "sorted_ptr", "segments_ptr"), "*i64") | {"parts_ptr": "*fp32"}
     forms = [({"FIXED": fixed, "STRETCH": STRETCH}, not fixed) for fixed in (True, False)]
     kernels = (decode_d_weight, decode_d_weight_stretch)
-    return [case for kernel in kernels for case in other_cases(kernel, kind, forms, types, ("D",))]
+    return [case for kernel in kernels for case in cases_of_kernel(kernel, kind, forms, types, ("D",), False)]

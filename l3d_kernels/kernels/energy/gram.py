@@ -21,7 +21,7 @@ from torch import Tensor
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes
 from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.kernels.shared.device import add_row_products, store, sum_groups, zeros
+from l3d_kernels.kernels.shared.device import row_products, store, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
 from l3d_kernels.registry import TRITON
 
@@ -54,13 +54,9 @@ def gram_tile(
             rows_a, mask_a = rows_of(first_a, slot_a, start_a, K, R, RANKS)
             for start_b in range(0, R, RANKS):
                 rows_b, mask_b = rows_of(first_b, slot_b, start_b, K, R, RANKS)
-                lefts = zeros(left_ptr, BLOCK_A, BLOCK_B)
-                lefts = add_row_products(
-                    lefts, left_ptr, rows_a * O, mask_a, left_ptr, rows_b * O, mask_b, O, PRECISION, BLOCK_D
-                )
-                rights = zeros(left_ptr, BLOCK_A, BLOCK_B)
-                rights = add_row_products(
-                    rights, right_ptr, rows_a * I, mask_a, right_ptr, rows_b * I, mask_b, I, PRECISION, BLOCK_D
+                lefts = row_products(left_ptr, rows_a * O, mask_a, left_ptr, rows_b * O, mask_b, O, PRECISION, BLOCK_D)
+                rights = row_products(
+                    right_ptr, rows_a * I, mask_a, right_ptr, rows_b * I, mask_b, I, PRECISION, BLOCK_D
                 )
                 total += sum_groups(lefts * rights, RANKS, RANKS)
         own_a, own_b = tl.arange(0, GROUPS_A)[:, None], tl.arange(0, GROUPS_B)[None, :]

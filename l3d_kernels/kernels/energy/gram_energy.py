@@ -23,9 +23,9 @@ from l3d_kernels.cpu import energy_from_gram
 from l3d_kernels.kernels.energy.gram import gram
 from l3d_kernels.kernels.energy.gram_energy_backward import energy_backward, rows_of
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.kernels.shared.device import add_row_products, load, zeros
+from l3d_kernels.kernels.shared.device import load, row_products, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
@@ -59,14 +59,8 @@ def coactive_energy(
         total = tl.sum(zeros(left_ptr, BLOCK_P, 1), 1)
         for start_q in range(0, n_rows, BLOCK_Q):
             entry_q, rows_q, mask_q = rows_of(columns_ptr, first, start_q + tl.arange(0, BLOCK_Q), n_rows, R)
-            lefts = zeros(left_ptr, BLOCK_P, BLOCK_Q)
-            lefts = add_row_products(
-                lefts, left_ptr, rows_p * O, mask_p, left_ptr, rows_q * O, mask_q, O, PRECISION, BLOCK_D
-            )
-            rights = zeros(left_ptr, BLOCK_P, BLOCK_Q)
-            rights = add_row_products(
-                rights, right_ptr, rows_p * I, mask_p, right_ptr, rows_q * I, mask_q, I, PRECISION, BLOCK_D
-            )
+            lefts = row_products(left_ptr, rows_p * O, mask_p, left_ptr, rows_q * O, mask_q, O, PRECISION, BLOCK_D)
+            rights = row_products(right_ptr, rows_p * I, mask_p, right_ptr, rows_q * I, mask_q, I, PRECISION, BLOCK_D)
             weight = load(values_ptr + entry_q, mask_q).to(lefts.dtype)  # [Q]
             total += tl.sum(lefts * rights * weight[None, :], 1)
         places = first * R + start_p + tl.arange(0, BLOCK_P)
@@ -155,4 +149,4 @@ TRITON["gram_energy"] = gram_energy
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
     types = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "columns_ptr": "*i64", "row_offsets_ptr": "*i64"}
-    return matrix_cases(coactive_energy, kind, types=types)
+    return cases_of_kernel(coactive_energy, kind, types=types)

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div
-from l3d_kernels.kernels.shared.device import add_dot, add_row_products, feed, load, zeros
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
@@ -67,8 +67,7 @@ def coactive_backward(
         scale *= tl.load(values_ptr + entry).to(sum_ptr.dtype.element_ty)
         for start_q in range(0, n_rows, BLOCK_Q):
             entry_q, rows_q, mask_q = rows_of(columns_ptr, first, start_q + tl.arange(0, BLOCK_Q), n_rows, R)
-            other = zeros(a_ptr, BLOCK_R, BLOCK_Q)
-            other = add_row_products(other, b_ptr, rows_k * B, mask_r, b_ptr, rows_q * B, mask_q, B, PRECISION, BLOCK_D)
+            other = row_products(b_ptr, rows_k * B, mask_r, b_ptr, rows_q * B, mask_q, B, PRECISION, BLOCK_D)
             weight = scale * load(values_ptr + entry_q, mask_q).to(other.dtype)  # [Q]
             weighted = feed(other * weight[None, :], a_ptr)  # [R, Q]
             for start_d in range(0, A, BLOCK_D):
@@ -125,4 +124,4 @@ def compile_cases(kind: str) -> list[CompileCase]:
     integers = ("rows_ptr", "columns_ptr", "row_offsets_ptr", "column_order_ptr", "column_offsets_ptr")
     types = {"d_a_ptr": "*fp32", **dict.fromkeys(integers, "*i64")}
     forms = [({"BLOCK_R": block_r}, block_r == 32) for block_r in (16, 32, 64)]
-    return matrix_cases(coactive_backward, kind, forms, types, ("A", "B"))
+    return cases_of_kernel(coactive_backward, kind, forms, types, ("A", "B"))

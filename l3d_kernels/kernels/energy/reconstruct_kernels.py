@@ -20,29 +20,21 @@ import triton
 import triton.language as tl
 
 from l3d_kernels.kernels.energy.gram_energy_backward import rows_of
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
-def add_reconstruction(
-    acc,
-    values_ptr,
-    columns_ptr,
-    row_offsets_ptr,
-    left_ptr,
-    right_ptr,
-    sample,
-    offs_o,
-    offs_i,
-    O,
-    I,
-    R,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """Return acc + a tile [O, I] of a sample's reconstruction."""
+def reconstruction(
+    values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R,
+    PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Return (sample, offs_o, offs_i, tile [O, I] of the sample's reconstruction) for this program's tile."""
+    sample = tl.program_id(0).to(tl.int64)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
+    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
     first = tl.load(row_offsets_ptr + sample)
     n_rows = ((tl.load(row_offsets_ptr + sample + 1) - first) * R).to(tl.int32)
     for start in range(0, n_rows, BLOCK_Q):
@@ -51,7 +43,7 @@ def add_reconstruction(
         left = load(left_ptr + rows[None, :] * O + offs_o[:, None], mask[None, :] & (offs_o < O)[:, None])  # [O, Q]
         right = load(right_ptr + rows[:, None] * I + offs_i[None, :], mask[:, None] & (offs_i < I)[None, :])  # [Q, I]
         acc = add_dot(feed(left.to(acc.dtype) * value[None, :], left_ptr), right, acc, PRECISION)
-    return acc
+    return sample, offs_o, offs_i, acc
 
 
 @triton.jit
@@ -71,14 +63,9 @@ def reconstruct_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """Store a tile of a sample's reconstruction."""
-    sample = tl.program_id(0).to(tl.int64)
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
-    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
-    acc = add_reconstruction(
-        acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
-        PRECISION, BLOCK_Q,
-    )  # fmt: skip
+    sample, offs_o, offs_i, acc = reconstruction(
+        values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R, PRECISION, BLOCK_O, BLOCK_I, BLOCK_Q
+    )
     places = (sample * O + offs_o[:, None]) * I + offs_i[None, :]
     store(out_ptr + places, acc, (offs_o < O)[:, None] & (offs_i < I)[None, :])
 
@@ -103,14 +90,9 @@ def residual_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """Store a tile of a sample's scaled residual."""
-    sample = tl.program_id(0).to(tl.int64)
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
-    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
-    acc = add_reconstruction(
-        acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
-        PRECISION, BLOCK_Q,
-    )  # fmt: skip
+    sample, offs_o, offs_i, acc = reconstruction(
+        values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R, PRECISION, BLOCK_O, BLOCK_I, BLOCK_Q
+    )
     mask, places = (offs_o < O)[:, None] & (offs_i < I)[None, :], offs_o.to(tl.int64)[:, None] * I + offs_i[None, :]
     grad = load(grad_ptr + sample * stride_grad_s + places, mask).to(acc.dtype)  # [O, I]
     store(out_ptr + sample * O * I + places, tl.load(scale_ptr + sample) * (grad - acc), mask)
@@ -134,20 +116,14 @@ def residual_norm_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """Sum the squares of a tile of a sample's residual; the difference is taken first, so nothing cancels."""
-    sample, tile_o, tile_i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    offs_o, offs_i = tile_o * BLOCK_O + tl.arange(0, BLOCK_O), tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
-    acc = add_reconstruction(
-        acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
-        PRECISION, BLOCK_Q,
-    )  # fmt: skip
+    sample, offs_o, offs_i, acc = reconstruction(
+        values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R, PRECISION, BLOCK_O, BLOCK_I, BLOCK_Q
+    )
     places = (sample * O + offs_o[:, None]) * I + offs_i[None, :]
     grad = load(grad_ptr + places, (offs_o < O)[:, None] & (offs_i < I)[None, :]).to(acc.dtype)  # [O, I]
     difference = grad - acc
-    tl.store(
-        parts_ptr + (sample * tl.num_programs(1) + tile_o) * tl.num_programs(2) + tile_i,
-        tl.sum(difference * difference),
-    )
+    place = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(parts_ptr + place, tl.sum(difference * difference))
 
 
 @triton.jit
@@ -223,9 +199,9 @@ def compile_cases(kind: str) -> list[CompileCase]:
     integers = ("columns_ptr", "row_offsets_ptr", "rows_ptr", "column_order_ptr", "column_offsets_ptr")
     types = dict.fromkeys(integers, "*i64") | dict.fromkeys(("parts_ptr", "scale_ptr", "d_a_ptr"), "*fp32")
     tiles = (reconstruct_tile, residual_tile, residual_norm_tile)
-    cases = [case for kernel in tiles for case in matrix_cases(kernel, kind, types=types)]
+    cases = [case for kernel in tiles for case in cases_of_kernel(kernel, kind, types=types)]
     forms = [
         ({"BLOCK_R": block_r, "WITH_VALUES": left, "stride_d_b" if left else "stride_d_a": 1}, block_r == LARGEST_RANKS)
         for block_r, left in ((16, True), (16, False), (LARGEST_RANKS, True))
     ]
-    return cases + matrix_cases(reconstruct_backward, kind, forms, types, ("A", "B"))
+    return cases + cases_of_kernel(reconstruct_backward, kind, forms, types, ("A", "B"))

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel, compile_dtypes
 from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.kernels.shared.device import add_dot, add_row_products, load, store, zeros
+from l3d_kernels.kernels.shared.device import add_dot, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
 from l3d_kernels.registry import TRITON
 from l3d_kernels.splitting import pieces
@@ -52,16 +52,10 @@ def norm_pairs(
             index_b = tl.load(x_ptr + first_x + offs_b, mask=mask_b, other=-2)  # [T]
             x_products = (index_a[:, None] == index_b[None, :]).to(total.dtype)
         else:
-            x_products = zeros(dy_ptr, BLOCK_T, BLOCK_T)
             rows_a, rows_b = (first_x + offs_a) * I, (first_x + offs_b) * I
-            x_products = add_row_products(
-                x_products, x_ptr, rows_a, mask_a, x_ptr, rows_b, mask_b, I, PRECISION, BLOCK_D
-            )
-        dy_products = zeros(dy_ptr, BLOCK_T, BLOCK_T)
+            x_products = row_products(x_ptr, rows_a, mask_a, x_ptr, rows_b, mask_b, I, PRECISION, BLOCK_D)
         rows_a, rows_b = (first + offs_a) * O, (first + offs_b) * O
-        dy_products = add_row_products(
-            dy_products, dy_ptr, rows_a, mask_a, dy_ptr, rows_b, mask_b, O, PRECISION, BLOCK_D
-        )
+        dy_products = row_products(dy_ptr, rows_a, mask_a, dy_ptr, rows_b, mask_b, O, PRECISION, BLOCK_D)
         total += tl.sum(x_products * dy_products) * tl.where(tile_a < tile_b, 2, 1)
     place = (sample.to(tl.int64) * tl.num_programs(1) + tile_a) * tl.num_programs(2) + tile_b
     tl.store(parts_ptr + place, total)
@@ -211,9 +205,9 @@ TRITON["squared_gradient_norm"] = squared_gradient_norm
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
     types = {"parts_ptr": "*fp32"}
-    cases = matrix_cases(norm_outer, kind, types=types)
-    cases += matrix_cases(norm_pairs, kind, [({"INDEXED": False, "BLOCK_T": t}, False) for t in (16, 64)], types)
-    cases += matrix_cases(norm_pairs, kind, [({"INDEXED": True, "BLOCK_T": 32}, True)], types | {"x_ptr": "*i64"})
+    cases = cases_of_kernel(norm_outer, kind, types=types)
+    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": False, "BLOCK_T": t}, False) for t in (16, 64)], types)
+    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": True, "BLOCK_T": 32}, True)], types | {"x_ptr": "*i64"})
     for dtype, bits, precision, long in compile_dtypes(kind):
         if not (precision == "tf32" or (bits == "32" and precision == "ieee" and long)):
             row = lookup("norm_single", kind, bits)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile, wide_ranks
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
@@ -191,4 +191,4 @@ def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
     types = {"offsets_ptr": "*i64", "sample_ptr": "*i64"}
     forms = [({"BLOCK_R": cols}, cols != 32) for cols in (16, 32, 64)]
-    return cases_of(project_at_rows, kind) + matrix_cases(project_at_outer, kind, forms, types, ("D",))
+    return cases_of(project_at_rows, kind) + cases_of_kernel(project_at_outer, kind, forms, types, ("D",))

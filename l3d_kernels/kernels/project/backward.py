@@ -18,9 +18,9 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.fused import tile
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.kernels.shared.device import add_dot, add_row_products, feed, load, store, zeros
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
 
@@ -54,11 +54,8 @@ def project_returned(
     total = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
     for member in range(0, share):
         offs_s = (rows // T) * share + member
-        product = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
         starts_dy = (offs_s * T + rows % T) * O
-        product = add_row_products(
-            product, dy_ptr, starts_dy, mask_rows, left_ptr, starts_left, mask_cols, O, PRECISION, BLOCK_D
-        )
+        product = row_products(dy_ptr, starts_dy, mask_rows, left_ptr, starts_left, mask_cols, O, PRECISION, BLOCK_D)
         weight = load((d_out_ptr + offs_s * K_all)[:, None] + (cols // R)[None, :], mask)  # [ROWS, COLS]
         total += weight * product
     store((out_ptr + rows * cols_out)[:, None] + cols[None, :], total, mask)
@@ -237,6 +234,6 @@ def project_backward(
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
     forms, types = [({"INDEXED": indexed}, indexed) for indexed in (False, True)], {"index_ptr": "*i64"}
-    cases = matrix_cases(project_returned, kind) + matrix_cases(project_weighted, kind, forms, types)
-    split = matrix_cases(project_weighted, kind, forms, types | {"out_ptr": "*fp32"})
+    cases = cases_of_kernel(project_returned, kind) + cases_of_kernel(project_weighted, kind, forms, types)
+    split = cases_of_kernel(project_weighted, kind, forms, types | {"out_ptr": "*fp32"})
     return cases + [case._replace(long=True) for case in split if case.dtype != "fp32"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, other_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
@@ -110,4 +110,5 @@ def products(side: Tensor, factor: Tensor) -> Tensor:
 def compile_cases(kind: str, count: bool = False, slots: Sequence[int] = (1, 8, 256)) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device; `count`: as `project_topk` does."""
     forms = [({"SLOT_R": ranks, **COUNTED[count]}, ranks != 8) for ranks in slots]
-    return other_cases(project_multiply, kind, forms, {"histogram_ptr": "*i64"} if count else {})
+    types = {"histogram_ptr": "*i64"} if count else {}
+    return cases_of_kernel(project_multiply, kind, forms, types, (), is_matrix=False)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
@@ -178,7 +178,7 @@ TRITON["project_dense"] = project_dense
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    cases = matrix_cases(project_dense_sum, kind, [({"BLOCK_R": 16}, False)], {"out_ptr": "*fp32"})
+    cases = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 16}, False)], {"out_ptr": "*fp32"})
     cases = [case._replace(long=case.long or case.dtype != "fp32") for case in cases]
-    wide = matrix_cases(project_dense_sum, kind, [({"BLOCK_R": 32}, False)], {"out_ptr": "*fp32"})
+    wide = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 32}, False)], {"out_ptr": "*fp32"})
     return cases + [case for case in wide if case.dtype != "fp32"]

@@ -20,7 +20,7 @@ from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes
 from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.kernels.shared.device import add_row_products, load, sum_groups, zeros
+from l3d_kernels.kernels.shared.device import load, row_products, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows, lookup
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -64,14 +64,8 @@ def project_pair(
             offs_r = start_r + line_r
             mask_cols = (offs_k < K) & (offs_r < R)
             cols = offs_k * R + offs_r
-            x_right = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-            x_right = add_row_products(
-                x_right, x_ptr, rows * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D
-            )
-            dy_left = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-            dy_left = add_row_products(
-                dy_left, dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D
-            )
+            x_right = row_products(x_ptr, rows * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D)
+            dy_left = row_products(dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D)
             total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
     finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
 
@@ -118,9 +112,8 @@ def project_seen(
             offs_r = start_r + line_r
             mask_cols = (offs_k < K) & (offs_r < R)
             cols = offs_k * R + offs_r  # int32; added to the rows' int64 below
-            dy_left = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-            dy_left = add_row_products(
-                dy_left, dy_ptr, rows * O, mask_rows, left_ptr, cols.to(tl.int64) * O, mask_cols, O, PRECISION, BLOCK_D
+            dy_left = row_products(
+                dy_ptr, rows * O, mask_rows, left_ptr, cols.to(tl.int64) * O, mask_cols, O, PRECISION, BLOCK_D
             )
             places = (x_right_ptr + x_rows * (K * R))[:, None] + cols[None, :]
             x_right = load(places, mask_rows[:, None] & mask_cols[None, :])  # [ROWS, COLS]

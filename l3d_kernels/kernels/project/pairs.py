@@ -13,8 +13,8 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.fused import slots
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, matrix_cases
-from l3d_kernels.kernels.shared.device import add_row_products, load, zeros
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.device import load, row_products
 from l3d_kernels.kernels.shared.launch_table import Launch
 
 # Where x·right comes from: multiplied here, read by position from a given product, or read from `right` by index.
@@ -55,15 +55,9 @@ def products_of_lines(
     """Return the tiles (x·right, dy·left), each [ROWS, COLS], of positions of one subnetwork's pairs."""
     mask_cols = offs_r < R
     cols, rows, rows_x = k * R + offs_r, offs_s * T + offs_t, (offs_s // share) * T + offs_t
-    dy_left = zeros(dy_ptr, offs_s.shape[0], offs_r.shape[0])
-    dy_left = add_row_products(
-        dy_left, dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D
-    )
+    dy_left = row_products(dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D)
     if SOURCE == 0:
-        x_right = zeros(dy_ptr, offs_s.shape[0], offs_r.shape[0])
-        x_right = add_row_products(
-            x_right, x_ptr, rows_x * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D
-        )
+        x_right = row_products(x_ptr, rows_x * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D)
     else:
         if SOURCE == 1:
             places = (x_ptr + rows_x * I)[:, None] + cols[None, :]
@@ -147,5 +141,5 @@ def cases_of(kernel: Any, kind: str) -> list[CompileCase]:
             for slot, cols in ((16, 32), (1, 16), (64, 32))
         ]
         own = types | ({"x_ptr": "*i64"} if mode == INDEX else {})
-        cases += matrix_cases(kernel, kind, forms, own, ("O",) if mode == LOOK_UP else ("I", "O"))
+        cases += cases_of_kernel(kernel, kind, forms, own, ("O",) if mode == LOOK_UP else ("I", "O"))
     return cases

@@ -29,9 +29,6 @@ class CompileCase(NamedTuple):
         return "-".join([self.kernel.fn.__name__, self.dtype, *flags, *types])
 
 
-DTYPES = (("bf16", "16"), ("fp16", "16"), ("fp32", "32"))  # (pointer type, size class)
-
-
 def compile_dtypes(kind: str) -> list[tuple[str, str, str, bool]]:
     """Return every form of a matrix kernel: (pointer type, size class, precision, only in the long test)."""
     exact, fast = float32_precision(True, kind), float32_precision(False, kind)
@@ -43,55 +40,24 @@ def compile_dtypes(kind: str) -> list[tuple[str, str, str, bool]]:
     ]
 
 
-def types_of(kernel: Any, types: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the types that are of the kernel's arguments."""
-    return {name: own for name, own in types.items() if name in kernel.arg_names}
-
-
-def matrix_cases(
+def cases_of_kernel(
     kernel: Any,
     kind: str,
     forms: Iterable[tuple[dict[str, Any], bool]] = (({}, False),),
     types: Mapping[str, str] | None = None,
     divisible: tuple[str, ...] = ("I", "O"),
+    is_matrix: bool = True,
 ) -> list[CompileCase]:
-    """List a matrix kernel's cases for every dtype and precision: forms are (constants, only in the long test)."""
-    own = types_of(kernel, types or {})
-    return [
-        CompileCase(
-            kernel,
-            dtype,
-            {"PRECISION": precision, **constants},
-            lookup(kernel.fn.__name__, kind, bits),
-            own,
-            long=long or late,
-            divisible=divisible,
-        )
-        for dtype, bits, precision, long in compile_dtypes(kind)
-        for constants, late in forms
-    ]
+    """List a kernel's cases for every dtype, and for every precision of a matrix kernel.
 
-
-def other_cases(
-    kernel: Any,
-    kind: str,
-    forms: Iterable[tuple[dict[str, Any], bool]] = (({}, False),),
-    types: Mapping[str, str] | None = None,
-    divisible: tuple[str, ...] = (),
-) -> list[CompileCase]:
-    """List the cases of a kernel without dots for every dtype: forms are (constants, only in the long test)."""
-    own = types_of(kernel, types or {})
-    return [
-        CompileCase(
-            kernel,
-            dtype,
-            constants,
-            lookup(kernel.fn.__name__, kind, bits),
-            own,
-            False,
-            dtype == "fp16" or late,
-            divisible,
-        )
-        for dtype, bits in DTYPES
-        for constants, late in forms
-    ]
+    forms: pairs of (constants, only in the long test). Types of arguments that the kernel does not have are left out.
+    """
+    own = {name: pointer for name, pointer in (types or {}).items() if name in kernel.arg_names}
+    found = []
+    for dtype, bits, precision, long in compile_dtypes(kind):
+        if is_matrix or dtype != "fp32" or not long:  # without dots one precision is as good as another
+            row, fixed = lookup(kernel.fn.__name__, kind, bits), {"PRECISION": precision} if is_matrix else {}
+            for constants, late in forms:
+                form = (kernel, dtype, {**fixed, **constants}, row, own, is_matrix, long or late, divisible)
+                found.append(CompileCase(*form))
+    return found

@@ -75,10 +75,9 @@ def add_dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_row_products(
-    acc, a_ptr, starts_a, mask_a, b_ptr, starts_b, mask_b, D, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Return acc[a, b] + Σ_d A[a, d] B[b, d], for rows of D elements; `starts` (int64) is where each row begins."""
+def row_products(a_ptr, starts_a, mask_a, b_ptr, starts_b, mask_b, D, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return Σ_d A[a, d] B[b, d] for rows of D elements; `starts` (int64) is where each row begins: [A, B]."""
+    acc = zeros(a_ptr, starts_a.shape[0], starts_b.shape[0])
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D

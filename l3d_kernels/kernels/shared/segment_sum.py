@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, other_cases
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div
-from l3d_kernels.kernels.shared.device import load, store
+from l3d_kernels.kernels.shared.device import load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
@@ -36,10 +36,7 @@ def segment_sum(
     key = tl.load(key_ptr + first)
     previous = tl.load(key_ptr + first - 1, mask=first > 0, other=-1)
     if key != previous:
-        if rows_ptr.dtype.element_ty == tl.float64:
-            total = tl.zeros([BLOCK_COLS], tl.float64)
-        else:
-            total = tl.zeros([BLOCK_COLS], tl.float32)
+        total = tl.sum(zeros(rows_ptr, BLOCK_COLS, 1), 1)
         stop = tl.load(stop_ptr + first).to(tl.int32)
         for place in range(first, stop):
             row = tl.load(order_ptr + place)
@@ -64,6 +61,5 @@ def sum_by_key(rows: Tensor, key: Tensor, n_keys: int) -> Tensor:
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    return other_cases(
-        segment_sum, kind, types=dict.fromkeys(("key_ptr", "order_ptr", "stop_ptr"), "*i64"), divisible=("I", "O")
-    )
+    types = dict.fromkeys(("key_ptr", "order_ptr", "stop_ptr"), "*i64")
+    return cases_of_kernel(segment_sum, kind, types=types, is_matrix=False)
