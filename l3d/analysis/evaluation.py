@@ -24,7 +24,7 @@ from l3d.gradients.factors import Gradients
 from l3d.gradients.model import exact_pattern
 from l3d.gradients.precision import own_precision
 from l3d.storage.identity import check_identity
-from l3d_kernels.reference import pieces
+from l3d_kernels.splitting import pieces
 
 SELECTIONS = ("batch", "threshold")
 

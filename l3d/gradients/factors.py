@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels import reference
+from l3d_kernels import splitting
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Rows:
 
     def materialize(self, shape: tuple[int, int]) -> Tensor:
         """Multiply out: [S, *shape] for a parameter stored as the matrix `shape`."""
-        grad = reference.outer(self.x, self.dy, shape[self.x_axis])
+        grad = splitting.outer(self.x, self.dy, shape[self.x_axis])
         return grad if self.x_axis == 1 else grad.mT
 
     def squared_norm(self, backend: str = "auto") -> Tensor:
@@ -132,7 +132,7 @@ class Gradients:
         key = tuple(names)
         if key not in self._flat:
             n_entries = sum(shape.numel() for shape in self.shapes.values())
-            if self._within is not None and self._within[0].n_samples * n_entries <= reference.CHUNK:
+            if self._within is not None and self._within[0].n_samples * n_entries <= splitting.CHUNK:
                 whole, start, stop = self._within
                 self._flat[key] = whole.flat(key)[start:stop]  # small: multiply out once for all slices of the whole
             else:
@@ -142,7 +142,7 @@ class Gradients:
     def fits_whole(self, name: str) -> bool:
         """Tell whether one parameter's gradients, multiplied out, are no larger than their factors, or small."""
         held = sum(tensor.numel() for owner, tensor in self.tensors() if owner == name)
-        return self.n_samples * self.shapes[name].numel() <= max(held, reference.CHUNK)
+        return self.n_samples * self.shapes[name].numel() <= max(held, splitting.CHUNK)
 
     def materialize(self) -> dict[str, Tensor]:
         """Multiply everything out: {name: [S, *shape]}. Training uses `matrix` and `flat`, which keep results."""

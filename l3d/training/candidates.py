@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
-from l3d.decomposition.flat import flattened, multiplied_out, by_factors
+from l3d.decomposition.flat import by_factors, flattened, multiplied_out
 from l3d.decomposition.project import project
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import matrix_shape

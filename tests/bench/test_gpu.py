@@ -20,9 +20,9 @@ from bench.gpu.cases import LARGE, OPS, SMALL, Sizes, fitting, make, moved_bytes
 from bench.gpu.step import count_launches, time_steps, work
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import objective
-from l3d_kernels import dispatch
+from l3d_kernels import registry
 
-assert dispatch.load_kernels() == ""
+assert registry.load_kernels() == ""
 from l3d_kernels.kernels.project import project  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ from l3d.decomposition.costs import Path, Plan, Sizes
 from l3d.decomposition.directions import Directions, LowRank, Whole
 from l3d.decomposition.objective import Objective, energy, n_kept, objective
 from l3d.gradients.factors import Gradients, Rows
-from l3d_kernels import reference
+from l3d_kernels import splitting
 
 from helpers import assert_relative
 from problems import PROBLEMS, setup
@@ -130,7 +130,7 @@ def test_every_path_gives_the_same_loss_and_gradients(
 ) -> None:
     """Materialised, whole or in tiles, or factored; dense or sampled; full or co-active Gram: all agree to 1e-10."""
     if tiled:  # no gradient is small enough to be held whole
-        monkeypatch.setattr(reference, "CHUNK", 1)
+        monkeypatch.setattr(splitting, "CHUNK", 1)
     gradients, d = setup(name)
     n = max(1, math.floor(k * gradients.n_samples * d.n_subnetworks + 0.5))
     truth = brute_force(gradients, d.encoder, d.decoder, n)
