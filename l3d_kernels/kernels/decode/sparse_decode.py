@@ -12,6 +12,7 @@ rows of zeros. Specification: `l3d_kernels.reference.sparse_decode`.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -146,13 +147,23 @@ def _backward(needs: Any, saved: tuple[Any, ...], d_out: Tensor) -> list[Tensor 
     return [None, to_values, to_weight]
 
 
-_decode = common.differentiable(decode, _backward)
+class _Decode(common.Differentiable):
+    @staticmethod
+    def forward(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
+        return decode(indices, values, weight, row_offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return common.gradients(ctx, _backward, d_out)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
     """Run `l3d_kernels.reference.sparse_decode` with Triton kernels."""
     values, weight = common.contiguous(values, weight)
-    return _decode(indices.contiguous(), values, weight, None if row_offsets is None else row_offsets.contiguous())
+    return _Decode.apply(
+        indices.contiguous(), values, weight, None if row_offsets is None else row_offsets.contiguous()
+    )
 
 
 TRITON["sparse_decode"] = sparse_decode

@@ -191,12 +191,20 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-_norm = common.differentiable(norm_forward, _backward)
+class _Norm(common.Differentiable):
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor) -> Tensor:
+        return norm_forward(x, dy)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return common.gradients(ctx, _backward, d_out)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
-    return _norm(*common.contiguous(x, dy))
+    return _Norm.apply(*common.contiguous(x, dy))
 
 
 TRITON["squared_gradient_norm"] = squared_gradient_norm
