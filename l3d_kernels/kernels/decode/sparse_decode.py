@@ -12,7 +12,6 @@ rows of zeros. Specification: `l3d_kernels.reference.sparse_decode`.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -152,18 +151,14 @@ class _Decode(common.Differentiable):
     def forward(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
         return decode(indices, values, weight, row_offsets)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
     """Run `l3d_kernels.reference.sparse_decode` with Triton kernels."""
     values, weight = common.contiguous(values, weight)
-    return _Decode.apply(
-        indices.contiguous(), values, weight, None if row_offsets is None else row_offsets.contiguous()
-    )
+    offsets = None if row_offsets is None else row_offsets.contiguous()
+    return _Decode.apply(indices.contiguous(), values, weight, offsets)
 
 
 TRITON["sparse_decode"] = sparse_decode

@@ -134,10 +134,7 @@ class _Gram(common.Differentiable):
     def forward(left: Tensor, right: Tensor) -> Tensor:
         return gram_forward(left, right)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:

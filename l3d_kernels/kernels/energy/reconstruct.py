@@ -171,10 +171,7 @@ class _Reconstruct(common.Differentiable):
     ) -> Tensor:
         return reconstruct_forward(values, columns, row_offsets, left, right)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 class _ResidualNorm(common.Differentiable):
@@ -192,10 +189,7 @@ class _ResidualNorm(common.Differentiable):
     ) -> Tensor:
         return residual_norm_forward(values, columns, row_offsets, left, right, grad)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward_norm, d_out)
+    backward = common.backward_of(_backward_norm)
 
 
 def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:

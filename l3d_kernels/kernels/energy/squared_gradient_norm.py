@@ -196,10 +196,7 @@ class _Norm(common.Differentiable):
     def forward(x: Tensor, dy: Tensor) -> Tensor:
         return norm_forward(x, dy)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:

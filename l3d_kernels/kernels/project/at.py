@@ -108,10 +108,7 @@ class _ProjectAt(common.Differentiable):
     ) -> Tensor:
         return project_at_forward(x, dy, left, right, order, offsets, rows)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:

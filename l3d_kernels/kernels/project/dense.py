@@ -170,10 +170,7 @@ class _ProjectDense(common.Differentiable):
     def forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return project_dense_forward(grad, left, right)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:

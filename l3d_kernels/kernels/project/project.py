@@ -12,7 +12,6 @@ with a small kernel after them (`chunked`). The table in `path_table` chooses. S
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from l3d_kernels.kernels.project import chunked as project_chunked
@@ -63,10 +62,7 @@ class _Project(common.Differentiable):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:4])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None = None) -> Tensor:

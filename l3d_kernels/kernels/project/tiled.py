@@ -55,10 +55,7 @@ class _ProjectTiled(common.Differentiable):
     def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return project_tiled_forward(x, dy, left, right)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ less. The backward pass needs the kept pairs only: it is that of `project_at`. S
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from l3d_kernels.kernels.project import chunked as project_chunked
@@ -53,10 +52,7 @@ class _ProjectTopk(common.Differentiable):
         _, rows, _, _, column_order, column_offsets, _ = output
         ctx.save_for_backward(*inputs[:4], column_order, column_offsets, rows)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def project_topk(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> SparseCoefficients:

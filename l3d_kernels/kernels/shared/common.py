@@ -134,7 +134,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 class Differentiable(torch.autograd.Function):
     """Base of the kernels' autograd functions: saves all inputs; of several outputs the first alone is differentiable.
 
-    A subclass has `forward`, which calls an operator, and `backward`, which calls `gradients`. It passes gradcheck,
+    A subclass has `forward`, which calls an operator, and `backward = backward_of(function)`. It passes gradcheck,
     torch.compile(fullgraph=True) and vmap of a gradient; second derivatives raise an error.
     """
 
@@ -145,14 +145,18 @@ class Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
 
-def gradients(ctx: Any, backward: Callable[..., Sequence[Tensor | None]], d_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all inputs of a `Differentiable`.
+def backward_of(gradients: Callable[..., Sequence[Tensor | None]]) -> Any:
+    """Return the `backward` of a `Differentiable` from a function of (needs, saved, d_out).
 
-    backward takes (needs, saved, d_out): which inputs need a gradient, the saved tensors, the upstream gradient. It
-    returns the gradients of the first inputs, None where none is needed; the others have none.
+    needs: which inputs need a gradient; saved: the saved tensors; d_out: the upstream gradient. The function returns
+    the gradients of the first inputs, None where none is needed; the other inputs have none.
     """
-    grads = backward(ctx.needs_input_grad, ctx.saved_tensors, d_out)
-    return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
+
+    def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = gradients(ctx.needs_input_grad, ctx.saved_tensors, d_out)
+        return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
+
+    return staticmethod(torch.autograd.function.once_differentiable(backward))
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -157,10 +157,7 @@ class _Select(common.Differentiable):
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:4], output[5])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return common.gradients(ctx, _backward, d_out)
+    backward = common.backward_of(_backward)
 
 
 def select_one(coefficients: Tensor, n: int, histogram: Tensor | None = None) -> SparseCoefficients:
