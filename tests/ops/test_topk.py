@@ -171,6 +171,17 @@ def test_nan_is_never_dropped_silently(n: int) -> None:
     assert kept.values.isnan().sum() == min(n, 2)
 
 
+def test_repr_tells_sizes_and_no_numbers_by_the_page() -> None:
+    """One line, however many entries: how many are kept of what, dtype, device and threshold."""
+    coefficients = torch.arange(6000.0).view(100, 60)
+    assert repr(lk.batch_topk(coefficients, 500)) == (
+        "SparseCoefficients(500 kept of 100 x 60, torch.float32, cpu, threshold 5500)"
+    )
+    assert repr(lk.batch_topk(coefficients.bfloat16(), 0)).endswith("torch.bfloat16, cpu, threshold inf)")
+    assert repr(lk.batch_topk(coefficients, 5, 3)).endswith("15 kept of 100 x 60, torch.float32, cpu, threshold [3])")
+    assert repr(lk.batch_topk(coefficients.to("meta"), 0, backend="triton")).endswith("meta, threshold [])")
+
+
 # --- groups of columns ------------------------------------------------------------------------------------------
 
 

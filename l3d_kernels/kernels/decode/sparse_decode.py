@@ -146,13 +146,19 @@ def _backward(needs: Any, saved: tuple[Any, ...], d_out: Tensor) -> list[Tensor 
     return [None, to_values, to_weight]
 
 
-_decode = common.differentiable(decode, _backward)
+class _Decode(common.Differentiable):
+    @staticmethod
+    def forward(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
+        return decode(indices, values, weight, row_offsets)
+
+    backward = common.backward_of(_backward)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
     """Run `l3d_kernels.reference.sparse_decode` with Triton kernels."""
     values, weight = common.contiguous(values, weight)
-    return _decode(indices.contiguous(), values, weight, None if row_offsets is None else row_offsets.contiguous())
+    offsets = None if row_offsets is None else row_offsets.contiguous()
+    return _Decode.apply(indices.contiguous(), values, weight, offsets)
 
 
 TRITON["sparse_decode"] = sparse_decode

@@ -129,12 +129,17 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-_gram = common.differentiable(gram_forward, _backward)
+class _Gram(common.Differentiable):
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        return gram_forward(left, right)
+
+    backward = common.backward_of(_backward)
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram` with Triton kernels."""
-    return _gram(*common.contiguous(left, right))
+    return _Gram.apply(*common.contiguous(left, right))
 
 
 TRITON["gram"] = gram

@@ -107,11 +107,6 @@ def energy_forward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _forward(values: Tensor, left: Tensor, right: Tensor, *order: Tensor) -> tuple[Tensor, Tensor]:
-    _, columns, row_offsets, _, _ = order
-    return energy_forward(values, columns, row_offsets, left, right)
-
-
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
     values, left, right, *order, sums = saved
     d_values = 2 * d_out[order[0]] * sums.view(-1, left.shape[1]).sum(1) if needs[0] else None
@@ -122,12 +117,31 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-_coactive = common.differentiable(_forward, _backward, lambda inputs, output: (*inputs, output[1]))
+class _Coactive(common.Differentiable):
+    @staticmethod
+    def forward(
+        values: Tensor,
+        left: Tensor,
+        right: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        row_offsets: Tensor,
+        column_order: Tensor,
+        column_offsets: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return energy_forward(values, columns, row_offsets, left, right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    backward = common.backward_of(_backward)
 
 
 def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram_energy_coactive` with Triton kernels."""
-    return _coactive(*common.contiguous(kept.values, left, right, *kept.indices()))[0]
+    return _Coactive.apply(*common.contiguous(kept.values, left, right, *kept.indices()))[0]
 
 
 def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:

@@ -117,11 +117,6 @@ def side_backward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _forward(values: Tensor, left: Tensor, right: Tensor, *order: Tensor) -> Tensor:
-    _, columns, row_offsets, _, _ = order
-    return reconstruct_forward(values, columns, row_offsets, left, right)
-
-
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
     values, left, right, rows, _, _, *by_column = saved
     d_values = d_left = d_right = None
@@ -131,11 +126,6 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     if needs[2]:
         d_right = side_backward(d_out, values, rows, *by_column, left, right, False)[0].to(right.dtype)
     return [d_values if needs[0] else None, d_left if needs[1] else None, d_right]
-
-
-def _forward_norm(values: Tensor, left: Tensor, right: Tensor, grad: Tensor, *order: Tensor) -> Tensor:
-    _, columns, row_offsets, _, _ = order
-    return residual_norm_forward(values, columns, row_offsets, left, right, grad)
 
 
 def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor | None]:
@@ -167,18 +157,49 @@ def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> l
     ]
 
 
-_reconstruct = common.differentiable(_forward, _backward)
-_residual_norm = common.differentiable(_forward_norm, _backward_norm)
+class _Reconstruct(common.Differentiable):
+    @staticmethod
+    def forward(
+        values: Tensor,
+        left: Tensor,
+        right: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        row_offsets: Tensor,
+        column_order: Tensor,
+        column_offsets: Tensor,
+    ) -> Tensor:
+        return reconstruct_forward(values, columns, row_offsets, left, right)
+
+    backward = common.backward_of(_backward)
+
+
+class _ResidualNorm(common.Differentiable):
+    @staticmethod
+    def forward(
+        values: Tensor,
+        left: Tensor,
+        right: Tensor,
+        grad: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        row_offsets: Tensor,
+        column_order: Tensor,
+        column_offsets: Tensor,
+    ) -> Tensor:
+        return residual_norm_forward(values, columns, row_offsets, left, right, grad)
+
+    backward = common.backward_of(_backward_norm)
 
 
 def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.reconstruct` with Triton kernels."""
-    return _reconstruct(*common.contiguous(kept.values, left, right, *kept.indices()))
+    return _Reconstruct.apply(*common.contiguous(kept.values, left, right, *kept.indices()))
 
 
 def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_residual_norm` with Triton kernels."""
-    return _residual_norm(*common.contiguous(kept.values, left, right, grad, *kept.indices()))
+    return _ResidualNorm.apply(*common.contiguous(kept.values, left, right, grad, *kept.indices()))
 
 
 TRITON["reconstruct"] = reconstruct

@@ -191,12 +191,17 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-_norm = common.differentiable(norm_forward, _backward)
+class _Norm(common.Differentiable):
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor) -> Tensor:
+        return norm_forward(x, dy)
+
+    backward = common.backward_of(_backward)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
-    return _norm(*common.contiguous(x, dy))
+    return _Norm.apply(*common.contiguous(x, dy))
 
 
 TRITON["squared_gradient_norm"] = squared_gradient_norm

@@ -101,7 +101,14 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     return [None, None, *project_at_backward(d_out, *saved)]
 
 
-_project_at = common.differentiable(project_at_forward, _backward)
+class _ProjectAt(common.Differentiable):
+    @staticmethod
+    def forward(
+        x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
+    ) -> Tensor:
+        return project_at_forward(x, dy, left, right, order, offsets, rows)
+
+    backward = common.backward_of(_backward)
 
 
 def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:
@@ -109,7 +116,7 @@ def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseC
     if torch.is_grad_enabled() and (x.requires_grad or dy.requires_grad):
         raise ValueError("x, dy: the kernels of project_at have no gradient to them; detach them, or use 'torch'")
     order = kept.column_order, kept.column_offsets, kept.rows
-    return _project_at(*common.contiguous(x, dy, left, right, *order))
+    return _ProjectAt.apply(*common.contiguous(x, dy, left, right, *order))
 
 
 TRITON["project_at"] = project_at

@@ -165,12 +165,17 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_project_dense = common.differentiable(project_dense_forward, _backward)
+class _ProjectDense(common.Differentiable):
+    @staticmethod
+    def forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return project_dense_forward(grad, left, right)
+
+    backward = common.backward_of(_backward)
 
 
 def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_dense` with Triton kernels."""
-    return _project_dense(*common.contiguous(grad, left, right))
+    return _ProjectDense.apply(*common.contiguous(grad, left, right))
 
 
 TRITON["project_dense"] = project_dense

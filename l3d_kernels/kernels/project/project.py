@@ -53,12 +53,21 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     return [grad if need else None for grad, need in zip(grads, needs[:4], strict=True)]
 
 
-_project = common.differentiable(project_forward, _backward, lambda inputs, output: inputs[:4])
+class _Project(common.Differentiable):
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None) -> Tensor:
+        return project_forward(x, dy, left, right, path)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+
+    backward = common.backward_of(_backward)
 
 
 def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None = None) -> Tensor:
     """Run `l3d_kernels.reference.project` with Triton kernels, by the path that the table names, or by `path`."""
-    return _project(*common.contiguous(x, dy, left, right), path)
+    return _Project.apply(*common.contiguous(x, dy, left, right), path)
 
 
 TRITON["project"] = project

@@ -50,12 +50,17 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     return [None, None, *project_tiled_backward(d_out, *saved)]
 
 
-_project_tiled = common.differentiable(project_tiled_forward, _backward)
+class _ProjectTiled(common.Differentiable):
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return project_tiled_forward(x, dy, left, right)
+
+    backward = common.backward_of(_backward)
 
 
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_tiled` with Triton kernels."""
-    return _project_tiled(*common.contiguous(x, dy, left, right))
+    return _ProjectTiled.apply(*common.contiguous(x, dy, left, right))
 
 
 TRITON["project_tiled"] = project_tiled

@@ -37,24 +37,29 @@ def project_topk_forward(
     return batch_topk.select(dense, n, histogram)
 
 
-def _keep(inputs: tuple[Any, ...], parts: Parts) -> tuple[Tensor, ...]:
-    """Return what the backward pass needs: x, dy, left, right and the kept pairs in column order."""
-    _, rows, _, _, column_order, column_offsets, _ = parts
-    return *inputs[:4], column_order, column_offsets, rows
-
-
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[Tensor | None]:
     return [None, None, *project_at_backward(d_values, *saved)]
 
 
-_project_topk = common.differentiable(project_topk_forward, _backward, _keep)
+class _ProjectTopk(common.Differentiable):
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> Parts:
+        return project_topk_forward(x, dy, left, right, n, base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _, rows, _, _, column_order, column_offsets, _ = output
+        ctx.save_for_backward(*inputs[:4], column_order, column_offsets, rows)
+
+    backward = common.backward_of(_backward)
 
 
 def project_topk(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> SparseCoefficients:
     """Run `l3d_kernels.reference.project_topk` with Triton kernels."""
     x, dy, left, right = common.contiguous(x, dy, left, right)
     base = None if base is None else base.to(dy.dtype).contiguous()
-    parts: Parts = _project_topk(x, dy, left, right, n, base)
+    parts: Parts = _ProjectTopk.apply(x, dy, left, right, n, base)
     return SparseCoefficients(*parts, shape=(dy.shape[0], left.shape[0]))
 
 

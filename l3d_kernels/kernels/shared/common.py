@@ -131,42 +131,32 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     return decorate
 
 
-def differentiable(
-    forward: Callable[..., Any],
-    backward: Callable[..., Sequence[Tensor | None]],
-    keep: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Give an operator gradients: return the function whose value is `forward(*inputs)`.
+class Differentiable(torch.autograd.Function):
+    """Base of the kernels' autograd functions: saves all inputs; of several outputs the first alone is differentiable.
 
-    Args:
-        forward: the operator; of several outputs the first alone is differentiable.
-        backward: takes (needs, saved, d_out): which inputs need a gradient, the saved tensors, the upstream gradient.
-            Returns the gradients of the first inputs, None where none is needed; the others have none.
-        keep: takes (inputs, outputs) and returns the tensors to save; without it, all inputs.
-
-    It passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient. Second derivatives raise an error.
+    A subclass has `forward`, which calls an operator, and `backward = backward_of(function)`. It passes gradcheck,
+    torch.compile(fullgraph=True) and vmap of a gradient; second derivatives raise an error.
     """
 
-    class Differentiable(torch.autograd.Function):
-        generate_vmap_rule = True
+    generate_vmap_rule = True
 
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return forward(*inputs)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*output[1:])
-            ctx.save_for_backward(*(inputs if keep is None else keep(inputs, output)))
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            grads = backward(ctx.needs_input_grad, ctx.saved_tensors, d_out)
-            return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
+def backward_of(gradients: Callable[..., Sequence[Tensor | None]]) -> Any:
+    """Return the `backward` of a `Differentiable` from a function of (needs, saved, d_out).
 
-    return Differentiable.apply
+    needs: which inputs need a gradient; saved: the saved tensors; d_out: the upstream gradient. The function returns
+    the gradients of the first inputs, None where none is needed; the other inputs have none.
+    """
+
+    def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = gradients(ctx.needs_input_grad, ctx.saved_tensors, d_out)
+        return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
+
+    return staticmethod(torch.autograd.function.once_differentiable(backward))
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

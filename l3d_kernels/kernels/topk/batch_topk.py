@@ -147,12 +147,22 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[T
     return [d_values.new_zeros(S * K).scatter(0, rows * K + columns, d_values).view(S, K)]
 
 
-_select = common.differentiable(select, _backward, lambda inputs, parts: (*parts[1:4], parts[5]))
+class _Select(common.Differentiable):
+    @staticmethod
+    def forward(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
+        return select(coefficients, n, histogram)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:4], output[5])
+
+    backward = common.backward_of(_backward)
 
 
 def select_one(coefficients: Tensor, n: int, histogram: Tensor | None = None) -> SparseCoefficients:
     """Select in one group of columns; histogram: the first digit's, if `radix.count_magnitudes` has counted it."""
-    return _sparse(_select(coefficients, n, histogram), coefficients)
+    return _sparse(_Select.apply(coefficients, n, histogram), coefficients)
 
 
 def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoefficients:
