@@ -111,4 +111,4 @@ def float64() -> Iterator[None]:
 def toy() -> tuple["l3d.toys.Toy", "l3d.Decomposition"]:
     """The toy model of superposition with its decomposition, trained once for all tests that only look at them."""
     made = l3d.toys.make("tms")
-    return made, l3d.decompose(made.model, made.data, **made.settings | {"n_restarts": 2}, progress=False)
+    return made, l3d.decompose(made.model, made.data, **made.settings | {"n_restarts": 2}, callbacks=[])

@@ -215,7 +215,7 @@ class Subnetworks(nn.Module):
         errors = [error for error in self.history.get("error", []) if not isinstance(error, list)]
         if len(errors) < 2:
             return f"<div>{text}</div>"
-        top = max(errors)
+        top = max(errors) or 1.0  # all of them zero: a flat line
         points = " ".join(
             f"{300 * i / (len(errors) - 1):.1f},{80 * (1 - error / top):.1f}" for i, error in enumerate(errors)
         )

@@ -49,8 +49,11 @@ def test_a_decomposition_of_shuffled_gradients_finds_no_circuits() -> None:
     """The toy's circuits join two tensors: shuffled, none is found, and the real gradients are explained worse."""
     toy = l3d.toys.make("tms")
     chosen = toy.settings | {"n_restarts": 1, "steps": 400}
-    real, torn = (l3d.decompose(toy.model, toy.data, **chosen, shuffle=s, progress=False) for s in (False, True))
-    assert torn.settings["shuffle"]
+    real, torn = (
+        l3d.decompose(toy.model, toy.data, **chosen, gradients=l3d.GradientOptions(shuffle), callbacks=[])
+        for shuffle in (False, True)
+    )
+    assert torn.settings["gradients"] == {"shuffle": True}
     assert toy.mmcs(real) > 0.95
     assert toy.mmcs(torn) < 0.85
     assert torn.evaluate(toy.model, toy.data).error > real.evaluate(toy.model, toy.data).error + 0.2

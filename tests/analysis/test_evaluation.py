@@ -207,7 +207,7 @@ def test_samples_of_a_language_model_are_positions() -> None:
     tokens = torch.randint(9, (6, 5))
     for positions, per_row in (("all", 5), ("last", 1), (2, 2)):
         d = l3d.decompose(
-            model, tokens, 3, rank=2, k=0.5, divergence="kl", positions=positions, steps=3, batch_size=3, progress=False
+            model, tokens, 3, rank=2, k=0.5, divergence="kl", positions=positions, steps=3, batch_size=3, callbacks=[]
         )
         found = d.evaluate(model, tokens)
         assert found.n_samples == 6 * per_row
@@ -221,7 +221,7 @@ def test_drawn_positions_have_all_of_them_numbered() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)).eval()
     tokens = torch.randint(9, (6, 5))
-    chosen = {"divergence": "kl", "reference": "mean", "steps": 3, "batch_size": 3, "progress": False}
+    chosen = {"divergence": "kl", "reference": "mean", "steps": 3, "batch_size": 3, "callbacks": []}
     d = l3d.decompose(model, tokens, 3, rank=2, k=0.5, positions=2, **chosen)
     gradients = [l3d.extract_gradients(model, rows, "kl", "mean") for rows in tokens.split(3)]
     expected = torch.cat([d.encode(each).abs() for each in gradients])  # nothing is drawn
@@ -310,7 +310,7 @@ def test_code_is_the_coefficients_that_reach_the_threshold(tmp_path: Path) -> No
 def test_a_trained_decomposition_has_a_threshold_that_keeps_about_k() -> None:
     """Selected by its threshold, the training data keeps about as many coefficients per sample as k says."""
     model = net()
-    d = l3d.decompose(model, points(64), K, rank=2, k=0.2, steps=80, batch_size=16, reference="mean", progress=False)
+    d = l3d.decompose(model, points(64), K, rank=2, k=0.2, steps=80, batch_size=16, reference="mean", callbacks=[])
     found = d.evaluate(model, points(64), selection="threshold")
     assert 0.6 * 0.2 * K < found.kept_per_sample < 1.6 * 0.2 * K
     assert found.error < 1
@@ -473,7 +473,7 @@ def test_a_loaded_decomposition_gives_the_same_figures(reference: str, tmp_path:
     """Saved and loaded, a decomposition evaluates to the same bits."""
     model = net()
     d = l3d.decompose(
-        model, points(), K, rank=2, k=0.2, reference=reference, steps=10, batch_size=BATCH, seed=3, progress=False
+        model, points(), K, rank=2, k=0.2, reference=reference, steps=10, batch_size=BATCH, seed=3, callbacks=[]
     )
     d.save(tmp_path)
     loaded = l3d.load(tmp_path)
@@ -502,7 +502,7 @@ def test_a_callable_divergence_must_be_given_again(divergence: Any, tmp_path: Pa
     """A callable is not saved: evaluating without it says so and what to pass; with it the figures are the same."""
     model = net()
     d = l3d.decompose(
-        model, points(), K, rank=2, divergence=divergence, steps=5, batch_size=BATCH, progress=False, out=tmp_path
+        model, points(), K, rank=2, divergence=divergence, steps=5, batch_size=BATCH, callbacks=[], out=tmp_path
     )
     loaded = l3d.load(tmp_path)
     with pytest.raises(ValueError, match=r"divergence: .* trained with .* not saved; pass divergence=") as error:
@@ -516,7 +516,7 @@ def test_a_callable_divergence_must_be_given_again(divergence: Any, tmp_path: Pa
 def test_a_callable_named_like_a_built_in_is_not_taken_for_it(name: str) -> None:
     """A user's function called mse is not silently replaced by the package's."""
     model, divergence = net(), impostor(name)
-    d = l3d.decompose(model, points(), K, rank=2, divergence=divergence, steps=5, batch_size=BATCH, progress=False)
+    d = l3d.decompose(model, points(), K, rank=2, divergence=divergence, steps=5, batch_size=BATCH, callbacks=[])
     with pytest.raises(ValueError, match="pass divergence="):
         d.evaluate(model, points())
 
@@ -525,7 +525,7 @@ def test_a_reference_tensor_must_be_given_again() -> None:
     """A tensor of references is not saved: evaluating without it says what to pass."""
     model, x = net(), points(BATCH)
     reference = torch.ones(BATCH, 3, dtype=torch.float64)
-    d = l3d.decompose(model, [x], K, rank=2, reference=reference, steps=5, batch_size=BATCH, progress=False)
+    d = l3d.decompose(model, [x], K, rank=2, reference=reference, steps=5, batch_size=BATCH, callbacks=[])
     with pytest.raises(ValueError, match=r"reference: .* trained with 'tensor'.* not saved; pass reference="):
         d.evaluate(model, x)
     assert 0 < d.evaluate(model, x, reference=reference).error < math.inf
@@ -535,7 +535,7 @@ def test_a_reference_tensor_must_be_given_again() -> None:
 def test_impact_can_be_had_with_a_callable_divergence(call: str) -> None:
     """Where an error says to pass divergence=, the function that raised it takes it."""
     model = net()
-    d = l3d.decompose(model, points(), K, rank=2, divergence=absolute_error, steps=3, batch_size=BATCH, progress=False)
+    d = l3d.decompose(model, points(), K, rank=2, divergence=absolute_error, steps=3, batch_size=BATCH, callbacks=[])
     function = getattr(l3d, call)
     with pytest.raises(ValueError, match="pass divergence="):
         function(d, model, points())
@@ -593,7 +593,7 @@ def test_gradients_of_zero_are_refused() -> None:
 def test_gradients_that_are_not_finite_are_not_passed_over() -> None:
     """A batch with NaN in its gradients makes the evaluation fail, or the error NaN; it is never left out."""
     model, x = Root().double().eval(), points(28)
-    d = l3d.decompose(model, x, 3, rank=2, steps=3, batch_size=BATCH, progress=False)
+    d = l3d.decompose(model, x, 3, rank=2, steps=3, batch_size=BATCH, callbacks=[])
     assert 0 < d.evaluate(model, x).error < math.inf
     x[9] = 0
     error = math.nan

@@ -117,7 +117,7 @@ def test_a_model_that_rounds_small_steps_away_is_warned_of() -> None:
     """In bfloat16 most weights stay as they are at default distances, and what is measured is rounding."""
     made = l3d.toys.make("tms")
     model = copy.deepcopy(made.model).bfloat16()
-    d = l3d.decompose(model, made.data.bfloat16(), 5, rank=1, k=0.1, steps=20, progress=False)
+    d = l3d.decompose(model, made.data.bfloat16(), 5, rank=1, k=0.1, steps=20, callbacks=[])
     with pytest.warns(UserWarning, match=r"holds torch.bfloat16, which rounds such small steps away; measure on"):
         l3d.intervention_ratios(d, model, made.data.bfloat16(), n_rows=200)
     l3d.intervention_ratios(d, model.float(), made.data, n_rows=200, any_weights=True)
@@ -191,7 +191,7 @@ def test_the_command_writes_what_was_measured(tmp_path: Path, capsys: pytest.Cap
     """`l3d intervene` leaves interventions.json and a plot, of a run and of a control beside it, in a copy if asked."""
     short = ["--steps", "20", "--n_restarts", "1", "--evaluate_rows", "64"]
     assert main(["toy", "tms", *short, "--out", str(tmp_path / "run")]) == 0
-    assert main(["toy", "tms", *short, "--shuffle", "true", "--out", str(tmp_path / "torn")]) == 0
+    assert main(["toy", "tms", *short, "--gradients.shuffle", "true", "--out", str(tmp_path / "torn")]) == 0
     arguments = ["intervene", str(tmp_path / "run"), "--control", str(tmp_path / "torn"), "--rows", "200"]
     capsys.readouterr()
     assert main([*arguments, "--out", str(tmp_path / "copy")]) == 0

@@ -115,9 +115,9 @@ def test_toy_writes_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_cache_is_found_from_anywhere(user: list[str], tmp_path: Path) -> None:
-    """A relative --cache is written to config.yaml as the folder that it meant, so a run resumed elsewhere finds it."""
-    assert main([*user, "--cache", "store", "--out", "run"]) == 0
-    cache = yaml.safe_load(Path("run/config.yaml").read_text())["cache"]
+    """A relative --cache.folder is written to config.yaml as an absolute path, so a run resumed elsewhere finds it."""
+    assert main([*user, "--cache.folder", "store", "--out", "run"]) == 0
+    cache = yaml.safe_load(Path("run/config.yaml").read_text())["cache"]["folder"]
     assert Path(cache).is_absolute()
     assert (Path(cache), Path(cache).is_dir()) == ((tmp_path / "store").resolve(), True)
 

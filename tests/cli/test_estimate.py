@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+import l3d
 from l3d.cli.main import main
 from l3d.estimate import N_STEPS, Estimate, estimate, path_name
 from l3d.training.run import Run
+from l3d.training.step import StepResult
 
 from small_models import mlp
 
@@ -20,7 +22,7 @@ def test_what_is_counted() -> None:
     """Parameters, factors and kept coefficients by hand; micro-batches add up to the batch."""
     factors = 4 * (8 * (4 + 6) + 8 * 6 + 8 * (6 + 3) + 8 * 3)  # x and dy of two layers; dy is the bias's gradient
     numbers = 2 * 5 * (2 * (6 + 4) + 6 + 2 * (3 + 6) + 3)
-    for changes in ({}, {"micro_batch_size": 3}):
+    for changes in ({}, {"memory": l3d.Memory(micro_batch_size=3)}):
         found = estimate(mlp(), torch.randn(40, 4), **ARGUMENTS, **changes)
         assert [each.name for each in found.tensors] == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert [each.ranks for each in found.tensors] == [(2,), (), (2,), ()]
@@ -39,7 +41,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     original, steps = Run.take_step, []
 
-    def take_step(run: Run, gradients: Any) -> bool:
+    def take_step(run: Run, gradients: Any) -> StepResult | None:
         steps.append(run.step)
         now[0] += 2.0 if run.step < run.settings.warm_start else 1.0
         return original(run, gradients)
@@ -64,7 +66,9 @@ def test_the_command_writes_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     sources = ["--model", f"python:{name}:model", "--data", f"python:{name}:data", "--rank", "1"]
-    assert main(["decompose", *sources, "--n_subnetworks", "4", "--out", "run", "--cache", "cache", spelled]) == 0
+    assert (
+        main(["decompose", *sources, "--n_subnetworks", "4", "--out", "run", "--cache.folder", "cache", spelled]) == 0
+    )
     printed = capsys.readouterr().out
     for words in ("weight", "3×4", "peak memory, predicted", "a step while all is kept", "the whole run"):
         assert words in printed

@@ -49,7 +49,7 @@ def test_tokens_the_model_does_not_know(ids: Tensor, message: str, mapping: bool
         extract_gradients(Reader(), {"input_ids": ids} if mapping else ids, "kl")
     if not mapping:
         with pytest.raises(ValueError, match=message):
-            l3d.decompose(Reader(), ids, 2, 1, divergence="kl", steps=2, out=tmp_path / "run", progress=False)
+            l3d.decompose(Reader(), ids, 2, 1, divergence="kl", steps=2, out=tmp_path / "run", callbacks=[])
         assert not (tmp_path / "run").exists()
 
 
@@ -67,7 +67,7 @@ def test_images_of_another_size(size: tuple[int, ...], tmp_path: Path) -> None:
 
     shape = [4, *size]
     with pytest.raises(ValueError, match="the model failed on inputs of shape") as refusal:
-        l3d.decompose(Flat(), torch.zeros(shape), 2, 1, steps=2, out=tmp_path / "run", progress=False)
+        l3d.decompose(Flat(), torch.zeros(shape), 2, 1, steps=2, out=tmp_path / "run", callbacks=[])
     assert str(shape) in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
@@ -85,7 +85,7 @@ def test_heads_that_are_no_logits(model: nn.Module, message: str, tmp_path: Path
     """KL of a single number, or of a softmax of probabilities, is not what anyone means; MSE takes both."""
     data = torch.randn(8, 4)
     with pytest.raises(ValueError, match=f"^divergence: 'kl' .*{message}"):
-        l3d.decompose(model, data, 2, 1, divergence="kl", steps=2, out=tmp_path / "run", progress=False)
+        l3d.decompose(model, data, 2, 1, divergence="kl", steps=2, out=tmp_path / "run", callbacks=[])
     assert not (tmp_path / "run").exists()
     extract_gradients(model, data, "mse")
 

@@ -65,7 +65,7 @@ def test_padded_rows_train_and_evaluate(words: str) -> None:
     model = load_model(f"hf:{words}", dtype="float32")
     assert isinstance(rows, TokenRows)
     d = l3d.decompose(
-        model, take_rows(rows, slice(0, 12)), 3, 1, 0.5, "*o_proj*", "kl", batch_size=4, steps=3, progress=False
+        model, take_rows(rows, slice(0, 12)), 3, 1, 0.5, "*o_proj*", "kl", batch_size=4, steps=3, callbacks=[]
     )
     found = d.evaluate(model, rows)
     assert found.n_samples == int(rows.mask.sum()) == 4 * (4 + 4 + 2 + 4 + 1)

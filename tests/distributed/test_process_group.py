@@ -24,10 +24,8 @@ NAMES = [name for name in process_worker.RUNS if name != "interrupted"]
 @pytest.fixture(autouse=True)
 def _as_before() -> Any:
     """What a worker's run sets in its own process is put back in this one."""
-    before = process_worker.progress.DEAD_AFTER
     yield
     torch.set_default_dtype(torch.float32)
-    process_worker.progress.DEAD_AFTER = process_worker.run_module.DEAD_AFTER = before
 
 
 def start(n: int, command: list[str], folder: Path) -> list[subprocess.Popen[str]]:
@@ -65,7 +63,9 @@ def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
     for name in names:
         history, tensors, kept, threshold = torch.load(tmp_path / f"{name}.pt", weights_only=False)
         folder = tmp_path / "alone"
-        d, expected = process_worker.run(name, folder, **({"micro_batch_size": 20} if name == "cached" else {}))
+        d, expected = process_worker.run(
+            name, folder, **({"memory": l3d.Memory(micro_batch_size=20)} if name == "cached" else {})
+        )
         assert kept == expected, name
         assert_relative(history["error"], d.history["error"], 1e-9)
         assert history["kept_per_sample"] == d.history["kept_per_sample"]
@@ -77,7 +77,7 @@ def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
         if name == "language":
             assert max(history["dead_fraction"]) > 0
     whole, _ = process_worker.run("interrupted", tmp_path, out=tmp_path / "uninterrupted")
-    resumed, _ = process_worker.run("interrupted", tmp_path, out=tmp_path / "begun by many", resume=True)
+    resumed, _ = process_worker.run("interrupted", tmp_path, out=tmp_path / "begun by many", existing="resume")
     for found in (resumed, l3d.load(tmp_path / "begun by one")):
         assert found.history["step"] == list(range(1, 15))
         assert_relative(found.history["error"], whole.history["error"], 1e-9)

@@ -31,7 +31,9 @@ DATA = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def trained() -> l3d.Decomposition:
-    return l3d.decompose(network(), DATA, 3, 1, 0.5, "0.*", steps=4, progress=False, model_name="python:tests:network")
+    model = network()
+    model.name_or_path = "python:tests:network"  # type: ignore[assignment]
+    return l3d.decompose(model, DATA, 3, 1, 0.5, "0.*", steps=4, callbacks=[])
 
 
 # --- whose weights ----------------------------------------------------------------------------------------------
@@ -101,34 +103,34 @@ def test_the_identity_survives_saving(trained: l3d.Decomposition, tmp_path: Path
 
 def test_a_run_is_not_resumed_on_other_weights(tmp_path: Path) -> None:
     """A checkpoint goes on with the model it was made of, and no other."""
-    arguments: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "out": tmp_path, "progress": False}
+    arguments: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "out": tmp_path, "callbacks": []}
     l3d.decompose(network(), DATA, checkpoint_every=2, **arguments)
     with pytest.raises(ValueError, match="are not the weights of Sequential"):
-        l3d.decompose(network(1), DATA, resume=True, **arguments)
+        l3d.decompose(network(1), DATA, existing="resume", **arguments)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
     """Nor with other rows, more of them, or another reference; rows that are made when asked for cannot be compared."""
-    arguments: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "progress": False, "checkpoint_every": 2}
+    arguments: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "callbacks": [], "checkpoint_every": 2}
 
-    def run(folder: str, data: Any, resume: bool = False, **changed: Any) -> l3d.Decomposition:
-        return l3d.decompose(network(), data, out=tmp_path / folder, resume=resume, **(arguments | changed))
+    def run(folder: str, data: Any, existing: str = "refuse", **changed: Any) -> l3d.Decomposition:
+        return l3d.decompose(network(), data, out=tmp_path / folder, existing=existing, **(arguments | changed))
 
     run("rows", DATA)
     for other in (DATA + 1, DATA[:-1], TensorDataset(DATA)):
         with pytest.raises(ValueError, match="resume: data differ from the interrupted run's; pass the same arguments"):
-            run("rows", other, resume=True)
-    run("rows", DATA.clone(), resume=True)
+            run("rows", other, existing="resume")
+    run("rows", DATA.clone(), existing="resume")
     run("reference", DATA, reference=torch.zeros(3))
     with pytest.raises(ValueError, match="resume: reference differ"):
-        run("reference", DATA, resume=True, reference=torch.ones(3))
+        run("reference", DATA, existing="resume", reference=torch.ones(3))
     run("dataset", TensorDataset(DATA))
-    run("dataset", TensorDataset(DATA + 1), resume=True)
+    run("dataset", TensorDataset(DATA + 1), existing="resume")
     with pytest.raises(ValueError, match="resume: data differ"):
-        run("dataset", TensorDataset(DATA[1:]), resume=True)
+        run("dataset", TensorDataset(DATA[1:]), existing="resume")
     for state in tmp_path.glob("rows/checkpoints/*/state.json"):
         state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "seen"}))
-    run("rows", DATA + 1, resume=True)  # one of before these were told
+    run("rows", DATA + 1, existing="resume")  # one of before these were told
 
 
 def test_a_local_folder_is_named_without_its_path(tmp_path: Path) -> None:

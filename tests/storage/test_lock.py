@@ -15,7 +15,7 @@ from torch import nn
 import l3d
 from l3d.storage.lock import LOCK, check_free, claim, release
 
-ARGUMENTS: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "progress": False}
+ARGUMENTS: dict[str, Any] = {"n_subnetworks": 2, "rank": 1, "steps": 4, "callbacks": []}
 
 
 def run(folder: Path, **changed: Any) -> None:
@@ -35,12 +35,12 @@ def test_a_folder_that_another_process_writes_into_is_refused(tmp_path: Path) ->
     assert LOCK not in before  # ours is gone at the end
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         held_by(tmp_path / "run", other.pid)
-        for changed in ({}, {"overwrite": True}, {"resume": True}):
+        for existing in ("refuse", "overwrite", "resume"):
             with pytest.raises(ValueError, match=rf"out: process {other.pid} is writing into .*run; wait for it"):
-                run(tmp_path / "run", **changed)
+                run(tmp_path / "run", existing=existing)
         other.communicate(b"\n")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([*before, LOCK])
-    run(tmp_path / "run", resume=True)  # it has ended since
+    run(tmp_path / "run", existing="resume")  # it has ended since
     assert not (tmp_path / "run" / LOCK).exists()
 
 
@@ -70,9 +70,10 @@ def test_a_run_that_fails_lets_go(tmp_path: Path) -> None:
         run(tmp_path / "run", callbacks=[Failing()])
     assert not (tmp_path / "run" / LOCK).exists()
 
-    def on_start(_: Path) -> None:
-        raise RuntimeError("no config")
+    class Refusing(l3d.callbacks.Callback):
+        def on_folder(self, folder: Path) -> None:
+            raise RuntimeError("no config")
 
     with pytest.raises(RuntimeError, match="no config"):
-        run(tmp_path / "new", on_start=on_start)
+        run(tmp_path / "new", callbacks=[Refusing()])
     assert not list((tmp_path / "new").iterdir())

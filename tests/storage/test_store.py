@@ -137,7 +137,7 @@ def test_evaluation_after_load_takes_the_very_parameters(tmp_path: Path) -> None
     """Where one parameter's name is a glob for another's, only those that were decomposed are differentiated."""
     x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     for pattern, names in (("weights.a[*]", ["weights.a*"]), ("weights.[[]a]", ["weights.[a]"])):
-        d = l3d.decompose(Odd(), x, 2, rank=1, k=1.0, params=pattern, steps=40, batch_size=4, progress=False)
+        d = l3d.decompose(Odd(), x, 2, rank=1, k=1.0, params=pattern, steps=40, batch_size=4, callbacks=[])
         assert d.parameter_names == names
         d.save(tmp_path / "run")
         error = l3d.load(tmp_path / "run").evaluate(Odd(), x, n_references=4).error
@@ -149,7 +149,7 @@ def test_a_trained_decomposition_round_trips(tmp_path: Path) -> None:
     """What decompose returns and what it wrote to `out` are the same."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-    d = l3d.decompose(model, x, 4, rank={"0.*": (2, 2), "*": 1}, steps=12, out=tmp_path / "run", progress=False)
+    d = l3d.decompose(model, x, 4, rank={"0.*": (2, 2), "*": 1}, steps=12, out=tmp_path / "run", callbacks=[])
     loaded = l3d.load(tmp_path / "run")
     loaded.settings["rank"] = d.settings["rank"]  # json has no tuples
     assert_same(loaded, d)

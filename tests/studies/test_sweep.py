@@ -121,7 +121,7 @@ def test_the_command_sweeps_a_toy(
     assert main(arguments) == 0
     capsys.readouterr()
     toy = l3d.toys.make("tms")
-    chosen = toy.settings | {"n_restarts": 1, "steps": 12, "rank": 1, "progress": False}
+    chosen = toy.settings | {"n_restarts": 1, "steps": 12, "rank": 1, "callbacks": []}
     for k in (0.1, 0.3):
         d = l3d.decompose(toy.model, toy.data, **chosen | {"k": k})
         again = l3d.load(f"s/runs/k={k},rank=auto")

@@ -6,6 +6,7 @@ In one process without WORLD_SIZE it trains the run that the others are compared
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 import l3d
 from l3d.api import Decomposition
 from l3d.distributed import process_group as processes
-from l3d.training import history as progress
-from l3d.training import run as run_module
+from l3d.training import step as step_module
 from l3d.training.run import Run
+from l3d.training.step import StepResult
 
-ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 50, "batch_size": 6, "progress": False}
+ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 50, "batch_size": 6, "callbacks": []}
 
 
 class Sequences(nn.Module):
@@ -47,9 +48,9 @@ def convolution() -> tuple[nn.Module, Tensor]:
 # What is trained, by name: a model with its data, and what is set otherwise. 20 rows in batches of 6 end in one of 2.
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "language": (language, {"divergence": "kl", "k": 0.02, "lr": 0.02, "warm_start": 3}),  # subnetworks die, and revive
-    "convolution": (convolution, {"divergence": "kl", "reference": "mean", "micro_batch_size": 5, "updates": 2}),
-    "from data": (language, {"divergence": "kl", "positions": 2, "start": "data", "recompute": True} | {"steps": 12}),
-    "cached": (convolution, {"cache_reads": "auto", "preset": "published", "steps": 12}),
+    "convolution": (convolution, {"divergence": "kl", "reference": "mean", "memory": l3d.Memory(micro_batch_size=5)}),
+    "recomputed": (language, {"divergence": "kl", "positions": 2, "memory": l3d.Memory(recompute=True), "steps": 12}),
+    "cached": (convolution, {"preset": "published", "steps": 12}),
     "interrupted": (language, {"divergence": "kl", "steps": 14, "checkpoint_every": 4}),
 }
 
@@ -57,12 +58,14 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
 @contextmanager
 def recording(kept: list[Any]) -> Iterator[None]:
     """Note what every step keeps, by sample and subnetwork of all: [n, 2]."""
-    originals = {name: getattr(run_module, name) for name in ("objective", "objective_in_chunks", "is_small")}
-    update = Run._update
+    originals = {name: getattr(step_module, name) for name in ("objective", "objective_in_chunks")}
+    take_step = Run.take_step
     results: list[Any] = []
 
-    def noting(run: Run, *arguments: Any) -> Any:
-        found = update(run, *arguments)
+    def noting(run: Run, gradients: Any) -> StepResult | None:
+        # steps in numpy do not list what they keep; tests/training/test_numpy_step.py holds them to those that do
+        run.stepper.plan = replace(run.stepper.plan, small=False)
+        found = take_step(run, gradients)
         result = results.pop()
         result = result[0] if run.micro_batch_size is not None or run.group is not None else result
         entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column()], 1)
@@ -76,25 +79,24 @@ def recording(kept: list[Any]) -> Iterator[None]:
 
         return call
 
-    run_module.objective, run_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
-    # steps in numpy do not list what they keep; tests/training/test_numpy_step.py holds them to those that do
-    run_module.is_small = lambda *_: False  # type: ignore[assignment]
-    Run._update = noting  # type: ignore[method-assign]
+    step_module.objective, step_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
+    Run.take_step = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Run._update = update  # type: ignore[method-assign]
+        Run.take_step = take_step  # type: ignore[method-assign]
         for name, original in originals.items():
-            setattr(run_module, name, original)
+            setattr(step_module, name, original)
 
 
 def run(name: str, folder: Path, **changes: Any) -> tuple[Decomposition, list[set[tuple[int, int]]]]:
     """Train a run by name; return it, and the set of what each step kept."""
     torch.set_default_dtype(torch.float64)
-    progress.DEAD_AFTER = run_module.DEAD_AFTER = 4
     make, own = RUNS[name]
     model, data = make()
     arguments = {**ARGUMENTS, **own, **changes}
+    preset = l3d.PRESETS[arguments.get("preset", "default")]
+    arguments["preset"] = replace(preset, replacement=replace(preset.replacement, restart_every=4))
     if name == "cached":
         arguments["cache"] = folder / "cache"
     kept: list[Tensor] = []
@@ -108,7 +110,7 @@ def interrupted_at(step: int) -> Iterator[None]:
     """Interrupt training before a step, as Ctrl-C would."""
     original = Run.take_step
 
-    def stopping(run: Run, gradients: Any) -> bool:
+    def stopping(run: Run, gradients: Any) -> StepResult | None:
         if run.step == step:
             raise KeyboardInterrupt
         return original(run, gradients)
@@ -133,7 +135,7 @@ def main(folder: Path, names: list[str]) -> None:
         assert d.n_subnetworks == size == (7 if found.rank == 0 else found.share(7).stop - found.share(7).start)
         if found.rank == 0:
             torch.save((d.history, d.state_dict(), kept, d.threshold), folder / f"{name}.pt")
-    d, _ = run("interrupted", folder, out=folder / "begun by one", resume=True)
+    d, _ = run("interrupted", folder, out=folder / "begun by one", existing="resume")
     with interrupted_at(10):
         run("interrupted", folder, out=folder / "begun by many")
     refused = ""

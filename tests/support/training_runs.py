@@ -1,6 +1,7 @@
 """Short training runs that can be interrupted at any step, and their comparison to the bit: for tests/training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,13 @@ def points(n: int = 40, seed: int = 0) -> Tensor:
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
 
 
-ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 20, "batch_size": 8, "progress": False}
+ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 20, "batch_size": 8, "callbacks": []}
+
+
+def recipe(name: str = "default", **replacement: Any) -> l3d.Preset:
+    """Return a preset with some fields of its `Replacement` changed."""
+    preset = l3d.PRESETS[name]
+    return replace(preset, replacement=replace(preset.replacement, **replacement))
 
 
 def train(model: nn.Module | None = None, data: Any = None, **changes: Any) -> Decomposition:

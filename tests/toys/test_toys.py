@@ -25,7 +25,7 @@ def toy(seed: int = 0) -> Toy:
 
 def decompose(**changes: Any) -> Decomposition:
     with one_thread():
-        return l3d.decompose(toy().model, toy().data, **{**toy().settings, "progress": False, **changes})
+        return l3d.decompose(toy().model, toy().data, **{**toy().settings, "callbacks": [], **changes})
 
 
 def loss(model: Any, x: Tensor) -> float:

@@ -23,6 +23,12 @@ class Notes(callbacks.Callback):
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
 
+    def on_folder(self, folder: Path) -> None:
+        self.told.append(("folder", folder))
+
+    def on_note(self, line: str) -> None:
+        self.told.append(("note", line))
+
     def on_start(self, settings: Mapping[str, Any]) -> None:
         self.told.append(("start", dict(settings)))
 
@@ -48,6 +54,16 @@ def test_a_callback_is_told_the_settings_every_record_and_the_end() -> None:
         assert step == i + 1
         assert figures == {name: values[i] for name, values in d.history.items()}
     assert notes.told[-1][1] == notes.told[-2][1][1]
+
+
+def test_a_callback_is_told_the_folder_first_and_the_choice_of_the_cache_last(tmp_path: Path) -> None:
+    """The folder is open and empty but for its lock; the line says whether gradients are read or extracted."""
+    notes = Notes()
+    cache = l3d.GradientCache(tmp_path / "cache", reads="on")
+    train(callbacks=[notes], out=tmp_path / "run", cache=cache)
+    assert [kind for kind, _ in notes.told] == ["folder", "start", *["step"] * 5, "note", "end"]
+    assert notes.told[0][1] == tmp_path / "run"
+    assert notes.told[-2][1].startswith("cache: ")
 
 
 def test_following_a_run_changes_nothing() -> None:
@@ -146,7 +162,7 @@ def test_the_end_of_a_resumed_finished_run_is_told_at_its_last_step(tmp_path: Pa
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(out=tmp_path / "run")
     with callbacks.TensorBoard(tmp_path / "log") as board:
-        train(out=tmp_path / "run", resume=True, callbacks=[board])
+        train(out=tmp_path / "run", existing="resume", callbacks=[board])
     events = accumulator.EventAccumulator(str(tmp_path / "log"))
     events.Reload()
     assert [event.step for event in events.Scalars("end/error")] == [5]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import l3d
+from l3d import GradientCache
 from l3d.api import Decomposition
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Gradients, Rows
@@ -21,7 +22,7 @@ from l3d.training.gradient_cache import Cache, pack, unpack
 from helpers import Root
 from small_models import mlp
 
-ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 23, "batch_size": 8, "progress": False}
+ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 23, "batch_size": 8, "callbacks": []}
 
 
 def points(seed: int = 0) -> Tensor:
@@ -40,9 +41,9 @@ def same(a: Decomposition, b: Decomposition) -> bool:
 @pytest.mark.parametrize("n_references", [1, 2])
 def test_read_or_extracted_a_run_ends_in_the_same_bits(n_references: int, tmp_path: Path) -> None:
     """Whether batches are read is a question of time alone; 23 steps go through 5 or 10 batches repeatedly."""
-    runs = [train(cache=tmp_path / reads, cache_reads=reads, n_references=n_references) for reads in ("on", "off")]
-    runs.append(train(cache=tmp_path / "auto", n_references=n_references))
-    runs.append(train(cache=tmp_path / "on", cache_reads="on", n_references=n_references))  # from a full store
+    runs = [train(cache=GradientCache(tmp_path / reads, n_references, reads)) for reads in ("on", "off")]
+    runs.append(train(cache=GradientCache(tmp_path / "auto", n_references)))
+    runs.append(train(cache=GradientCache(tmp_path / "on", n_references, "on")))  # from a full store
     assert all(same(run, runs[0]) for run in runs[1:])
     assert len(list((tmp_path / "on").glob("batch-*"))) == 5 * n_references
     assert not (tmp_path / "off").exists()
@@ -50,25 +51,25 @@ def test_read_or_extracted_a_run_ends_in_the_same_bits(n_references: int, tmp_pa
     history = runs[0].history["error"]
     assert len(history) == 23
     assert same(
-        train(steps=5), train(steps=5, cache=tmp_path / "first", cache_reads="on")
+        train(steps=5), train(steps=5, cache=GradientCache(tmp_path / "first", reads="on"))
     )  # the first epoch is as ever
 
 
 def test_a_full_store_is_read_and_nothing_extracted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep over K, rank, k and steps reads the first run's store; the check before a run goes its own way."""
-    train(cache=tmp_path, cache_reads="on", steps=5)
+    train(cache=GradientCache(tmp_path, reads="on"), steps=5)
     calls = []
     original = l3d.training.run.Run.extract
     monkeypatch.setattr(l3d.training.run.Run, "extract", lambda run, step: (calls.append(step), original(run, step))[1])
     for changes in ({"n_subnetworks": 7}, {"rank": 1}, {"k": 0.9}, {"lr": 0.01, "steps": 30}):
-        train(cache=tmp_path, cache_reads="on", **changes)
+        train(cache=GradientCache(tmp_path, reads="on"), **changes)
     assert calls == [0] * 4  # once in each run, to see that the store is not stale
 
 
 @pytest.mark.parametrize("reads", ["on", "auto"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path) -> None:
     """Resumed in the midst of the first epoch, where the store is half full, and later."""
-    whole = train(cache=tmp_path / "whole", cache_reads=reads, out=tmp_path / "a", checkpoint_every=3)
+    whole = train(cache=GradientCache(tmp_path / "whole", reads=reads), out=tmp_path / "a", checkpoint_every=3)
     for at in (4, 14):
         original = l3d.training.run.Run.take_step
 
@@ -79,10 +80,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(l3d.training.run.Run, "take_step", stop)
-            out = {"cache": tmp_path / f"cache{at}", "cache_reads": reads, "out": tmp_path / f"run{at}"}
+            out = {"cache": GradientCache(tmp_path / f"cache{at}", reads=reads), "out": tmp_path / f"run{at}"}
             with pytest.raises(KeyboardInterrupt):
                 train(checkpoint_every=3, **out)
-        assert same(train(checkpoint_every=3, resume=True, **out), whole)
+        assert same(train(checkpoint_every=3, existing="resume", **out), whole)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path)
 )
 def test_a_store_of_anything_else_is_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     """Whatever decides a gradient identifies the store, and the refusal names it; nothing of the run is written."""
-    train(cache=tmp_path / "c", cache_reads="on", steps=2)
+    train(cache=GradientCache(tmp_path / "c", reads="on"), steps=2)
+    others = {name: value for name, value in changes.items() if name != "n_references"}
+    cache = GradientCache(tmp_path / "c", changes.get("n_references", 1))
     with pytest.raises(ValueError, match=rf"^cache: .* holds gradients of another {named};"):
-        train(cache=tmp_path / "c", out=tmp_path / "run", **changes)
+        train(cache=cache, out=tmp_path / "run", **others)
     assert not (tmp_path / "run").exists()
 
 
@@ -121,20 +124,17 @@ def test_changed_code_behind_the_same_weights_is_noticed(reads: str, tmp_path: P
 
     torch.manual_seed(0)
     model = Scaled(4, 3)
-    train(model=model, cache=tmp_path, cache_reads="on", steps=2)
+    train(model=model, cache=GradientCache(tmp_path, reads="on"), steps=2)
     model.scale = 1.5
     with pytest.raises(ValueError, match=r"batch-000000\.safetensors differs from the gradients extracted now"):
-        train(model=model, cache=tmp_path, cache_reads=reads, steps=2)
+        train(model=model, cache=GradientCache(tmp_path, reads=reads), steps=2)
 
 
 def test_what_cannot_be_identified_is_refused(tmp_path: Path) -> None:
-    """Streams, callables, foreign folders, files, damaged batches and senseless options, each with one line."""
+    """Streams, callables, foreign folders, files and damaged batches, each with one line."""
     for changes, message in (
         ({"data": list(points().split(8))}, "cache: needs data whose rows can be counted"),
         ({"divergence": lambda f, y: (f - y).square().sum(1)}, "cache: needs a divergence with a name"),
-        ({"cache_reads": "maybe"}, "cache_reads: expected one of auto, on, off, got 'maybe'"),
-        ({"n_references": 0}, "n_references: expected a positive whole number, got 0"),
-        ({"cache": None, "n_references": 2}, "cache: n_references and cache_reads need the cache's folder"),
     ):
         with pytest.raises(ValueError, match=message):
             train(**{"cache": tmp_path / "c", **changes})
@@ -145,16 +145,16 @@ def test_what_cannot_be_identified_is_refused(tmp_path: Path) -> None:
         train(cache=tmp_path / "other")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         train(cache=tmp_path / "other" / "mine.txt")
-    train(cache=tmp_path / "c", cache_reads="on", steps=2)
+    train(cache=GradientCache(tmp_path / "c", reads="on"), steps=2)
     (tmp_path / "c" / "batch-000001.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"batch-000001\.safetensors is damaged"):
-        train(cache=tmp_path / "c", cache_reads="on", steps=2)
+        train(cache=GradientCache(tmp_path / "c", reads="on"), steps=2)
 
 
 def test_datasets_are_identified_by_their_rows(tmp_path: Path) -> None:
     """A Dataset of other rows is refused, one of the same rows is taken."""
-    train(data=TensorDataset(points()), cache=tmp_path, cache_reads="on", steps=2)
-    train(data=TensorDataset(points()), cache=tmp_path, cache_reads="on", steps=2)
+    train(data=TensorDataset(points()), cache=GradientCache(tmp_path, reads="on"), steps=2)
+    train(data=TensorDataset(points()), cache=GradientCache(tmp_path, reads="on"), steps=2)
     with pytest.raises(ValueError, match="another data"):
         train(data=TensorDataset(points(1)), cache=tmp_path, steps=2)
 
@@ -185,7 +185,7 @@ def test_a_convolution_is_stored_as_the_smaller_of_factors_and_gradient(tmp_path
     """A 3x3 kernel over 12x12 pixels: the gradient, 54 numbers a sample, not factors of thousands."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(200, 3))
-    train(model=model, data=torch.randn(16, 3, 12, 12), cache=tmp_path, cache_reads="on", steps=2)
+    train(model=model, data=torch.randn(16, 3, 12, 12), cache=GradientCache(tmp_path, reads="on"), steps=2)
     stored = unpack(tmp_path / "batch-000000.safetensors")
     assert [type(part) for part in stored.parts["0.weight"]] == [Dense]
     assert [type(part) for part in stored.parts["3.weight"]] == [Rows]
@@ -212,7 +212,7 @@ def test_the_faster_way_is_measured(
 
     monkeypatch.setattr(Extractor, "__call__", extract)
     monkeypatch.setattr(Cache, "read", slowly)
-    train(cache=tmp_path, progress=True)
+    train(cache=tmp_path, callbacks=None)
     words = "0.5000 s to read; reading" if reading else "0.2500 s to extract, 0.5000 s to read; extracting"
     assert words in capsys.readouterr().err
     assert len(list(tmp_path.glob("batch-*"))) == (5 if reading else cache_module.TRIALS + 1)
@@ -227,6 +227,7 @@ def test_bad_input_leaves_no_store(tmp_path: Path) -> None:
 def test_a_control_neither_reads_shuffled_gradients_for_others_nor_theirs_as_they_are(tmp_path: Path) -> None:
     """A store holds what was extracted: a shuffled run and a plain one share it, and end as without it."""
     for first in (True, False):  # each writes what the other then reads
-        store = {"cache": tmp_path / str(first), "cache_reads": "on", "steps": 5}
+        store = {"cache": GradientCache(tmp_path / str(first), reads="on"), "steps": 5}
         for shuffle in (first, not first):
-            assert same(train(steps=5, shuffle=shuffle), train(**store, shuffle=shuffle))
+            gradients = l3d.GradientOptions(shuffle)
+            assert same(train(steps=5, gradients=gradients), train(**store, gradients=gradients))

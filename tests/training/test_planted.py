@@ -122,6 +122,6 @@ def test_planted_circuits_are_recovered(name: str, seed: int) -> None:
         reference=planted.reference,
         seed=seed,
         steps=1000,
-        progress=False,
+        callbacks=[],
     )
     assert mmcs(planted.circuits, d) >= 0.98

@@ -1,5 +1,6 @@
 """Refuse bad arguments and numbers that are not finite, before anything is written or at the step they appear."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def test_nan_in_the_output_names_the_step_and_leaves_the_checkpoint(tmp_path: Pa
     checkpoint = l3d.load(tmp_path / "run" / "checkpoints" / "step000000008")
     assert all(p.isfinite().all() for p in checkpoint.parameters())
     assert checkpoint.history["step"] == list(range(1, 9))
-    assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, resume=True), train())
+    assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, existing="resume"), train())
 
 
 @pytest.mark.parametrize("k", [0.1, 1.0])
@@ -41,11 +42,10 @@ def test_nan_in_a_gradient_names_the_tensor(k: float, tmp_path: Path) -> None:
     assert train(Root(), batches, params="after.*", k=k).history["step"][-1] == 20
 
 
-@pytest.mark.parametrize("start", ["random", "data"])
-def test_a_first_batch_without_a_finite_gradient_names_the_tensor(start: str, tmp_path: Path) -> None:
-    """Also where the run would start from that batch's gradients: one line that says so."""
+def test_a_first_batch_without_a_finite_gradient_names_the_tensor(tmp_path: Path) -> None:
+    """One line says so."""
     with pytest.raises(ValueError, match=r"gradients: NaN or infinity in those of 'before\.weight'") as error:
-        train(Root(), torch.zeros(8, 4), start=start, out=tmp_path / "run", reference="uniform")
+        train(Root(), torch.zeros(8, 4), out=tmp_path / "run", reference="uniform")
     assert "\n" not in str(error.value)
 
 
@@ -79,10 +79,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": float("nan")}, r"lr: "),
     ({"lr": float("inf")}, r"lr: "),
     ({"lr": "fast"}, r"lr: "),
-    ({"start": "zeros"}, r"start: expected one of random, data, got 'zeros'"),
-    ({"start": None}, r"start: expected one of random, data, got None"),
-    ({"revive": "yes"}, r"revive: expected True, False or None, got 'yes'"),
-    ({"revive": 1}, r"revive: expected True, False or None, got 1"),
+    ({"existing": "replace"}, r"existing: expected refuse, overwrite or resume, got 'replace'"),
+    ({"existing": None}, r"existing: expected refuse, overwrite or resume, got None"),
+    ({"gradients": "shuffle"}, r"gradients: expected l3d.GradientOptions, got 'shuffle'"),
     ({"n_restarts": 0}, r"n_restarts: expected a positive whole number, got 0"),
     ({"n_restarts": "2"}, r"n_restarts: "),
     ({"n_restarts": True}, r"n_restarts: expected a positive whole number, got True"),
@@ -147,7 +146,7 @@ def test_a_refused_run_does_not_overwrite_another(bad: dict[str, Any], tmp_path:
     """With overwrite, an old run is removed only once the new one's arguments hold."""
     old = train(out=tmp_path / "run")
     with pytest.raises(ValueError, match=next(iter(bad))):
-        with_bad(bad, out=tmp_path / "run", overwrite=True)
+        with_bad(bad, out=tmp_path / "run", existing="overwrite")
     assert_same_bits(l3d.load(tmp_path / "run"), old)
 
 
@@ -159,7 +158,7 @@ def test_a_folder_in_use_is_refused_without_overwrite(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^out: .* is not empty; choose another folder or pass overwrite"):
         train(out=tmp_path / "run", seed=1)
     assert_same_bits(l3d.load(tmp_path / "run"), first)
-    second = train(out=tmp_path / "run", seed=1, overwrite=True)
+    second = train(out=tmp_path / "run", seed=1, existing="overwrite")
     assert_same_bits(l3d.load(tmp_path / "run"), second)
     assert differ(first, second)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
@@ -172,25 +171,51 @@ def test_overwrite_refuses_a_foreign_folder(names: list[str], tmp_path: Path) ->
         (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "other" / name).write_text("mine")
     with pytest.raises(ValueError, match=r"^out: .* holds no run"):
-        train(out=tmp_path / "other", overwrite=True)
+        train(out=tmp_path / "other", existing="overwrite")
     assert all((tmp_path / "other" / name).read_text() == "mine" for name in names)
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     """A path to a file is refused and the file is left, with overwrite too."""
     (tmp_path / "file").write_text("mine")
-    for overwrite in (False, True):
+    for existing in ("refuse", "overwrite"):
         with pytest.raises(ValueError, match=r"^out: .* is a file"):
-            train(out=tmp_path / "file", overwrite=overwrite)
+            train(out=tmp_path / "file", existing=existing)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_on_start_is_called_once_everything_holds(tmp_path: Path) -> None:
-    """`on_start` gets the folder after the checks and before training, and not where they fail."""
+def test_the_folder_is_told_once_everything_holds(tmp_path: Path) -> None:
+    """`on_folder` gets the folder after the checks and before training, and is not called where they fail."""
     seen: list[tuple[Path, bool]] = []
-    note = lambda path: seen.append((path, (path / "checkpoints").exists()))  # noqa: E731
+
+    class Note(l3d.callbacks.Callback):
+        def on_folder(self, folder: Path) -> None:
+            seen.append((folder, (folder / "checkpoints").exists()))
+
     with pytest.raises(ValueError, match="k: "):
-        train(out=tmp_path / "run", k=2, on_start=note)
+        train(out=tmp_path / "run", k=2, callbacks=[Note()])
+    train(callbacks=[Note()])  # no folder, nothing to tell
     assert seen == []
-    train(out=tmp_path / "run", on_start=note)
+    train(out=tmp_path / "run", callbacks=[Note()])
     assert seen == [(tmp_path / "run", False)]
+
+
+@pytest.mark.parametrize(
+    "group, fields, message",
+    [
+        (l3d.Replacement, {"enabled": "yes"}, "replacement: enabled: expected True or False, got 'yes'"),
+        (l3d.Replacement, {"enabled": 1}, "replacement: enabled: expected True or False, got 1"),
+        (l3d.Replacement, {"restart_every": 0}, "replacement: restart_every: expected a positive whole number, got 0"),
+        (l3d.Replacement, {"candidates": 1.5}, "replacement: candidates: expected a positive whole number, got 1.5"),
+        (l3d.Memory, {"micro_batch_size": 0}, "micro_batch_size: expected a positive whole number, got 0"),
+        (l3d.GradientOptions, {"shuffle": 1}, "shuffle: expected True or False, got 1"),
+        (l3d.GradientCache, {"folder": "c", "reads": "maybe"}, "cache: reads: expected auto, on or off, got 'maybe'"),
+        (l3d.GradientCache, {"n_references": 0}, "n_references: expected a positive whole number, got 0"),
+        (l3d.GradientCache, {"n_references": 2}, "cache: n_references and reads need the cache's folder, got none"),
+        (l3d.GradientCache, {"reads": "on"}, "cache: n_references and reads need the cache's folder, got none"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_a_group_are_refused_as_it_is_made(group: type, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        group(**fields)

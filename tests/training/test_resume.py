@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from l3d.training import history as progress
+import l3d
+from l3d.training import history
 
-from training_runs import Net, assert_same_bits, interrupt, points, train
+from training_runs import Net, assert_same_bits, interrupt, points, recipe, train
 
 pytestmark = pytest.mark.usefixtures("one_batch_at_a_time")
 
@@ -22,7 +23,7 @@ def test_resuming_reproduces_the_uninterrupted_run(
     at: int, n_restarts: int, records: int, stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted at any step, before the first checkpoint or after, and resumed: the same bits as in one go."""
-    monkeypatch.setattr(progress, "RECORDS", records)
+    monkeypatch.setattr(history, "RECORDS", records)
     data = list(points().split(8)) if stream else points()
     arguments = {"n_restarts": n_restarts, "checkpoint_every": 4}
     whole = train(data=data, out=tmp_path / "whole", **arguments)
@@ -32,9 +33,9 @@ def test_resuming_reproduces_the_uninterrupted_run(
     resumed = None
     if not (tmp_path / "run" / "checkpoints").exists():
         with pytest.raises(FileNotFoundError, match="out: nothing to resume"):
-            train(data=data, out=tmp_path / "run", resume=True, **arguments)
+            train(data=data, out=tmp_path / "run", existing="resume", **arguments)
         return
-    resumed = train(data=data, out=tmp_path / "run", resume=True, **arguments)
+    resumed = train(data=data, out=tmp_path / "run", existing="resume", **arguments)
     assert_same_bits(resumed, whole)
     assert resumed.restart_errors == whole.restart_errors
     for name in ("decomposition.safetensors", "checkpoints/step000000020/optimizer.safetensors"):
@@ -46,10 +47,15 @@ def test_resuming_twice_and_when_all_is_done(tmp_path: Path) -> None:
     whole = train()
     for at in (9, 10):  # the second counts from the resumed step
         with pytest.raises(KeyboardInterrupt):
-            train(Net(at, interrupt), out=tmp_path / "run", checkpoint_every=3, resume=at == 10)
-    assert_same_bits(train(out=tmp_path / "run", checkpoint_every=3, resume=True), whole)
+            train(
+                Net(at, interrupt),
+                out=tmp_path / "run",
+                checkpoint_every=3,
+                existing="resume" if at == 10 else "refuse",
+            )
+    assert_same_bits(train(out=tmp_path / "run", checkpoint_every=3, existing="resume"), whole)
     model = Net()
-    assert_same_bits(train(model, out=tmp_path / "run", checkpoint_every=3, resume=True), whole)
+    assert_same_bits(train(model, out=tmp_path / "run", checkpoint_every=3, existing="resume"), whole)
     assert model.calls <= 1  # the check of the arguments; nothing was trained
 
 
@@ -68,7 +74,7 @@ def test_half_a_checkpoint_is_ignored(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "step000000008", folder / "step000000012.partial")
     (folder / "step000000012.partial" / "state.json").write_text("{")
-    assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, resume=True), train())
+    assert_same_bits(train(out=tmp_path / "run", checkpoint_every=4, existing="resume"), train())
 
 
 @pytest.mark.parametrize(
@@ -86,18 +92,21 @@ def test_half_a_checkpoint_is_ignored(tmp_path: Path) -> None:
         {"preset": "published"},
         {"dtype": "float64"},
         {"batch_size": 16},
-        {"start": "data"},
-        {"revive": False},
+        {"gradients": l3d.GradientOptions(shuffle=True)},
+        {"replacement": recipe(enabled=False)},
+        {"replacement": recipe(replace_every=50)},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_resuming_with_changed_arguments_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    """A changed argument is named, and the interrupted run's checkpoint is left as it is."""
+    """A changed setting is named, and the interrupted run's checkpoint is left as it is."""
+    (name,) = change
+    arguments = {"preset": change[name]} if name == "replacement" else change  # a preset has the replacement in it
     with pytest.raises(KeyboardInterrupt):
         train(Net(12, interrupt), out=tmp_path / "run", checkpoint_every=4)
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"resume: .*\b{next(iter(change))}\b.* differ from the interrupted run's"):
-        train(out=tmp_path / "run", resume=True, **{"checkpoint_every": 4, **change})
+    with pytest.raises(ValueError, match=rf"resume: .*\b{name}\b.* differ from the interrupted run's"):
+        train(out=tmp_path / "run", existing="resume", **{"checkpoint_every": 4, **arguments})
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
@@ -108,14 +117,14 @@ def test_resuming_another_model_is_refused(tmp_path: Path) -> None:
     other = Net()
     other.second = nn.Linear(6, 2)
     with pytest.raises(ValueError, match="resume: ") as error:
-        train(other, out=tmp_path / "run", checkpoint_every=4, resume=True)
+        train(other, out=tmp_path / "run", checkpoint_every=4, existing="resume")
     assert "\n" not in str(error.value)
 
 
 def test_resuming_without_a_folder_is_refused(tmp_path: Path) -> None:
-    """resume needs a run to go on from: without `out` it is an error, not a new run."""
-    with pytest.raises(ValueError, match=r"resume: .*out"):
-        train(resume=True)
+    """To resume needs a run to go on from: without `out` it is an error, not a new run."""
+    with pytest.raises(ValueError, match=r"^existing: 'resume' needs the run folder as out"):
+        train(existing="resume")
     with pytest.raises(FileNotFoundError, match="out: nothing to resume"):
-        train(resume=True, out=tmp_path / "none")
+        train(existing="resume", out=tmp_path / "none")
     assert not (tmp_path / "none").exists()

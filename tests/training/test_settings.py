@@ -12,35 +12,15 @@ import l3d
 from l3d.api import Decomposition
 from l3d.data.batches import mix
 from l3d.decomposition.objective import objective
-from l3d.training.settings import kept_fraction, learning_rate, resolve
+from l3d.training.settings import resolve
 
 from helpers import assert_relative
-from training_runs import Net, points, train
+from training_runs import Net, points, recipe, train
 
 pytestmark = pytest.mark.usefixtures("one_batch_at_a_time")
 
 
-CHOSEN: dict[str, Any] = {
-    "n_subnetworks": 5,
-    "rank": 1,
-    "k": 0.1,
-    "params": None,
-    "divergence": "mse",
-    "reference": "sample",
-    "positions": "all",
-    "steps": None,
-    "batch_size": 32,
-    "lr": None,
-    "warm_start": None,
-    "weight_decay": 0.0,
-    "shuffle": False,
-    "updates": 1,
-    "start": "random",
-    "revive": None,
-    "seed": 0,
-    "dtype": None,
-    "backend": "auto",
-}
+CHOSEN: dict[str, Any] = {"n_subnetworks": 5, "rank": 1, "batch_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -49,32 +29,32 @@ CHOSEN: dict[str, Any] = {
 )
 def test_published_preset_is_the_paper_s_recipe(n_rows: int, batch_size: int, steps: int) -> None:
     """1000 epochs, Adam at an absolute rate of 0.01 times 0.8 every tenth, everything kept at first."""
-    settings = resolve("published", n_rows, **{**CHOSEN, "batch_size": batch_size})
+    settings = resolve(CHOSEN | {"preset": "published", "batch_size": batch_size}, n_rows)
     assert (settings.lr, settings.relative_lr, settings.schedule, settings.warm_shape) == (0.01, False, "step", "hold")
-    rates = [learning_rate(settings, step) for step in range(0, settings.steps, settings.steps // 100)]
-    assert rates == [0.8 ** (i // 10) for i in range(100)]
-    assert learning_rate(settings, settings.steps // 10 - 1) == 1
-    assert learning_rate(settings, settings.steps - 1) == 0.8**9
+    rates = [settings.learning_rate(step) for step in range(0, settings.steps, settings.steps // 100)]
+    assert rates == [0.01 * 0.8 ** (i // 10) for i in range(100)]
+    assert settings.learning_rate(settings.steps // 10 - 1) == 0.01
+    assert settings.learning_rate(settings.steps - 1) == 0.01 * 0.8**9
     assert settings.steps == steps
 
 
 @pytest.mark.parametrize("steps", [10, 37, 100, 2000, 32_000])
 def test_published_rate_falls_at_each_tenth_exactly(steps: int) -> None:
     """The rate has its j-th drop at the first step that is j tenths into the run, for every number of steps."""
-    settings = resolve("published", None, **{**CHOSEN, "steps": steps})
+    settings = resolve(CHOSEN | {"preset": "published", "steps": steps}, None)
     for step in range(steps):
-        assert learning_rate(settings, step) == 0.8 ** (10 * step // steps)
+        assert settings.learning_rate(step) == 0.01 * 0.8 ** (10 * step // steps)
 
 
 def test_default_preset() -> None:
     """2000 steps at a relative rate of 0.1 on a cosine that ends at a hundredth; k falls geometrically over a tenth."""
-    settings = resolve("default", 1000, **CHOSEN)
+    settings = resolve(CHOSEN, 1000)
     assert (settings.steps, settings.lr, settings.relative_lr, settings.schedule) == (2000, 0.1, True, "cosine")
     assert (settings.warm_start, settings.warm_shape) == (200, "anneal")
-    rates = [learning_rate(settings, step) for step in range(2000)]
-    assert rates[0] == 1
-    assert all(a > b > 0.01 for a, b in itertools.pairwise(rates))
-    assert rates[-1] < 0.0101
+    rates = [settings.learning_rate(step) for step in range(2000)]
+    assert rates[0] == 0.1
+    assert all(a > b > 0.001 for a, b in itertools.pairwise(rates))
+    assert rates[-1] < 0.00101
 
 
 @pytest.mark.parametrize("preset", ["default", "published"])
@@ -83,8 +63,8 @@ def test_default_preset() -> None:
 )
 def test_warm_start_schedule(preset: str, steps: int, warm_start: int | None, expected: int) -> None:
     """More than k is kept before `warm_start` and k from it on: held at 1, or falling steadily from 1."""
-    settings = resolve(preset, None, **{**CHOSEN, "steps": steps, "warm_start": warm_start})
-    fractions = [kept_fraction(settings, step) for step in range(steps)]
+    settings = resolve(CHOSEN | {"preset": preset, "steps": steps, "warm_start": warm_start}, None)
+    fractions = [settings.kept_fraction(step) for step in range(steps)]
     assert settings.warm_start == expected
     assert fractions[expected:] == [0.1] * (steps - expected)
     warm = fractions[:expected]
@@ -144,8 +124,9 @@ def test_training_is_adam_on_the_objective(preset: str) -> None:
 def test_the_presets_revive_unless_they_are_the_paper_s(chosen: bool | None) -> None:
     """With revive=None the preset default revives dead subnetworks and published does not; a choice holds in both."""
     for preset, default in (("default", True), ("published", False)):
-        settings = resolve(preset, None, **{**CHOSEN, "revive": chosen})
-        assert settings.revive is (default if chosen is None else chosen)
+        settings = resolve(CHOSEN | {"preset": preset if chosen is None else recipe(preset, enabled=chosen)}, None)
+        assert settings.preset == preset
+        assert settings.replacement.enabled is (default if chosen is None else chosen)
 
 
 @pytest.mark.parametrize("k", [0.05, 0.3, 0.5, 1.0])

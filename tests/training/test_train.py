@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import l3d
 from l3d.data.batches import mix
 from l3d.data.sources import load_data, load_model
-from l3d.training import history as progress
+from l3d.training import history
 from l3d.training.history import COLUMNS
 from l3d.zoo import resnet20
 
@@ -71,7 +71,7 @@ def test_history_is_bounded_and_its_columns_equally_long(
     steps: int, records: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the number of steps, at most RECORDS rows are held, evenly spaced, every column of one length."""
-    monkeypatch.setattr(progress, "RECORDS", records)
+    monkeypatch.setattr(history, "RECORDS", records)
     d = train(steps=steps)
     assert set(d.history) == set(COLUMNS)
     assert {len(values) for values in d.history.values()} == {rows}
@@ -84,7 +84,7 @@ def test_history_is_bounded_and_its_columns_equally_long(
 def test_history_averages_over_its_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coarser history holds the means of the finer one's errors."""
     fine = train(steps=20).history["error"]
-    monkeypatch.setattr(progress, "RECORDS", 5)
+    monkeypatch.setattr(history, "RECORDS", 5)
     coarse = train(steps=20).history["error"]
     assert coarse == pytest.approx([sum(fine[i : i + 4]) / 4 for i in range(0, 20, 4)], rel=1e-12)
 
@@ -111,7 +111,7 @@ def test_error_falls_on_a_toy() -> None:
         model.W_out.weight.copy_(model.W_in.weight.mT)
         model.W_out.bias.fill_(-0.3)
     data = l3d.toys.sparse_features(1000, 5, generator)
-    d = l3d.decompose(model.eval(), data, 5, rank=1, k=0.1, batch_size=32, steps=300, progress=False)
+    d = l3d.decompose(model.eval(), data, 5, rank=1, k=0.1, batch_size=32, steps=300, callbacks=[])
     errors = d.history["error"]
     assert sum(errors[-30:]) / 30 < 0.4 * max(errors[30:60])
 
@@ -292,7 +292,7 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
 
 def test_a_run_is_silent_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     """With the progress bar asked for but no terminal, nothing is printed."""
-    train(progress=True)
+    train(callbacks=None)
     assert capfd.readouterr() == ("", "")
 
 
@@ -307,7 +307,7 @@ def test_error_falls_on_a_language_model(data_dir: Path) -> None:
     texts = load_data(f"text:{data_dir / 'stories.txt'}", model_spec=spec, max_rows=64)
     d = l3d.decompose(
         model, texts, 20, rank=6, k=0.1, params="model.layers.2.self_attn.*", divergence="kl", steps=30,
-        batch_size=4, warm_start=0, progress=False,
+        batch_size=4, warm_start=0, callbacks=[],
     )  # fmt: skip
     assert len(d.parameter_names) == 4
     errors = d.history["error"]
@@ -324,7 +324,7 @@ def test_error_falls_on_a_convolutional_network(data_dir: Path) -> None:
     )
     d = l3d.decompose(
         model, images, 20, rank=3, k=0.1, params="layer2.0.*", divergence="kl", steps=30, batch_size=8,
-        warm_start=0, progress=False,
+        warm_start=0, callbacks=[],
     )  # fmt: skip
     assert sorted(d.parameter_names) == [f"layer2.0.{n}" for n in (
         "bn1.bias", "bn1.weight", "bn2.bias", "bn2.weight", "conv1.weight", "conv2.weight"
