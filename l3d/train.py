@@ -1,4 +1,4 @@
-"""Train a decomposition. `train` is the loop, on one screen; `decompose` prepares a run for it and ends it.
+"""Train a decomposition: `turn` is one step and what follows it, `train` the loop, `decompose` prepares and ends a run.
 
 model + batch ─ gradients ─► per-sample gradients ─ project ─► coefficients [S, K] ─ batch top-k ─► kept ─ objective ─►
 loss ─ Adam, decoder to unit norm ─► next step;   every so often: restart dead, replace redundant, checkpoint
@@ -32,24 +32,28 @@ from l3d.training.run import Run
 from l3d.training.settings import resolve
 
 
+def turn(run: Run, gradients: Gradients | Chunks) -> bool:
+    """Take one step on a batch's gradients and do what is due after it; return whether the history has a new row."""
+    result = run.take_step(gradients)  # coefficients, batch top-k, loss, its derivatives, Adam: `l3d.training.step`
+    recorded = result is not None and run.record(result)
+    if result is not None:  # None: every gradient of the batch is zero
+        run.restart_dead(gradients, result.residual)
+    run.replace_redundant(gradients)
+    return recorded
+
+
 def train(
     run: Run,
     callbacks: Sequence[Callback] = (),
     checkpoint_every: int = sys.maxsize,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train to the last step. One turn of the loop is the whole method."""
+    """Train to the last step; `callbacks` are told of each row of the history, `checkpoint` saves the run."""
     settings, started = run.settings, time.perf_counter() - run.seconds
     while run.step < settings.steps:
         with naming_step(run.step):
             gradients = run.gradients(run.step)  # of the divergence, per sample: as factors, G_s = Σ_t dy ⊗ x
-            result = run.take_step(
-                gradients
-            )  # coefficients, batch top-k, loss, its derivatives, Adam (l3d.training.step)
-            recorded = result is not None and run.record(result)
-            if result is not None:
-                run.restart_dead(gradients, result.residual)
-            run.replace_redundant(gradients)
+            recorded = turn(run, gradients)
         if recorded:
             for callback in callbacks:
                 callback.on_step(run.step, run.recorder.latest())
@@ -58,16 +62,6 @@ def train(
             with naming_step(run.step - 1):
                 check_finite(run.decomposition)
             checkpoint()
-
-
-def turn(run: Run, gradients: Gradients | Chunks) -> bool:
-    """Take one step on a batch's gradients, and what is due after it; tell whether the history has a new row."""
-    result = run.take_step(gradients)  # coefficients, batch top-k, loss, its derivatives, Adam: `l3d.training.step`
-    recorded = result is not None and run.record(result)
-    if result is not None:  # None: every gradient of the batch is zero
-        run.restart_dead(gradients, result.residual)
-    run.replace_redundant(gradients)
-    return recorded
 
 
 @older_names
@@ -142,6 +136,9 @@ def decompose(
     if existing == "resume" and out is None:
         raise ValueError("existing: 'resume' needs the run folder as out, got none")
     cache = GradientCache(cache) if isinstance(cache, (str, Path)) else cache
+    for name, value, kind in (("cache", cache, GradientCache), ("memory", memory, Memory)):
+        if not (value is None or isinstance(value, kind)):
+            raise ValueError(f"{name}: expected l3d.{kind.__name__}, got {value!r}")
     first = next(model.parameters(), None)
     if first is None:
         raise ValueError("model: has no parameters to decompose")
