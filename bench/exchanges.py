@@ -25,6 +25,7 @@ from l3d.decomposition.directions import LowRank, Whole
 from l3d.gradients.extract import Extractor
 from l3d.toys import make, one_thread
 from l3d.toys.recovery import distinct, similarity
+from l3d.train import train as run_loop
 from l3d.training.run import Run
 from l3d.training.settings import resolve
 
@@ -74,7 +75,7 @@ def problem(kind: str, seed: int) -> Problem:
 def train(made: Problem, way: str, own: bool) -> list[Start]:
     """Decompose in one of `WAYS`, and compare every start's subnetworks with the circuits."""
     chosen = {**CHOICES, "preset": "default", "params": None, "divergence": "mse", **made.chosen}
-    settings = resolve(n_rows=count_rows(made.data), **chosen)
+    settings = resolve(chosen, count_rows(made.data))
     extractor = Extractor(made.model, settings.divergence, settings.reference, settings.params)
     n = 1 if way == "from the circuits" else STARTS
     run = Run(settings, extractor, made.data, torch.device("cpu"), n)
@@ -83,7 +84,7 @@ def train(made: Problem, way: str, own: bool) -> list[Start]:
     run.check()
     if way == "without":
         run.probe = None
-    run.train((), None, settings.steps)
+    run_loop(run)
     starts = []
     for i, error in enumerate(run.final_errors()):
         found = run.decomposition.part(i, n)

@@ -21,7 +21,7 @@ from bench.training import CHOICES, Block, table
 from l3d.data.batches import batches_per_epoch, count_rows
 from l3d.gradients.extract import Extractor
 from l3d.training.run import Run
-from l3d.training.settings import kept_fraction, learning_rate, resolve
+from l3d.training.settings import resolve
 from l3d_kernels import reference
 
 N_SUBNETWORKS = 100
@@ -53,7 +53,7 @@ class Projected(NamedTuple):
 def run_of(block: Block, windows: Tensor) -> Run:
     """Make a run on windows, for the gradients of its batches."""
     chosen = {**CHOICES, "steps": 3000, "preset": "default"}
-    settings = resolve(n_rows=count_rows(windows), **chosen)
+    settings = resolve(chosen, count_rows(windows))
     extractor = Extractor(block.model, settings.divergence, settings.reference, settings.params)
     return Run(settings, extractor, windows, torch.device("cpu"))
 
@@ -135,8 +135,8 @@ def train(
     parameters = [decoder.clone().requires_grad_(), decoder.clone().requires_grad_()]
     encoder, decoder = parameters
     chosen = {**CHOICES, "preset": "default", "steps": steps, "warm_start": int(warm * steps), "k": 0.1}
-    settings = resolve(n_rows=None, **chosen)
-    scale = 1 / math.sqrt(DIRECTIONS)  # of an entry
+    chosen["lr"] = lr * (1 / math.sqrt(DIRECTIONS))  # relative to a unit vector's typical entry
+    settings = resolve(chosen, None)
     adam = torch.optim.Adam(parameters, fused=True)
     per_epoch = len(seen.coordinates) // batch
     errors, order = [], torch.empty(0, dtype=torch.int64)
@@ -144,8 +144,8 @@ def train(
         if step % per_epoch == 0:
             order = torch.randperm(len(seen.coordinates), generator=generator)
         rows = order[step % per_epoch * batch :][:batch]
-        adam.param_groups[0]["lr"] = lr * scale * learning_rate(settings, step)
-        error = loss(seen.at(rows), encoder, decoder, kept_fraction(settings, step))
+        adam.param_groups[0]["lr"] = settings.learning_rate(step)
+        error = loss(seen.at(rows), encoder, decoder, settings.kept_fraction(step))
         for parameter, gradient in zip(parameters, torch.autograd.grad(error, parameters), strict=True):
             parameter.grad = gradient
         adam.step()

@@ -17,6 +17,7 @@ import torch
 
 from bench.measure.peak import added
 from l3d.estimate import plan
+from l3d.train import turn
 from l3d.training.run import Run
 
 WIDTHS = (1024, 2048, 4096)
@@ -31,9 +32,9 @@ def measure(width: int) -> dict[str, Any]:
     data = torch.randn(S, T, width)
 
     def train() -> Run:
-        run = plan(model, data, n_subnetworks=K, rank=R, batch_size=S, k=0.1, steps=2, warm_start=1, revive=False)
+        run = plan(model, data, n_subnetworks=K, rank=R, batch_size=S, k=0.1, steps=2, warm_start=1)
         for step in range(2):
-            run.take_step(run.gradients(step))
+            turn(run, run.gradients(step))
         return run
 
     peak, run = added(train)

@@ -13,6 +13,7 @@ from bench.measure.environment import RESULTS, environment
 from bench.training import CHOICES, Block
 from l3d.estimate import plan
 from l3d.gradients.factors import Gradients
+from l3d.train import turn
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         for dtype, run in runs.items():
             held = run._held(whole)
             sizes[dtype] = held.nbytes()
-            run.take_step(held)
+            turn(run, held)
         first, second = (run.recorder.history["error"][-1] for run in runs.values())
         differences.append(second - first)
     rows = []

@@ -79,11 +79,11 @@ def planned(case: Case, steps: int = 1) -> Planned:
     model = torch.nn.Linear(case.width, case.width, bias=False)
     data = torch.randn(case.S, case.T, case.width)
     choices = {"n_subnetworks": case.K, "rank": case.R, "batch_size": case.S, "k": KEPT}
-    run = plan(model, data, **choices, steps=steps, warm_start=0, revive=False)
+    run = plan(model, data, **choices, steps=steps, warm_start=0)
     gradients = run.gradients(0)
     assert isinstance(gradients, Gradients)
     (path,) = choose_paths(gradients, run.decomposition.encoder, sizes_of(case).n_kept).values()
-    result = run.objective(gradients, KEPT)
+    result = run.stepper.objective(gradients, KEPT)
     coactive = coactive_is_cheaper(run.decomposition.decoder, result.kept)
     pairs = int(result.kept.row_offsets.diff().square().sum()) if coactive else None
     return Planned(run, gradients, path, pairs)
@@ -93,7 +93,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Count one step's FLOPs and the bytes it holds."""
     run, gradients, path, pairs = planned(case)
     with FlopCounterMode(display=False) as counter:
-        result = run.objective(gradients, KEPT)
+        result = run.stepper.objective(gradients, KEPT)
         torch.autograd.grad(result.loss, run.optimizer.parameters)
     measured = {
         "flops": counter.get_total_flops(),

@@ -26,10 +26,12 @@ from transformers import AutoTokenizer
 
 import l3d
 from bench.measure.environment import RESULTS, environment
+from l3d.api import Decomposition
 from l3d.data.batches import count_rows
 from l3d.data.sources import load_data, load_model
 from l3d.gradients.extract import Extractor
 from l3d.toys import make, one_thread
+from l3d.train import turn
 from l3d.training.run import Run
 from l3d.training.settings import Settings, resolve
 
@@ -64,9 +66,9 @@ class Block:
         runs = {}
         for name, changes in variants.items():
             chosen = {**CHOICES, "steps": steps, **changes}
-            settings = resolve(chosen.pop("preset"), count_rows(self.train), **chosen)
+            settings = resolve(chosen, count_rows(self.train))
             extractor = Extractor(self.model, "kl", "sample", settings.params)
-            runs[name] = Run(settings, extractor, self.train, torch.device("cpu"))
+            runs[name] = Run(settings, extractor, self.train, torch.device("cpu"), build=Decomposition)
             runs[name].check()  # which also makes ready for exchanges
         first = next(iter(runs.values()))
         seconds = dict.fromkeys(runs, 0.0)
@@ -74,7 +76,7 @@ class Block:
             gradients = first.gradients(step)
             for name, run in runs.items():
                 started = time.perf_counter()
-                run.take_step(gradients)
+                turn(run, gradients)
                 seconds[name] += time.perf_counter() - started
             if (step + 1) % 100 == 0:
                 shown = ", ".join(f"{name} {run.recorder.history['error'][-1]:.3f}" for name, run in runs.items())
@@ -133,8 +135,6 @@ def ablations() -> list[dict]:
         "warm start over half of the run": {"warm_start": 500},
         "lr .05": {"lr": 0.05},
         "lr .2": {"lr": 0.2},
-        "start from data": {"start": "data"},
-        "2 updates per batch": {"updates": 2},
     }
     return Block().run(variants, 1000, print)
 
@@ -149,7 +149,7 @@ def toys() -> list[dict]:
             for preset, found in errors.items():
                 own = {**toy.settings, "steps": 3000, "n_restarts": 1, "preset": preset, "seed": seed}
                 with one_thread():
-                    d = l3d.decompose(toy.model, toy.data, progress=False, **own)
+                    d = l3d.decompose(toy.model, toy.data, callbacks=[], **own)
                     found.append(d.evaluate(toy.model, toy.data[:1000], n_references=30).error)
             print(f"{name}, seed {seed}: " + ", ".join(f"{p} {found[-1]:.4f}" for p, found in errors.items()))
         medians = {preset: statistics.median(found) for preset, found in errors.items()}

@@ -2,7 +2,7 @@
 
     decomposition = l3d.decompose(model, data, n_subnetworks=100, rank=8, k=0.1, params="h.4.attn.*", divergence="kl")
 
-Start at `l3d.train`; the loop is in `l3d.training.run`.
+Start at `l3d.train`, which holds the loop.
 """
 
 from importlib import import_module
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from l3d.gradients.extract import extract_gradients as extract_gradients
     from l3d.gradients.factors import Gradients as Gradients
     from l3d.train import decompose as decompose
+    from l3d.training.options import PRESETS as PRESETS
+    from l3d.training.options import GradientCache as GradientCache
+    from l3d.training.options import GradientOptions as GradientOptions
+    from l3d.training.options import Memory as Memory
+    from l3d.training.options import Preset as Preset
+    from l3d.training.options import Replacement as Replacement
 
 __version__ = "0.1.0"
 
@@ -40,8 +46,14 @@ _HOMES = {
     "Evaluation": "analysis.evaluation",
     "Extractor": "gradients.extract",
     "FineTuned": "analysis.finetune",
+    "GradientCache": "training.options",
+    "GradientOptions": "training.options",
     "Gradients": "gradients.factors",
     "InterventionRatios": "analysis.intervention_ratios",
+    "Memory": "training.options",
+    "PRESETS": "training.options",
+    "Preset": "training.options",
+    "Replacement": "training.options",
     "TopLogits": "analysis.logits",
     "TopSamples": "analysis.evaluation",
     "decompose": "train",

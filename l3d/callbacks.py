@@ -8,6 +8,7 @@ A callback may be given to one run after another. TensorBoard and Weights & Bias
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +28,17 @@ class Callback:
     did not fail, on_end. Whoever made a callback closes it, by `close` or by leaving its `with` block.
     """
 
+    def on_folder(self, folder: Path) -> None:
+        """The run folder is open; everything has been checked, and nothing written yet."""
+
     def on_start(self, settings: Mapping[str, Any]) -> None:
         """Training starts, with all settings resolved, also where an interrupted run goes on."""
 
     def on_step(self, step: int, figures: Mapping[str, float]) -> None:
         """A row was added to the history: means over the steps since the row before."""
+
+    def on_note(self, line: str) -> None:
+        """Something the user should know, in one line."""
 
     def on_end(self, figures: Mapping[str, float]) -> None:
         """Training has ended, with these figures; the command line calls this again with those of the evaluation."""
@@ -51,7 +58,7 @@ class Callback:
 class ProgressBar(Callback):
     """A bar on standard error with the latest figures; silent where that is no terminal."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str = "decompose") -> None:
         console = Console(stderr=True)
         columns = (
             TextColumn(label),
@@ -77,6 +84,10 @@ class ProgressBar(Callback):
                 f"dead {figures['dead_fraction']:.0%}  {figures['samples_per_second']:,.0f} samples/s"
             )
             self._bar.update(self._task, completed=step, figures=shown)
+
+    def on_note(self, line: str) -> None:
+        """Print the line to standard error."""
+        print(line, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -4,12 +4,12 @@ import inspect
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from l3d.api import Decomposition
 from l3d.data.batches import count_rows
 from l3d.decomposition.costs import Path, choose_paths
 from l3d.decomposition.objective import n_kept
@@ -17,10 +17,10 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
-from l3d.train import decompose
+from l3d.train import decompose, turn
 from l3d.training.memory import memory_now, peak_memory
 from l3d.training.run import Run
-from l3d.training.settings import Settings, kept_fraction, resolve
+from l3d.training.settings import Settings, resolve
 
 N_STEPS = 3  # that are timed, after one to warm up
 
@@ -55,13 +55,10 @@ class Estimate(NamedTuple):
 def plan(model: nn.Module, data: Any, **arguments: Any) -> Run:
     """Return the run that `decompose` would train with these arguments, before its first step."""
     chosen = {name: each.default for name, each in inspect.signature(decompose).parameters.items()} | arguments
-    if chosen["dtype"] is not None:
-        chosen["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
-    names = {field.name for field in fields(Settings)} & set(chosen) - {"preset"}
-    settings = resolve(chosen["preset"], count_rows(data), **{name: chosen[name] for name in names})
+    settings = resolve(chosen, count_rows(data))
     extractor = Extractor(model, *(chosen[name] for name in ("divergence", "reference", "params", "positions")))
     device = next(model.parameters()).device
-    return Run(settings, extractor, data, device, chosen["n_restarts"], chosen["micro_batch_size"], chosen["recompute"])
+    return Run(settings, extractor, data, device, chosen["n_restarts"], chosen["memory"], Decomposition)
 
 
 def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
@@ -80,7 +77,7 @@ def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
         started = time.perf_counter()
         gradients = run.gradients(step * together)
         extracted = time.perf_counter()
-        run.take_step(gradients)
+        turn(run, gradients)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         if step > 0:
@@ -113,7 +110,7 @@ def tensor_estimates(
     decomposition: Subnetworks, gradients: Gradients, settings: Settings, n_samples: int
 ) -> list[TensorEstimate]:
     """Describe every tensor; `gradients` are those of a batch of `n_samples`, or of a chunk of it."""
-    kept = n_kept(kept_fraction(settings, settings.steps), gradients.n_samples, decomposition.n_subnetworks)
+    kept = n_kept(settings.kept_fraction(settings.steps), gradients.n_samples, decomposition.n_subnetworks)
     paths = choose_paths(gradients, decomposition.encoder, kept)
     parts = n_samples / gradients.n_samples
     found = []

@@ -1,4 +1,4 @@
-"""What a test may need and this machine may lack: real data, a GPU. Skips are counted at the end."""
+"""Skip tests that need real data, a GPU or a browser where there is none; count the skips at the end."""
 
 import os
 import sys
@@ -11,6 +11,9 @@ import torch
 import l3d
 
 from browser import Browser, find_chromium
+
+# as in a test file, a failing assert of theirs then shows the values it compared
+pytest.register_assert_rewrite("extraction", "helpers", "layer_checks", "tools", "training_runs")
 
 NO_DATA = "data absent"
 NO_GPU = "no GPU"

@@ -1,4 +1,4 @@
-"""What importing the packages does not do: pull in optional libraries, set the environment, start a GPU."""
+"""Import the packages without optional libraries, environment changes or a GPU; check who imports whom."""
 
 import ast
 import importlib
@@ -173,3 +173,11 @@ def test_no_submodule_hides_a_public_function() -> None:
         importlib.import_module(name)
     assert {name: getattr(l3d, name) for name in l3d.__all__} == before
     assert not {name.removeprefix("l3d.") for name in MODULES} & (set(l3d.__all__) - {"callbacks", "toys"})
+
+
+def test_no_test_file_imports_another() -> None:
+    """What test files share is in tests/support: no file of tests/ imports a module that is named test_*."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    roots = {path.relative_to(ROOT): imported_roots(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    found = {str(path): sorted(name for name in names if name.startswith("test_")) for path, names in roots.items()}
+    assert {path: names for path, names in found.items() if names} == {}

@@ -90,19 +90,18 @@ class Step:
 
     def take(self, mark: Callable[[str], Any] = lambda name: None) -> Tensor:
         """Take a step and return its loss; `mark` is told each phase as it ends. As `Run.take_step` does."""
-        from l3d.decomposition.costs import choose_paths
+        from l3d.decomposition.costs import Plan
         from l3d.decomposition.objective import energy, keep, residual_norms
 
         mark("start")
         self.gradients = self.extractor(self.tokens, self.generator)
         mark("extract")
-        self.paths = choose_paths(self.gradients, self.encoder, self.z.n_kept)
-        self.kept, overlap = keep(
-            self.gradients, self.encoder, self.decoder, self.z.n_kept, self.paths, backend=self.backend
-        )
+        plan = Plan(self.backend, small=False).for_batch(self.gradients, self.encoder, self.z.n_kept)
+        self.paths = plan.paths
+        self.kept, overlap = keep(self.gradients, self.encoder, self.decoder, self.z.n_kept, plan)
         mark("select")
         norms = self.gradients.squared_norm(self.backend)
-        energies = energy(self.kept, self.decoder, backend=self.backend)
+        energies = energy(self.kept, self.decoder, plan)
         loss = residual_norms(norms, self.kept, overlap, energies).sum() / norms.sum()
         mark("loss")
         grads = torch.autograd.grad(loss, self.optimizer.parameters)

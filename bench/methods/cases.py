@@ -19,6 +19,7 @@ from l3d.estimate import plan
 from l3d.gradients.divergence import kl, mse, reference_outputs
 from l3d.gradients.model import run_fixed
 from l3d.toys import make
+from l3d.train import turn
 
 METHODS = ("l3d", "afternoon", "published")
 STEPS = 1_000_000  # of a run that is never finished
@@ -86,7 +87,7 @@ class Case:
         elif method == "afternoon":
             self.by_afternoon.step(self.vectors(), self.n_kept())
         else:
-            self.run.take_step(self.run.gradients(self.run.step))
+            turn(self.run, self.run.gradients(self.run.step))
 
     def together(self, method: str) -> int:
         """Return over how many steps a method spreads its work: a time must be that of so many, from a multiple on."""

@@ -15,6 +15,7 @@ import l3d_kernels as lk
 from bench.scale import Case, gram_cost, planned, predict, sizes_of
 from l3d.decomposition.costs import Path, projection_costs
 from l3d.gradients.extract import Extractor
+from l3d.train import turn
 
 AXES = ("S", "T", "K", "R", "width")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the base's size
@@ -99,7 +100,7 @@ def step(case: Case) -> Work:
     """A whole training step: extraction, loss, derivatives, Adam."""
     run, _, path, pairs = planned(case, steps=1_000_000)
     cost = predict(case, path, pairs)["flops"] / 2 + case.S * case.T * case.width**2
-    return Work(lambda: run.take_step(run.gradients(run.step)), cost)
+    return Work(lambda: turn(run, run.gradients(run.step)), cost)
 
 
 _ALL, _SAMPLED = Path(materialised=False, sampled=False), Path(materialised=False, sampled=True)

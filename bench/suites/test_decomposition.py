@@ -46,7 +46,7 @@ def ours(n_restarts: int) -> tuple[float, float]:
     """Train by `l3d.decompose`; return the error of the first steps and of the last."""
     toy = make("tms")
     own = toy.settings | {"steps": STEPS, "n_restarts": n_restarts}
-    d = decompose(toy.model, toy.data, progress=False, **own)
+    d = decompose(toy.model, toy.data, callbacks=[], **own)
     assert len(d.restart_errors) == n_restarts
     return d.history["error"][0], d.history["error"][-1]
 

@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler
 import l3d_kernels as lk
 from l3d.data.arguments import check_fraction
 from l3d.data.batches import in_order, mix
-from l3d.decomposition.costs import choose_paths
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import energy, objective, residual_norms
 from l3d.decomposition.objective import n_kept as n_kept_of
 from l3d.decomposition.project import project
@@ -116,10 +116,10 @@ def score(
     """Return a batch's kept coefficients and what they leave of each gradient, ‖g_s − ĝ_s‖²: [S]."""
     encoder, decoder = decomposition.encoder, decomposition.decoder
     if selection == "batch" and not refit:
-        result = objective(gradients, encoder, decoder, k, backend=backend)
+        result = objective(gradients, encoder, decoder, k, Plan(backend))
         return result.kept, result.residual
-    paths = choose_paths(gradients, encoder, gradients.n_samples * decomposition.n_subnetworks)
-    both = project(gradients, (encoder, decoder), paths, decomposition.shapes, backend)
+    plan = Plan(backend, small=False).for_batch(gradients, encoder, gradients.n_samples * decomposition.n_subnetworks)
+    both = project(gradients, (encoder, decoder), decomposition.shapes, plan)
     coefficients, overlaps = both.split(decomposition.n_subnetworks, dim=1)
     if selection == "batch":
         kept = lk.batch_topk(coefficients, n_kept_of(k, *coefficients.shape), backend=backend)
@@ -127,7 +127,7 @@ def score(
         kept = decomposition.above_threshold(coefficients)
     if refit:
         kept = kept._replace(values=least_squares(kept, overlaps, decoder.gram()))
-    energies = energy(kept, decoder, backend=backend)
+    energies = energy(kept, decoder, plan)
     overlap = overlaps[kept.rows, kept.columns]
     return kept, residual_norms(gradients.squared_norm(), kept, overlap, energies)[:, 0]
 

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l3d.callbacks import Callback, log_to
-from l3d.cli import options
+from l3d.callbacks import Callback, ProgressBar, log_to
 from l3d.cli.job import (
+    ConfigWriter,
     Job,
     Settings,
+    arguments,
     costs,
     evaluate_run,
     evaluation_data,
     find_run,
     load,
     load_toy,
-    model_name,
     reload,
     take_out,
 )
@@ -43,8 +43,10 @@ def decompose(settings: Settings) -> None:
             raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
         settings[name] = absolute(settings[name])
         settings[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
-    if settings["cache"] is not None:
-        settings["cache"] = str(Path(settings["cache"]).resolve())  # a resumed run may start elsewhere
+    if settings["cache"]["folder"] is not None:
+        settings["cache"]["folder"] = str(
+            Path(settings["cache"]["folder"]).resolve()
+        )  # a resumed run may start elsewhere
     if dry_run:
         return _estimate(load(settings))
     _train(load(settings), out, overwrite=overwrite)
@@ -134,18 +136,13 @@ def report(settings: Settings) -> None:
 def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -> None:
     import l3d
 
-    names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY)]
-    arguments = {name: job.settings[name] for name in names if name in job.settings}
-
-    def write_config(_: object) -> None:
-        run_folder.write_config(out, job.command, job.settings)
-
+    existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     try:
-        arguments |= {"out": out, "overwrite": overwrite, "resume": resume, "model_name": model_name(job)}
-        arguments |= {"on_start": None if resume else write_config}
         with log_to(job.settings.get("log"), out) if is_first() else Callback() as log:
-            with together(lambda command: run_folder.interrupted(out, command)):
-                d = l3d.decompose(job.model, job.data, **arguments, callbacks=[log])
+            with together(lambda command: run_folder.interrupted(out, command)), ProgressBar() as bar:
+                told = [bar, Callback() if resume else ConfigWriter(job), log]
+                own = arguments(job.settings)
+                d = l3d.decompose(job.model, job.data, **own, out=out, existing=existing, callbacks=told)
             if not is_first():
                 return  # of several processes the first one writes, and reports
             data = evaluation_data(job)
@@ -163,8 +160,7 @@ def _estimate(job: Job) -> None:
     from l3d.estimate import estimate
 
     joined = processes.start()
-    names = [option.name for option in (*options.DECOMPOSE, *options.MEMORY) if option.name in job.settings]
-    found = estimate(job.model, job.data, **{name: job.settings[name] for name in names})
+    found = estimate(job.model, job.data, **arguments(job.settings))
     if joined is not None:
         processes.leave()
     if not is_first():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from l3d.callbacks import Callback
 from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
 from l3d.cli.parser import read_settings
@@ -18,6 +20,7 @@ from l3d.data.batches import count_rows
 from l3d.data.sources import Data, load_data, load_model, take_rows
 from l3d.distributed.watch import is_first
 from l3d.storage import run_folder
+from l3d.training.options import PRESETS
 
 if TYPE_CHECKING:
     from l3d import Decomposition
@@ -67,7 +70,7 @@ def reload(run: Path, changes: Settings) -> Job:
 def load(settings: Settings) -> Job:
     """Load the model and the data that settings name."""
     _check_scored_rows(settings)
-    model = _move(load_model(settings["model"], **settings["model_args"]), settings["device"])
+    model = _move(named(load_model(settings["model"], **settings["model_args"]), settings["model"]), settings["device"])
     data = load_data(settings["data"], model_spec=settings["model"], **settings["data_args"])
     _redraw_if_asked(model, settings)
     n_held_out = settings["held_out"]
@@ -92,7 +95,7 @@ def load_toy(settings: Settings) -> Job:
     made = toys.make(settings["name"], seed=seed if own_seed is None else own_seed)
     given = {name: value for name, value in settings.items() if value is not None}
     resolved = {"name": made.name, "seed": seed} | made.arguments(settings["preset"]) | given
-    model = _move(made.model, settings["device"])
+    model = _move(named(made.model, f"toy:{made.name}"), settings["device"])
     redrawn = _redraw_if_asked(model, resolved)
     return Job("toy", resolved, model, made.data, None, None if redrawn else made)  # redrawn, it has no true circuits
 
@@ -139,7 +142,7 @@ def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
     if job.command == "toy":
         settings |= {"name": job.settings["name"], "toy_seed": job.settings["seed"]}
     else:
-        names = [option.name for option in (*options.MODEL, *options.DATA, options.HELD_OUT)]
+        names = [option.name for option in options.SOURCE]
         settings |= {name: job.settings[name] for name in names}
     settings |= {"random_weights": random_weights, "weights_seed": weights_seed(job) if random_weights else None}
     return job._replace(settings=settings, toy=None if random_weights else job.toy)
@@ -150,12 +153,35 @@ def weights_seed(job: Job) -> int:
     return job.settings.get("seed") or 0
 
 
-def model_name(job: Job) -> str | None:
-    """Name the model as its run does; a Hugging Face model knows its name itself."""
-    if job.command == "toy":
-        return f"toy:{job.settings['name']}"
-    spec: str = job.settings["model"]
-    return None if spec.startswith("hf:") else spec
+def arguments(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `decompose` that settings hold."""
+    given = {option.name: settings[option.name] for option in options.DECOMPOSE if option.name in settings}
+    for name, group in options.GROUPS.items():
+        chosen = {key: value for key, value in settings.get(name, {}).items() if value is not None}
+        given[name] = group(**chosen)
+    enabled = settings.get("replacement", {}).get("enabled")
+    if enabled is not None:
+        preset = PRESETS[given.get("preset") or "default"]
+        given["preset"] = replace(preset, replacement=replace(preset.replacement, enabled=enabled))
+    return given
+
+
+class ConfigWriter(Callback):
+    """Writes a command's settings into the run folder once it is open."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_folder(self, folder: Path) -> None:
+        """Write config.yaml."""
+        run_folder.write_config(folder, self.job.command, self.job.settings)
+
+
+def named(model: nn.Module, spec: str) -> nn.Module:
+    """Let a model know what the command line calls it; a Hugging Face model knows its name itself."""
+    if not getattr(model, "name_or_path", ""):
+        model.name_or_path = spec  # type: ignore[assignment]
+    return model
 
 
 def evaluation_data(job: Job) -> Data:

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 from l3d.cli import options
-from l3d.cli.options import Option
+from l3d.cli.options import Option, options_of, placed
 
 _LOADER = "l3d-yaml"
 _SLICE = re.compile(r"-?\d*:-?\d*")
@@ -37,6 +37,13 @@ class Command(NamedTuple):
     examples: str
 
 
+TRAINED = {
+    "what is learned": options.LEARNED,
+    "training": (*options.TRAINING, *options.REPLACEMENT, *options.CHOSEN_GRADIENTS),
+    "machine": options.MACHINE,
+}
+RUN, COPY = options_of(options.ExistingRun), options_of(options.RunCopy)
+
 COMMANDS = {
     "toy": Command(
         "decompose a toy model whose true parts are known",
@@ -47,24 +54,9 @@ mean over the true features of the largest |cosine| with a subnetwork; 1 is perf
 given, the toy's own setting holds. NAME all runs every toy over several seeds and writes a table, with the
 published figures beside the measured ones, to DIR/table.md and DIR/results.json.""",
         {
-            "toy": [
-                options.TOY,
-                options.TOY_SEED,
-                options.REDRAWN,
-                options.WEIGHTS_SEED,
-                options.SEEDS,
-                options.README,
-            ],
-            "what is learned": options.unset(options.LEARNED),
-            "training": options.unset(options.TRAINING),
-            "machine": options.unset(options.MACHINE),
-            "results": [
-                options.EVALUATE_ROWS,
-                options.DESCRIBE,
-                options.LOG,
-                options.out("runs/NAME"),
-                options.OVERWRITE,
-            ],
+            "toy": (*options_of(options.Toy), *options.CONTROL),
+            **{title: options.unset(group) for title, group in TRAINED.items()},
+            "results": placed([each for each in options.RESULTS if each.name != "dry_run"], "runs/NAME"),
         },
         """\
 examples:
@@ -82,19 +74,10 @@ Decompose a model's parameters on data: learn directions in parameter space of w
 rebuild each sample's gradient of the divergence between its output and a reference output.
 The error reported is sum ‖g - ĝ‖² / sum ‖g‖²: 0 is perfect, 1 is no better than nothing.""",
         {
-            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT, options.REDRAWN, options.WEIGHTS_SEED),
-            "what is learned": options.LEARNED,
-            "training": options.TRAINING,
+            "model and data": (*options.SOURCE, *options.CONTROL),
+            **TRAINED,
             "memory": options.MEMORY,
-            "machine": options.MACHINE,
-            "results": [
-                options.EVALUATE_ROWS,
-                options.DESCRIBE,
-                options.LOG,
-                options.out("runs/decompose"),
-                options.OVERWRITE,
-                options.DRY_RUN,
-            ],
+            "results": placed(options.RESULTS, "runs/decompose"),
         },
         """\
 examples:
@@ -114,13 +97,13 @@ examples:
 Load a run's model and data again, evaluate its decomposition, and put the figures into RUN/metrics.json.
 This runs the code that RUN/config.yaml names: only evaluate run folders you trust.""",
         {
-            "run": [options.RUN],
+            "run": RUN,
             "instead of the run's own": (
-                *options.unset((*options.DATA, options.EVALUATE_ROWS, options.DESCRIBE)),
-                options.DEVICE,
-                options.ANY_WEIGHTS,
+                *options.unset(options_of(options.Source, only=("data", "data_args"))),
+                *options.unset(options_of(options.Results, only=("evaluate_rows", "describe"))),
+                *options_of(options.Reloaded),
             ),
-            "results": [options.COPY],
+            "results": COPY,
         },
         """\
 examples:
@@ -133,7 +116,7 @@ examples:
         """\
 Go on with an interrupted `l3d toy` or `l3d decompose` from its last checkpoint, with its own settings.
 This runs the code that RUN/config.yaml names: only resume run folders you trust.""",
-        {"run": [options.RUN], "results": [options.COPY]},
+        {"run": RUN, "results": COPY},
         "example:\n  l3d resume runs/attention",
     ),
     "sweep": Command(
@@ -145,12 +128,13 @@ DIR/runs; DIR/table.md, sweep.json and error-kept.svg say what they come to. In 
 runs are kept, an interrupted one goes on, and values may be added. Runs that differ in the seed alone are
 compared: alike is the mean |cosine| of subnetworks matched one to one.""",
         {
-            "sweep": [options.OVER, options.TOY_MODEL, options.RANDOM_WEIGHTS],
-            "model and data": (*options.MODEL, *options.DATA, options.HELD_OUT),
-            "what is learned": options.unset(options.LEARNED),
-            "training": options.unset(options.TRAINING),
-            "machine": options.unset(options.MACHINE),
-            "results": [options.EVALUATE_ROWS, options.folder("runs/sweep")],
+            "sweep": options_of(options.Sweep),
+            "model and data": options.SOURCE,
+            **{title: options.unset(group) for title, group in TRAINED.items()},
+            "results": (
+                *options_of(options.Results, only=("evaluate_rows",)),
+                *placed(options_of(options.Paper, only=("out",)), "runs/sweep"),
+            ),
         },
         """\
 examples:
@@ -166,9 +150,12 @@ For each subnetwork: how far outputs move with the weights along it, on samples 
 rest, over a sweep of distances; and the same for a random direction of its norm and rank. Writes
 RUN/interventions.json and a plot, and the report again. This runs the code that RUN/config.yaml names.""",
         {
-            "run": [options.RUN],
-            "what is measured": [options.INTERVENE_ROWS, options.SAMPLES, options.CONTROL, options.ANY_WEIGHTS],
-            "results": [options.COPY],
+            "run": RUN,
+            "what is measured": (
+                *options_of(options.Intervention),
+                *options_of(options.Reloaded, only=("any_weights",)),
+            ),
+            "results": COPY,
         },
         """\
 examples:
@@ -182,8 +169,7 @@ examples:
 Make the figures of one of the paper's toy studies again: SVG and PNG files, figures.json with the numbers in
 them, and index.html, a page of them all.""",
         {
-            "figures": [options.PAPER, options.PAPER_SEED],
-            "results": [options.folder("runs/paper-NAME"), options.OVERWRITE],
+            "figures": placed(options_of(options.Paper), "runs/paper-NAME"),
         },
         "examples:\n  l3d paper tms\n  l3d paper squared --seed 1 --out runs/squared-1",
     ),
@@ -191,7 +177,7 @@ them, and index.html, a page of them all.""",
         "write a run's report.html again",
         "l3d report RUN [options]",
         "Write RUN/report.html again from what the run folder holds; neither model nor data are needed.",
-        {"run": [options.RUN], "results": [options.COPY]},
+        {"run": RUN, "results": COPY},
         "example:\n  l3d report runs/attention",
     ),
 }
@@ -291,7 +277,7 @@ def explain(error: argparse.ArgumentError) -> str:
     missing = re.search(r"arguments are required: (?:\w+\.)?(\w+)$", message)
     if missing:
         return f"{missing[1].upper()} is required"
-    refused = re.match(r'Parser key "(?:\w+\.)*?(\w+)":\s*(.*)', message, re.DOTALL)
+    refused = re.match(rf'Parser key "(?:(?:{"|".join(COMMANDS)})\.)?([\w.]+)":\s*(.*)', message, re.DOTALL)
     if refused is None:
         return message
     name, reason = refused.groups()

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from l3d.callbacks import ProgressBar
 from l3d.cli import job as job_module
 from l3d.cli import options
 from l3d.cli.output import environment
@@ -37,14 +38,14 @@ def toy_suite(settings: Settings) -> None:
 
     if readme is not None:
         replace_between(Path(readme), TABLE_MARKS, None)  # is there a place for it? before the work, not after
-    for option in (options.LOG, options.DESCRIBE, options.EVALUATE_ROWS):
+    for option in options.options_of(options.Results, only=("log", "describe", "evaluate_rows")):
         if settings[option.name] != option.default:
             raise ValueError(f"--{option.name}: for one toy, not for l3d toy all")
     if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
         raise ValueError(f"--out: {out} holds no results of l3d toy all, so --overwrite will not touch it")
     out.mkdir(parents=True, exist_ok=True)  # before the work, not after
-    names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
-    arguments = {name: settings[name] for name in names if settings[name] is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    arguments = {name: value for name, value in job_module.arguments(given).items() if name != "seed"}
     first = settings["seed"] or 0
     seeds = range(first, first + n_seeds)
     results: suite.Results = {}
@@ -53,7 +54,7 @@ def toy_suite(settings: Settings) -> None:
             [seed], suite.EXPERIMENTS, results=results, tell=lambda line: print(line, file=sys.stderr), **arguments
         )
         table = suite.to_markdown(results, suite.EXPERIMENTS)
-        holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds[:done]), "arguments": arguments}
+        holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds[:done]), "arguments": given}
         paths = [
             replace_text(out / "table.md", table),
             replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
@@ -93,7 +94,7 @@ def sweep(settings: Settings) -> None:
         job = job_module.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}
     check_base(out, base)
-    names = [option.name for option in options.DECOMPOSE]
+    names = [option.name for option in options.DECOMPOSE] + ["gradients", "replacement"]
 
     def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
         chosen = {name: job.settings[name] for name in names if name in job.settings} | point.values
@@ -103,12 +104,12 @@ def sweep(settings: Settings) -> None:
         own = job_module.standing_alone(job, chosen, point.random_weights)
         control = redrawn(job.model, chosen.get("params"), job_module.weights_seed(job))
 
-        def write_config(path: Path) -> None:
-            run_folder.write_config(path, own.command, own.settings)
-
         with control if point.random_weights else nullcontext():
-            more: Settings = {"model_name": job_module.model_name(own), "on_start": write_config}
-            d = l3d.decompose(job.model, job.data, **chosen, **more, out=folder, resume=resume)
+            existing = "resume" if resume else "refuse"
+            with ProgressBar() as bar:
+                told = [bar, job_module.ConfigWriter(own)]
+                arguments = job_module.arguments(chosen)
+                d = l3d.decompose(job.model, job.data, **arguments, out=folder, existing=existing, callbacks=told)
             metrics = job_module.evaluate_run(d, own, job_module.evaluation_data(own))
             return metrics | job_module.costs(d, own.model)
 

@@ -1,20 +1,21 @@
-"""A training step's loss and gradients from a batch that is never at hand whole: in chunks of samples, over processes.
+"""Compute a step's loss and derivatives from a batch in chunks of samples, or shared by several processes.
 
-Batch top-k looks at the whole batch, so there are two passes over it: the first for the coefficients [S, K], without
-autograd, after which it is known what is kept; the second, chunk by chunk, for the products of the kept pairs and
-their derivatives. ‖ĝ‖² needs the kept coefficients alone, no gradients: it is differentiated in between, by the
-coefficients and the decoder, and the former flow into the second pass. Loss, kept set and gradients are those of
-`l3d.decomposition.objective` up to the order of summation.
+Batch top-k looks at the whole batch, so there are two passes over it. The first computes the coefficients [S, K]
+without autograd and chooses the kept pairs. The second computes, chunk by chunk, the products at the kept pairs and
+their derivatives. ‖ĝ‖² needs no gradients, only the kept coefficients: it is differentiated between the passes, by the
+coefficients and the decoder, and the derivatives by the coefficients enter the second pass. Loss, kept set and
+gradients are those of `l3d.decomposition.objective` up to the order of summation.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d.decomposition.costs import Path, choose_paths
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.directions import Directions, Whole
 from l3d.decomposition.objective import Objective, at_pairs, energy, everywhere, n_kept
 from l3d.decomposition.project import project
@@ -29,45 +30,43 @@ def objective_in_chunks(
     encoder: Directions,
     decoder: Directions,
     k: float,
-    *,
-    n_groups: int = 1,
+    plan: Plan = Plan(),
     group: ProcessGroup | None = None,
-    backend: str = "auto",
 ) -> tuple[Objective, list[Tensor]]:
     """Compute the loss of a batch at the kept fraction k, and its derivatives by every tensor.
 
-    The decoder's come first, then the encoder's, as in a decomposition. With several processes, both sides are this
-    rank's share of the directions, and so are what is kept and the derivatives; loss and residual are the whole's.
-    Nothing of the result is differentiable.
+    The decoder's come first, then the encoder's, as in a decomposition. With several processes both sides are this
+    process's share of the directions, and so are the kept pairs and the derivatives; loss and residual are those of
+    all. Nothing of the result is differentiable.
     """
     parameters = [*decoder.parameters(), *encoder.parameters()]
-    paths: list[dict[str, Path]] = []
+    n_groups, plans = plan.n_groups, list[Plan]()
     coefficients, norms = [], []
     with torch.no_grad():
         for chunk in chunks:
             n = n_kept(k, chunk.n_samples, encoder.n_subnetworks)
-            paths.append(choose_paths(chunk, encoder, n))
-            coefficients.append(project(chunk, (encoder,), paths[-1], chunk.shapes, backend))
-            norms.append(chunk.squared_norm(backend))
+            plans.append(replace(plan, small=False).for_batch(chunk, encoder, n))
+            coefficients.append(project(chunk, (encoder,), chunk.shapes, plans[-1]))
+            norms.append(chunk.squared_norm(plan.backend))
         chunks.sizes = [len(each) for each in norms]
-        kept = _kept(torch.cat(coefficients), k, n_groups, group, backend)
+        kept = _kept(torch.cat(coefficients), k, plan, group)
         squared_norms = torch.cat(norms)
-        if group is not None:  # they may have been computed by different paths, but have to be the same
+        if group is not None:  # processes may take different paths, but must go on with the same bits
             squared_norms = group.stacked(squared_norms)[0]
     squared_norm = squared_norms.sum()
 
     leaf = kept.values.detach().requires_grad_()
-    energies, d_leaf, d_decoder = _energy(kept._replace(values=leaf), leaf, decoder, n_groups, group, backend)
+    energies, d_leaf, d_decoder = _energy(kept._replace(values=leaf), leaf, decoder, plan, group)
     totals = d_decoder + [torch.zeros_like(p) for p in encoder.parameters()]
 
     products = torch.zeros_like(leaf)  # c·<Vout, g> at the kept pairs
     start = 0
-    for chunk, path in zip(chunks, paths, strict=True):
+    for chunk, own_plan in zip(chunks, plans, strict=True):
         entries = slice(*kept.row_offsets[[start, start + chunk.n_samples]].tolist())
         part = _between(kept, start, start + chunk.n_samples, entries)
         start += chunk.n_samples
-        sums, sampled = everywhere(chunk, (encoder, decoder), path, backend)
-        values, overlap = at_pairs(chunk, (encoder, decoder), sums, part, sampled, backend)
+        sums, sampled = everywhere(chunk, (encoder, decoder), own_plan)
+        values, overlap = at_pairs(chunk, (encoder, decoder), sums, part, sampled, own_plan)
         products[entries] = (values * overlap).detach()
         share = (values * d_leaf[entries]).sum() - 2 * (values * overlap).sum()
         if not share.requires_grad:
@@ -86,13 +85,12 @@ def objective_in_chunks(
     return Objective(loss, kept, squared_norm, residual), [total / squared_norm for total in totals]
 
 
-def _kept(
-    coefficients: Tensor, k: float, n_groups: int, group: ProcessGroup | None, backend: str
-) -> lk.SparseCoefficients:
+def _kept(coefficients: Tensor, k: float, plan: Plan, group: ProcessGroup | None) -> lk.SparseCoefficients:
     """Choose what is kept of the whole batch: [S, K], or of this rank's columns of it."""
     n_samples, n_columns = coefficients.shape
     if group is None:
-        return lk.batch_topk(coefficients, n_kept(k, n_samples, n_columns // n_groups), n_groups, backend=backend)
+        n = n_kept(k, n_samples, n_columns // plan.n_groups)
+        return lk.batch_topk(coefficients, n, plan.n_groups, backend=plan.backend)
     n = n_kept(k, n_samples, int(group.total(torch.tensor(n_columns, device=coefficients.device))))
     return batch_topk_over_columns(coefficients, n, group.rank, group.stacked)
 
@@ -104,16 +102,11 @@ def _between(kept: lk.SparseCoefficients, start: int, stop: int, entries: slice)
 
 
 def _energy(
-    kept: lk.SparseCoefficients,
-    leaf: Tensor,
-    decoder: Directions,
-    n_groups: int,
-    group: ProcessGroup | None,
-    backend: str,
+    kept: lk.SparseCoefficients, leaf: Tensor, decoder: Directions, plan: Plan, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return ‖ĝ_s‖² [S, groups], or this rank's share of it, and the whole's derivatives by `leaf` and the decoder."""
     variables = [leaf, *decoder.parameters()]
-    own = energy(kept, decoder, None, n_groups, backend)
+    own = energy(kept, decoder, plan)
     totals = _derivatives(own.sum(), variables)
     value = own.detach()
     if group is None:
@@ -125,7 +118,7 @@ def _energy(
     for coefficients, *factors in group.visitors([each.detach() for each in payload]):
         if not len(used):
             continue
-        gram = _cross_gram(decoder, used, iter(factors), backend)  # [n, own n]
+        gram = _cross_gram(decoder, used, iter(factors), plan.backend)  # [n, own n]
         cross = ((coefficients.mT @ gram) * kept.dense()[:, used]).sum(1)
         for total, more in zip(totals, _derivatives(2 * cross.sum(), variables), strict=True):
             total += more

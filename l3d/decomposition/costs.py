@@ -1,13 +1,15 @@
-"""Which path each tensor takes in a training step, by counted cost.
+"""Choose each tensor's path in a training step by counted cost.
 
 Costs are in multiply-adds; an element gathered for a kept pair is charged GATHER of them, since gathering is
-bound by memory. All paths are exact, so a wrong guess costs time and nothing else. Letters as everywhere.
+bound by memory. All paths are exact, so that a wrong guess costs time and nothing else.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from l3d.decomposition.directions import Directions, Whole
+from l3d.decomposition.flat import is_small
 from l3d.gradients.factors import Gradients, Rows, matrix_shape
 from l3d_kernels import SparseCoefficients
 from l3d_kernels.reference import energy_costs
@@ -17,8 +19,8 @@ from l3d_kernels.reference import energy_costs
 #     width 64, rank 6: 74, 25, 7, 18;  width 256, rank 4: 29, 124, 103, 72;  width 256, rank 25: 243, 117, 100, 120
 # With this value the cheapest by count is the fastest in all three, and at 2 % kept in the last: 457, 279, 319, 276.
 GATHER = 45
-# And one product of two kept directions' inner products, for each pair of their ranks: it is written and read again.
-# Measured on 2 cores at 489 kept of a sample: 3.1 ns, a product of width 64 takes 1.2.
+# The constant charged for reading and writing intermediates, for each pair of ranks of two directions kept together.
+# Measured on 2 cores at 489 kept per sample: 3.1 ns, where a product of width 64 takes 1.2.
 PAIR = 150
 
 
@@ -27,6 +29,34 @@ class Path(NamedTuple):
 
     materialised: bool  # multiply the gradient out, whole or in tiles, and project that; else project the rows
     sampled: bool  # after top-k, project the kept pairs only; else all pairs, and pick
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch's coefficients and loss are computed; every plan gives the same values up to rounding.
+
+    What is None is chosen by counted cost when the batch is known (`for_batch`).
+    """
+
+    backend: str = "auto"  # "auto", "torch" or "triton"
+    n_groups: int = 1  # decompositions side by side, each with its own batch top-k and loss
+    small: bool | None = None  # multiply everything out (`flat`): worth it where calls cost more than the arithmetic
+    paths: Mapping[str, Path] | None = None  # each tensor's path; not used where small
+    coactive: bool | None = None  # sum ‖ĝ_s‖² over the pairs that a sample keeps, else from the Gram matrix or tiles
+
+    def for_batch(self, gradients: Gradients, directions: Directions, n_kept: int) -> "Plan":
+        """Return the plan for a batch of which `n_kept` coefficients are kept, over all groups."""
+        small, paths = self.small, self.paths
+        if small is None:
+            small = paths is None and self.coactive is None and is_small(gradients, directions, self.backend)
+        if paths is None and not small:
+            paths = choose_paths(gradients, directions, n_kept)
+        return replace(self, small=small, paths=paths)
+
+    def path(self, name: str) -> Path:
+        """Return one tensor's path, once it has been chosen."""
+        assert self.paths is not None
+        return self.paths[name]
 
 
 @dataclass(frozen=True)
@@ -95,10 +125,10 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
 
 
 def coactive_is_cheaper(decoder: Directions, kept: SparseCoefficients, n_groups: int = 1) -> bool:
-    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than from all there are.
+    """Tell whether ‖ĝ‖² is cheaper over the pairs kept in the same sample, Σ_s n_s², than over all pairs.
 
-    That is, from the full Gram matrix, or for fewer samples than subnetworks from ĝ. With several groups of directions,
-    pairs lie within a group, and there is a Gram matrix for each. Backward passes are counted.
+    All pairs: the full Gram matrix, or, for fewer samples than subnetworks, tiles of ĝ. With several groups of
+    directions, pairs lie within a group, and there is a Gram matrix for each. Backward passes are counted.
     """
     n_rows, n_kept = kept.shape[0] * n_groups, kept.rows.numel()
     sizes = decoder.sizes()
@@ -106,6 +136,6 @@ def coactive_is_cheaper(decoder: Directions, kept: SparseCoefficients, n_groups:
     full = n_groups * by_gram if n_groups > 1 else min(by_gram, by_tiles)
     gathered = 3.0 * n_kept * GATHER * sum(rank * (n_outputs + n_inputs) for rank, n_outputs, n_inputs in sizes)
     per_pair = 3.0 * sum(rank**2 * (n_outputs + n_inputs + PAIR) for rank, n_outputs, n_inputs in sizes)
-    if gathered + n_kept**2 / n_rows * per_pair >= full:  # Σ n_s² is at least N²/rows: no need to look
+    if gathered + n_kept**2 / n_rows * per_pair >= full:  # Σ n_s² is at least N²/rows, so that it need not be computed
         return False
     return gathered + int(kept.by_group(n_groups).row_offsets.diff().square().sum()) * per_pair < full

@@ -1,4 +1,4 @@
-"""The loss of a small problem by few operations, everything multiplied out: where calls cost more than the work.
+"""Compute the loss of a small problem with everything multiplied out, where calls cost more than the arithmetic.
 
     ‖G − C Vout‖² per sample,   C = top-k of G Vinᵀ,   G [S, P] and V [K, P] over all P entries of the parameters
 
@@ -12,15 +12,15 @@ import l3d_kernels as lk
 from l3d.decomposition.directions import Directions, Whole
 from l3d.gradients.factors import Gradients
 
-# Multiply-adds of G Vᵀ up to which this is the faster path. A step by the path for any size and by `numpy_step`, in ms
-# of one core (4 is for four starts side by side):
-#     tms 4,000: 1.66, .13;  tmcs 35,000: 1.66, .14;  high_rank 4 670,000: 1.90, .53;
-#     tms_40_10 1,100,000: 2.00, .70;  tms_40_10 4 4,300,000: 2.94, 2.25;  tms_40_10 10 10,800,000: 5.60, 5.26
+# Multiply-adds of G Vᵀ up to which this is the faster path. A step by the general path and by `numpy_step`, in ms of
+# one core (a 4 or 10 behind the name: so many starts side by side):
+#     tms 4,000: 1.66, 0.13;  tmcs 35,000: 1.66, 0.14;  high_rank 4 670,000: 1.90, 0.53;
+#     tms_40_10 1,100,000: 2.00, 0.70;  tms_40_10 4 4,300,000: 2.94, 2.25;  tms_40_10 10 10,800,000: 5.60, 5.26
 SMALL = 5 << 20
 
 
 def is_small(gradients: Gradients, directions: Directions, backend: str = "auto") -> bool:
-    """Tell whether this is the path to take: on a CPU, where the kernels are not asked for."""
+    """Tell whether a batch is small enough: on a CPU, unless the kernels are asked for."""
     if gradients.device.type != "cpu" or backend not in ("auto", "torch"):
         return False
     n_entries = sum(shape.numel() for shape in gradients.shapes.values())
@@ -30,7 +30,7 @@ def is_small(gradients: Gradients, directions: Directions, backend: str = "auto"
 def flat_residual(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, n_groups: int = 1
 ) -> tuple[lk.SparseCoefficients, Tensor, Tensor]:
-    """Return what is kept, ‖g_s − ĝ_s‖² [S, groups] and ‖g_s‖² [S]; all differentiable."""
+    """Return the kept coefficients, ‖g_s − ĝ_s‖² [S, groups] and ‖g_s‖² [S]; all differentiable."""
     flat = flattened(gradients, encoder)
     kept = lk.batch_topk(flat @ multiplied_out(encoder).mT, n, n_groups, backend="torch")
     code = kept.dense().view(len(flat), n_groups, -1).transpose(0, 1)  # [groups, S, K]

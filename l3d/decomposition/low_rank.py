@@ -1,4 +1,4 @@
-"""Low-rank parts of single samples' gradients."""
+"""Compute low-rank parts of single samples' gradients."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The loss of a batch: how much of its gradients the kept coefficients fail to reconstruct, as a squared ratio.
+"""Compute the loss of a batch: the squared reconstruction error of its gradients, relative to their squared norm.
 
     loss = Σ_s ‖g_s − ĝ_s‖² / Σ_s ‖g_s‖²,   ĝ_s = Σ_{k kept for s} c_sk Vout_k,   c_sk = <Vin_k, g_s>
     ‖g_s − ĝ_s‖² = ‖g_s‖² − 2 Σ_k c_sk <Vout_k, g_s> + c_sᵀ M c_s,   M[k, j] = <Vout_k, Vout_j>
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d.decomposition.costs import Path, choose_paths, coactive_is_cheaper
+from l3d.decomposition.costs import Plan, coactive_is_cheaper
 from l3d.decomposition.directions import Directions, Whole
-from l3d.decomposition.flat import flat_residual, is_small
+from l3d.decomposition.flat import flat_residual
 from l3d.decomposition.project import project, project_at, project_topk
 from l3d.gradients.factors import Gradients
 from l3d_kernels import reference
 
 
 class Objective(NamedTuple):
-    """The loss of one batch and what was kept."""
+    """The loss of one batch and its kept coefficients."""
 
     loss: Tensor  # [] differentiable: the squared ratio; [groups] where there are several
     kept: lk.SparseCoefficients
@@ -45,26 +45,20 @@ def objective(
     encoder: Directions,
     decoder: Directions,
     k: float,
-    *,
-    n_groups: int = 1,
-    paths: dict[str, Path] | None = None,
-    coactive: bool | None = None,
-    backend: str = "auto",
+    plan: Plan = Plan(),
 ) -> Objective:
     """Compute the loss of a batch at the kept fraction k.
 
     With several groups, the directions are so many decompositions side by side, each with its own top-k and loss: only
-    the gradients are shared. `paths` and `coactive` override the choice by cost (`costs`, and `flat` for the
-    smallest problems); the value does not depend on them.
+    the gradients are shared. The value does not depend on the plan.
     """
-    n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // n_groups)
-    if paths is None and coactive is None and is_small(gradients, encoder, backend):
-        return _relative(*flat_residual(gradients, encoder, decoder, n, n_groups))
-    paths = choose_paths(gradients, encoder, n * n_groups) if paths is None else paths
-    kept, overlap = keep(gradients, encoder, decoder, n, paths, n_groups, backend)
-
-    squared_norms = gradients.squared_norm(backend)
-    residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, coactive, n_groups, backend))
+    n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // plan.n_groups)
+    plan = plan.for_batch(gradients, encoder, n * plan.n_groups)
+    if plan.small:
+        return _relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
+    kept, overlap = keep(gradients, encoder, decoder, n, plan)
+    squared_norms = gradients.squared_norm(plan.backend)
+    residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, plan))
     return _relative(kept, residual, squared_norms)
 
 
@@ -82,35 +76,32 @@ def keep(
     encoder: Directions,
     decoder: Directions,
     n: int,
-    paths: dict[str, Path],
-    n_groups: int = 1,
-    backend: str = "auto",
+    plan: Plan,
 ) -> tuple[lk.SparseCoefficients, Tensor]:
     """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
     sides = encoder, decoder
-    sums, sampled = everywhere(gradients, sides, paths, backend)
+    sums, sampled = everywhere(gradients, sides, plan)
     if not sampled:
-        kept = lk.batch_topk(sums[0], n, n_groups, backend=backend)
+        kept = lk.batch_topk(sums[0], n, plan.n_groups, backend=plan.backend)
         return kept, sums[1][kept.rows, kept.columns]
     with torch.no_grad():
-        kept = project_topk(gradients, encoder, sums[0].detach(), n, paths, sampled, n_groups, backend)
-    values, overlap = at_pairs(gradients, sides, sums, kept, sampled, backend)
+        kept = project_topk(gradients, encoder, sums[0].detach(), n, sampled, plan)
+    values, overlap = at_pairs(gradients, sides, sums, kept, sampled, plan)
     return kept._replace(values=values), overlap
 
 
 Sides = tuple[Directions, Directions]  # encoder and decoder
 
 
-def everywhere(
-    gradients: Gradients, sides: Sides, paths: dict[str, Path], backend: str
-) -> tuple[tuple[Tensor, ...], list[str]]:
+def everywhere(gradients: Gradients, sides: Sides, plan: Plan) -> tuple[tuple[Tensor, ...], list[str]]:
     """Return both sides' <V_k, g_s> [S, K] over the tensors that are projected everywhere, and the others' names.
 
     Encoder and decoder at once: a gradient that is multiplied out on the fly is so only once.
     """
-    direct = [name for name, path in paths.items() if not path.sampled]
-    both = project(gradients, sides, paths, direct, backend)
-    return both.split(sides[0].n_subnetworks, dim=1), [name for name in paths if name not in direct]
+    assert plan.paths is not None
+    sampled = [name for name, path in plan.paths.items() if path.sampled]
+    both = project(gradients, sides, [name for name in plan.paths if name not in sampled], plan)
+    return both.split(sides[0].n_subnetworks, dim=1), sampled
 
 
 def at_pairs(
@@ -119,13 +110,13 @@ def at_pairs(
     sums: Sequence[Tensor],
     kept: lk.SparseCoefficients,
     sampled: list[str],
-    backend: str,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """Return <Vin_k, g_s> and <Vout_k, g_s> at the kept pairs, [N] each: `everywhere`'s and the sampled tensors'."""
     values, overlap = (each[kept.rows, kept.columns] for each in sums)
     if not sampled:
         return values, overlap
-    encoder, decoder = (project_at(gradients, side, kept, sampled, backend) for side in sides)
+    encoder, decoder = (project_at(gradients, side, kept, sampled, plan) for side in sides)
     return values + encoder, overlap + decoder
 
 
@@ -138,14 +129,9 @@ def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: 
     return squared_norms[:, None] - 2 * explained + energies
 
 
-def energy(
-    kept: lk.SparseCoefficients,
-    decoder: Directions,
-    coactive: bool | None = None,
-    n_groups: int = 1,
-    backend: str = "auto",
-) -> Tensor:
+def energy(kept: lk.SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
     """Return ‖ĝ_s‖² over all tensors together, for each group of directions: [S, groups]."""
+    coactive, n_groups, backend = plan.coactive, plan.n_groups, plan.backend
     if coactive is None:
         coactive = coactive_is_cheaper(decoder, kept, n_groups)
     if not coactive:

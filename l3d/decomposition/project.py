@@ -1,4 +1,4 @@
-"""Coefficients of per-sample gradients along a set of directions, summed over tensors, each by its own path."""
+"""Project per-sample gradients on directions, summed over tensors, each by its own path."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d.decomposition.costs import Path
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.directions import Directions, Whole
 from l3d.gradients.factors import Dense, Gradients, Rows
 
@@ -14,13 +14,12 @@ from l3d.gradients.factors import Dense, Gradients, Rows
 def project(
     gradients: Gradients,
     directions: Sequence[Directions],
-    paths: dict[str, Path],
     names: Collection[str],
-    backend: str = "auto",
+    plan: Plan,
 ) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, for all directions of all sets: [S, Σ K]."""
     total: Tensor | None = None
-    for contribution in _contributions(gradients, directions, paths, names, backend):
+    for contribution in _contributions(gradients, directions, names, plan):
         total = contribution if total is None else total + contribution
     if total is None:
         shape = (gradients.n_samples, sum(each.n_subnetworks for each in directions))
@@ -31,9 +30,8 @@ def project(
 def _contributions(
     gradients: Gradients,
     directions: Sequence[Directions],
-    paths: dict[str, Path],
     names: Collection[str],
-    backend: str,
+    plan: Plan,
 ) -> Iterator[Tensor]:
     for (name, first), *others in zip(*(each.items() for each in directions), strict=True):
         if name not in names or not gradients.parts[name]:
@@ -44,16 +42,16 @@ def _contributions(
             continue
         factors = [piece.factors() for piece in pieces]
         left, right = _stacked([left for left, _ in factors]), _stacked([right for _, right in factors])
-        if paths[name].materialised and gradients.fits_whole(name):
-            yield lk.project_dense(gradients.matrix(name), left, right, backend=backend)
+        if plan.path(name).materialised and gradients.fits_whole(name):
+            yield lk.project_dense(gradients.matrix(name), left, right, backend=plan.backend)
             continue
         for part in gradients.widened(name):
             if isinstance(part, Dense):
-                yield lk.project_dense(part.grad.flatten(2), left, right, backend=backend)
-            elif paths[name].materialised:
-                yield lk.project_tiled(part.x, part.dy, *_oriented(part, left, right), backend=backend)
+                yield lk.project_dense(part.grad.flatten(2), left, right, backend=plan.backend)
+            elif plan.path(name).materialised:
+                yield lk.project_tiled(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
             else:
-                yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=backend)
+                yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
 
 
 def project_topk(
@@ -61,10 +59,8 @@ def project_topk(
     directions: Directions,
     base: Tensor,
     n: int,
-    paths: dict[str, Path],
     names: Sequence[str],
-    n_groups: int = 1,
-    backend: str = "auto",
+    plan: Plan,
 ) -> lk.SparseCoefficients:
     """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K], at least one name.
 
@@ -72,15 +68,15 @@ def project_topk(
     """
     *others, last = names
     parts = gradients.parts[last]
-    if n_groups > 1 or paths[last].materialised or len(parts) != 1:
-        share = project(gradients, (directions,), paths, names, backend)
-        return lk.batch_topk(base + share, n, n_groups, backend=backend)
+    if plan.n_groups > 1 or plan.path(last).materialised or len(parts) != 1:
+        share = project(gradients, (directions,), names, plan)
+        return lk.batch_topk(base + share, n, plan.n_groups, backend=plan.backend)
     if others:
-        base = base + project(gradients, (directions,), paths, others, backend)
+        base = base + project(gradients, (directions,), others, plan)
     (part,) = parts
     assert isinstance(part, Rows)
     left, right = _oriented(part, *dict(directions.items())[last].factors())
-    return lk.project_topk(part.x, part.dy, left, right, n, base, backend=backend)
+    return lk.project_topk(part.x, part.dy, left, right, n, base, backend=plan.backend)
 
 
 def project_at(
@@ -88,7 +84,7 @@ def project_at(
     directions: Directions,
     kept: lk.SparseCoefficients,
     names: Collection[str],
-    backend: str = "auto",
+    plan: Plan,
 ) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, at the kept pairs only: [N].
 
@@ -101,7 +97,7 @@ def project_at(
         left, right = piece.factors()
         for part in gradients.widened(name):
             assert isinstance(part, Rows)
-            total = total + lk.project_at(part.x, part.dy, *_oriented(part, left, right), kept, backend=backend)
+            total = total + lk.project_at(part.x, part.dy, *_oriented(part, left, right), kept, backend=plan.backend)
     return total
 
 

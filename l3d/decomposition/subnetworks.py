@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 import l3d_kernels as lk
 from l3d.data.arguments import check_fraction
-from l3d.decomposition.costs import choose_paths
-from l3d.decomposition.directions import Directions, Rank, resolve_ranks
+from l3d.decomposition.costs import Plan
+from l3d.decomposition.directions import Directions, Rank, Whole, resolve_ranks
 from l3d.decomposition.objective import objective
 from l3d.decomposition.project import project
 from l3d.distributed.process_group import ProcessGroup
@@ -142,8 +143,8 @@ class Subnetworks(nn.Module):
         Raises ValueError where the gradients are of other parameters.
         """
         gradients = self._checked(gradients)
-        everything = gradients.n_samples * self.n_subnetworks
-        return project(gradients, (self.encoder,), choose_paths(gradients, self.encoder, everything), self.shapes)
+        plan = Plan(small=False).for_batch(gradients, self.encoder, gradients.n_samples * self.n_subnetworks)
+        return project(gradients, (self.encoder,), self.shapes, plan)
 
     def code(self, gradients: Gradients) -> lk.SparseCoefficients:
         """Return the coefficients of magnitude at least `threshold`: every sample by itself, whatever its batch.
@@ -171,10 +172,63 @@ class Subnetworks(nn.Module):
 
     @torch.no_grad()
     def subnetwork(self, index: int) -> dict[str, Tensor]:
-        """Return subnetwork `index` as {name: tensor of the parameter's shape}, unit L2 norm over all together."""
-        if not 0 <= index < self.n_subnetworks:
-            raise ValueError(f"index: expected 0 <= index < {self.n_subnetworks}, got {index}")
-        return self.decoder.tensors(index)
+        """Return subnetwork `index` as {name: tensor of the parameter's shape}, unit L2 norm over all together.
+
+        Negative indices count from the end. Raises IndexError for an index out of range.
+        """
+        return self.decoder.tensors(self._checked_index(index))
+
+    def factors(self, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return subnetwork `index` as {name: (left [R, O], right [R, I])}: the tensor is Σ_r left_r ⊗ right_r.
+
+        Of its matrices and tensors of higher order; vectors have no factors. Detached copies.
+        """
+        index = self._checked_index(index)
+        pieces = {name: piece.factors() for name, piece in self.decoder.items() if not isinstance(piece, Whole)}
+        return {
+            name: (left[index].detach().clone(), right[index].detach().clone())
+            for name, (left, right) in pieces.items()
+        }
+
+    def __len__(self) -> int:
+        return self.n_subnetworks
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.subnetwork(index)
+
+    def __repr__(self) -> str:
+        errors, steps = self.history.get("error", []), self.history.get("step", [])
+        figures = [f"K={self.n_subnetworks}"]
+        figures += [f"k={self.settings['k']}"] if "k" in self.settings else []
+        figures += [f"{len(self.shapes)} tensor{'s' * (len(self.shapes) > 1)}"]
+        if errors and not isinstance(errors[-1], list):
+            figures += [f"error {errors[-1]:.3f} after {steps[-1]} steps"]
+        lines = [
+            f"  {name} {list(shape)}: {'rank ' + '×'.join(map(str, self.ranks[name])) if self.ranks[name] else 'whole'}"
+            for name, shape in self.shapes.items()
+        ]
+        return "\n".join([f"{type(self).__name__}({', '.join(figures)})", *lines])
+
+    def _repr_html_(self) -> str:
+        """Show the figures and, once trained, the curve of the error, for notebooks."""
+        text = "<br>".join(html.escape(line) for line in repr(self).splitlines())
+        errors = [error for error in self.history.get("error", []) if not isinstance(error, list)]
+        if len(errors) < 2:
+            return f"<div>{text}</div>"
+        top = max(errors)
+        points = " ".join(
+            f"{300 * i / (len(errors) - 1):.1f},{80 * (1 - error / top):.1f}" for i, error in enumerate(errors)
+        )
+        return (
+            f'<div>{text}<br><svg width="300" height="80" viewBox="0 0 300 80" role="img" aria-label="error by step">'
+            f'<polyline points="{points}" fill="none" stroke="currentColor"/></svg>'
+            f"<br>error by step, from {errors[0]:.3f} to {errors[-1]:.3f}</div>"
+        )
+
+    def _checked_index(self, index: int) -> int:
+        if not -self.n_subnetworks <= index < self.n_subnetworks:
+            raise IndexError(f"index: expected {-self.n_subnetworks} <= index < {self.n_subnetworks}, got {index}")
+        return index % self.n_subnetworks
 
     @own_precision()
     def normalize_(self) -> None:

@@ -16,13 +16,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 _moved: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that `moving` holds, by how many blocks
 
 
-def identity(model: nn.Module, parameters: Mapping[str, Tensor], name: str | None = None) -> dict[str, Any]:
+def identity(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
     """Describe the model whose parameters these are, as json holds it: name, revision, and hashes by name.
 
-    name: default the model's folder or hub ID, else its class. revision: the hub's commit, None where unknown.
+    name: the model's `name_or_path` (folder or hub ID), else its class. revision: the hub's commit, or None.
     """
     config = getattr(model, "config", None)
-    found = name or getattr(config, "_name_or_path", "") or type(model).__name__
+    found = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(model).__name__
     if Path(found).is_dir():
         found = Path(found).resolve().name  # where it lies on this machine is nobody's business
     return {

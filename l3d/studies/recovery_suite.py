@@ -76,7 +76,7 @@ def run_suite(
             toy = make(experiment.toy, seed)
             chosen = {**toy.arguments(arguments.get("preset")), **experiment.arguments, **arguments}
             with one_thread():
-                d = l3d.decompose(toy.model, toy.data, seed=seed, progress=False, **chosen)
+                d = l3d.decompose(toy.model, toy.data, seed=seed, callbacks=[], **chosen)
                 error = d.evaluate(toy.model, toy.data[:1000], n_references=30).error
                 figures = {"error": error, **toy.recovery(d), "seconds": d.timing["seconds"]}
             for name, value in figures.items():

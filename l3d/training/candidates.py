@@ -1,10 +1,10 @@
-"""Learn directions from what a code leaves of some samples' gradients: candidates for a subnetwork's place.
+"""Learn candidates for a subnetwork's place from the residual gradients of some samples.
 
 A candidate u ascends  J(u) = Σ_s <r_s, u>² / ‖g_s‖²,  r_s = g_s − ĝ_s,  over the share k of the samples where that is
 largest. J is relative to each sample's own, or u would be that of the one or two of largest gradient. It is convex, so
 no step size is needed: its derivative is 2 D with D = Σ_s <r_s, u> r_s / ‖g_s‖², and the unit direction that has most
 of D is nowhere worse than u. Of V = Σ_r left_r (x) right_r that is left = D right where right is orthonormal, and the
-other way round: each step sets one of the two, of all tensors. (Adam with 30 steps ended at a quarter of this J.)
+other way round: each step sets one of the two, of all tensors. (Thirty steps of Adam ended at a quarter of this J.)
 """
 
 from typing import NamedTuple
@@ -12,31 +12,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l3d.decomposition.costs import choose_paths
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
 from l3d.decomposition.flat import flattened, multiplied_out, pulled_back
 from l3d.decomposition.project import project
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import matrix_shape
+from l3d.training.options import Replacement
 from l3d.training.start import NOISE, draw_samples, truncated
 
-CANDIDATES = 16  # learned at a time
-ALONE, STEPS = 4, 14  # steps of a candidate for one sample alone, and all
 NO_CHUNKS = Chunks.held([])  # where gradients are multiplied out
-FLAT = 1 << 24  # entries of the samples' gradients up to which they are multiplied out
 
 
 class ProbeGradients:
-    """Gradients of samples, to be projected often: multiplied out once where they are few and small."""
+    """Gradients that are projected often: multiplied out once if they are few and small."""
 
     def __init__(self, chunks: Chunks, flat: Tensor | None, backend: str) -> None:
         self.chunks, self.flat, self.backend = chunks, flat, backend
 
     @classmethod
-    def of(cls, probe: Chunks, directions: Directions, backend: str) -> "ProbeGradients":
-        """Take all samples of some batches."""
+    def of(
+        cls, probe: Chunks, directions: Directions, backend: str, multiplied_out: int = Replacement.multiplied_out
+    ) -> "ProbeGradients":
+        """Take all samples of some batches; multiplied_out: entries up to which they are."""
         n_entries = sum(shape.numel() for shape in directions.shapes.values())
-        if probe.n_samples * n_entries > FLAT:
+        if probe.n_samples * n_entries > multiplied_out:
             return cls(probe, None, backend)
         flat = torch.cat([flattened(chunk, directions) for chunk in probe])
         return cls(NO_CHUNKS, flat.to(next(directions.parameters())), backend)
@@ -51,8 +51,8 @@ class ProbeGradients:
             return self.flat @ multiplied_out(directions).mT
         found = []
         for each in self.chunks:
-            paths = choose_paths(each, directions, each.n_samples)
-            found.append(project(each, (directions,), paths, each.shapes, self.backend))
+            plan = Plan(self.backend, small=False).for_batch(each, directions, each.n_samples)
+            found.append(project(each, (directions,), each.shapes, plan))
         return torch.cat(found)
 
     def select(self, chosen: Tensor) -> "ProbeGradients":
@@ -63,12 +63,12 @@ class ProbeGradients:
 
 
 class Residuals(NamedTuple):
-    """What a code leaves of samples."""
+    """The residuals of samples under a code: r_s = g_s − Σ_k values_sk V_k."""
 
     samples: ProbeGradients
     values: Tensor  # [S, K] the code
     decoder: Directions
-    flat: Tensor | None  # [S, P] multiplied out, where the samples are
+    flat: Tensor | None  # [S, P] the residuals multiplied out, if the samples are
 
     @classmethod
     def of(cls, samples: ProbeGradients, values: Tensor, decoder: Directions) -> "Residuals":
@@ -82,7 +82,7 @@ class Residuals(NamedTuple):
             return self.flat @ multiplied_out(directions).mT
         return self.samples.project(directions) - self.values @ self.decoder.inner(directions)
 
-    def pulled_back(self, weights: Tensor, directions: Directions) -> list[Tensor]:
+    def derivatives(self, weights: Tensor, directions: Directions) -> list[Tensor]:
         """Return the derivatives of Σ weights <u, r_s> [S, n] by the directions' parameters: those of D."""
         if self.flat is not None:
             return pulled_back(weights.mT @ self.flat, directions)
@@ -93,16 +93,22 @@ class Residuals(NamedTuple):
 
 
 @torch.no_grad()
-def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator) -> Directions:
+def learn(
+    left: Residuals,
+    weights: Tensor,
+    k: float,
+    generator: torch.Generator,
+    how: Replacement = Replacement(),
+) -> Directions:
     """Learn candidates of the decoder's shapes and ranks from residuals, each for a share k of the samples.
 
-    They start as the low-rank parts of single samples' residuals, drawn with probability proportional to weights [S].
+    They start from single samples' residuals, drawn with probability proportional to weights [S].
     A tensor of order three or more is learned as a matrix, and its Tucker product is the truncation of that.
     """
     decoder, n_samples = left.decoder, len(left.values)
     inverse = left.samples.squared_norm().to(left.values)[:, None]
     inverse = inverse.clamp_min(torch.finfo(inverse.dtype).tiny).reciprocal()
-    n, n_active = min(CANDIDATES, decoder.n_subnetworks, n_samples), max(1, round(k * n_samples))
+    n, n_active = min(how.candidates, decoder.n_subnetworks, n_samples), max(1, round(k * n_samples))
     matrices = {name: torch.Size(matrix_shape(s)) if len(s) > 2 else s for name, s in decoder.shapes.items()}
     # a Tucker product may have a larger first rank than its matrix has columns
     ranks = {name: tuple(min(r, *matrices[name]) for r in each[:1]) for name, each in decoder.ranks().items()}
@@ -111,23 +117,23 @@ def learn(left: Residuals, weights: Tensor, k: float, generator: torch.Generator
     drawn = draw_samples(weights, n, generator).to(inverse.device)
     alone = nn.functional.one_hot(drawn, n_samples).mT.to(inverse)
     _set(new, list(new.parameters()), 1)
-    for step in range(STEPS):
-        if step < ALONE:
+    for step in range(how.steps):
+        if step < how.steps_alone:
             taken = alone
         else:
             along = left.along(new)
             share = along * inverse
             most = (along * share).topk(n_active, dim=0).indices
             taken = torch.zeros_like(share).scatter_(0, most, share.gather(0, most))
-        _set(new, left.pulled_back(taken, new), step % 2)
+        _set(new, left.derivatives(taken, new), step % 2)
     return _finished(new, decoder, generator)
 
 
 def _set(directions: Directions, derivatives: list[Tensor], side: int) -> None:
     """Set all vectors, and each matrix's left (side 0) or right (1), to the derivatives, and norms to one.
 
-    That side is then made orthonormal, and the other one takes what that makes of it: V stays what it was. Where the
-    derivatives span less than the rank, what the side is completed by is arbitrary, and weighs nothing.
+    That side is then made orthonormal and the other one multiplied to match, so that V does not change. If the
+    derivatives span less than the rank, the side is completed arbitrarily, with weight zero.
     """
     rest = iter(derivatives)
     others, squares = [], []
@@ -149,7 +155,7 @@ def _set(directions: Directions, derivatives: list[Tensor], side: int) -> None:
 def _finished(found: Directions, decoder: Directions, generator: torch.Generator) -> Directions:
     """Bring directions, whose tensors are all matrices or vectors, into a decoder's form, evenly over the factors."""
     for _, piece in found.items():
-        if isinstance(piece, LowRank):  # neither side may be nothing: it would have no gradient, and never leave that
+        if isinstance(piece, LowRank):  # neither side may be zero: it would have no gradient and stay zero
             norms = [factor.flatten(1).norm(dim=1).clamp_min(NOISE)[:, None, None] for factor in piece.factors()]
             piece.left.mul_((norms[1] / norms[0]).sqrt())
             piece.right.mul_((norms[0] / norms[1]).sqrt())

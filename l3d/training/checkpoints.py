@@ -1,4 +1,4 @@
-"""A training run's state in its run folder: all that is needed to go on to the same bits."""
+"""Write and restore checkpoints: everything a run needs to go on to the same bits."""
 
 import json
 from collections.abc import Mapping
@@ -60,9 +60,9 @@ def restore(run: "Run", folder: store.RunFolder) -> None:
 
 
 def _seen(run: "Run") -> dict[str, Any]:
-    """Tell what a run learns from apart from other such: the number of rows, the first batch of them, the reference.
+    """Describe the data that a run learns from: the number of rows, the first batch's hash, the reference's.
 
-    Rows that are made when they are asked for, a Dataset's or a stream's, may be others each time.
+    Rows of a Dataset or a stream are made when they are asked for and may differ each time: they have no hash.
     """
     data, reference = run.batches.data, run.extractor.reference
     rows = digest(tensors_of(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None

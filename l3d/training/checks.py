@@ -1,4 +1,4 @@
-"""What a training run is held against: its dtype, its losses and its directions, named where they are wrong."""
+"""Validate a run's dtype, losses and directions; errors name the tensor and the step."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,10 @@ from l3d.gradients.factors import Gradients
 
 
 def dtype_of_sums(asked: str | None, parameters: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype to train in, for the one asked for or the parameters': at least float32."""
+    """Return the dtype to train in: the one asked for, else the parameters', but at least float32.
+
+    Raises ValueError for a dtype that is not floating, and for float16.
+    """
     if asked is None:
         return torch.promote_types(next(iter(parameters.values())).dtype, torch.float32)
     dtype = getattr(torch, asked, None)
@@ -21,12 +24,12 @@ def dtype_of_sums(asked: str | None, parameters: Mapping[str, Tensor]) -> torch.
         raise ValueError(f"dtype: expected a floating dtype such as 'float32', got {asked!r}")
     if dtype == torch.float16:
         raise ValueError("dtype: float16 cannot hold the gradients' range; use float32 or bfloat16")
-    return torch.promote_types(dtype, torch.float32)  # bfloat16 is for what is held, not for sums
+    return torch.promote_types(dtype, torch.float32)  # bfloat16 is the dtype of what is stored, not of sums
 
 
 @contextmanager
 def naming_step(step: int) -> Iterator[None]:
-    """Say at which step an error was met."""
+    """Put the step in front of the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -34,7 +37,7 @@ def naming_step(step: int) -> Iterator[None]:
 
 
 def check_finite(decomposition: Subnetworks) -> None:
-    """Refuse a decomposition that the last steps have blown up; the last checkpoint stays."""
+    """Raise ValueError, naming the tensor, where a direction holds NaN or infinity; the last checkpoint stays."""
     for name, parameter in decomposition.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"decomposition: NaN or infinity in {name!r}; lower lr. The last checkpoint stays")
@@ -45,7 +48,7 @@ class NothingToLearnError(ValueError):
 
 
 def finite_losses(losses: list[float], gradients: Gradients | Chunks) -> list[float]:
-    """Return the restarts' losses; raises ValueError where one is not finite, naming the tensor at fault.
+    """Return the restarts' losses; raise ValueError where one is not finite, naming the tensor that is not.
 
     Raises NothingToLearnError where all gradients are zero.
     """

@@ -1,17 +1,17 @@
-"""Exchange subnetworks that others can stand in for by ones that what is left over asks for.
+"""Replace redundant subnetworks by new ones learned from the residual gradients.
 
-Descent does not leave some poor places: two subnetworks share one circuit, or one is a mixture of two, while a
-weaker circuit is reconstructed by nothing and, being orthogonal to all there is, pulls at nothing. So every so often
-the subnetwork that is worth least is weighed against directions learned from the residuals r_s = g_s − ĝ_s:
+Gradient descent does not leave some poor optima: two subnetworks share one circuit, or one is a mixture of two, while a
+weaker circuit is reconstructed by none and, being orthogonal to all directions, gives none of them a gradient. So every
+so often the subnetwork that is worth least is compared with directions learned from the residuals r_s = g_s − ĝ_s:
 
     worth of k   Σ_s ‖r_s + c_sk V_k‖² − ‖r_s‖² − max_j <r_s + c_sk V_k, V_j>²      over the samples that keep k
     gain of u    Σ_s <r_s + c_sk V_k, u>²        over as many samples as one is kept for on average, the best of them
 
-If the gain is larger, u shall take k's place, and the next pair is looked at. That is a screening. What counts is
-whether u in k's place leaves less of samples that nothing was learned from or chosen by, each coded by the batch's
-largest coefficients with their values fitted anew: of a circuit that two subnetworks shared, the one that stays has yet
-to learn the whole. All of it is read off <V, g>, <u, g>, <V, V> and <V, u>; no gradient is reconstructed, but where
-that is the faster way in a small network.
+If the gain is larger, u is a candidate for k's place, and the next pair is compared. That is a screening. A pair is
+confirmed on held-out samples: with u in k's place the squared residual must fall, each sample coded by the batch's
+largest coefficients with their values refitted, because of a circuit that two subnetworks shared the one that stays has
+yet to learn the whole. Everything is computed from <V, g>, <u, g>, <V, V> and <V, u>; gradients are multiplied out only
+in small networks, where that is faster.
 """
 
 import math
@@ -25,60 +25,52 @@ from l3d.decomposition.objective import n_kept
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import Gradients
-from l3d.training.candidates import FLAT, ProbeGradients, Residuals, learn
+from l3d.training.candidates import ProbeGradients, Residuals, learn
+from l3d.training.options import Replacement
 from l3d.training.settings import Settings
 from l3d_kernels import reference
 
-EVERY = 100  # steps from one exchange to the next
-AT_ONCE = 4  # restarts that are looked at in one; more take turns, so that what exchanges cost has a bound
-ENOUGH = 64  # samples of a subnetwork that should be looked at, half of them learned from
-MOST, BATCHES = 512, 20  # samples that are, but for a last batch, and batches they come from, at most
-CHEAP = 1024  # samples, from up to EVERY batches, where there are so few parameters that this is nothing
-REFITS, FLATTEST = 4, 1e-4  # steps in which kept values are fitted anew, and the curvature that is one to them
-SURE = 1.0  # standard errors, over the samples, by which what is left must become less
-MARGIN = 1.1  # what a new direction must gain, relative to what the old one is worth
-
 
 class Probe:
-    """The last batches before each exchange: a small one holds too few samples of a subnetwork to judge it by.
+    """Collects the last batches before each replacement: one small batch holds too few samples of a subnetwork.
 
     Args:
-        settings: of the run. As with revivals, there are exchanges while k is at its value and until the last fifth.
+        settings: of the run; `Settings.replaces` says when.
         n_samples: in the first batch.
         n_entries: of all parameters.
     """
 
     def __init__(self, settings: Settings, n_samples: int, n_entries: int) -> None:
-        self.first = settings.warm_start + EVERY if settings.revive else math.inf
-        self.last = 0.8 * settings.steps
-        wanted, batches = min(MOST, ENOUGH / settings.k), BATCHES
-        if CHEAP * n_entries <= FLAT // 2:
-            wanted, batches = CHEAP, EVERY
+        how = settings.replacement
+        self.settings, self.every, self.at_once = settings, how.replace_every, how.restarts_at_once
+        wanted, batches = min(how.most_samples, how.samples_per_subnetwork / settings.k), how.most_batches
+        if how.samples_of_small_models * n_entries <= how.multiplied_out // 2:
+            wanted, batches = how.samples_of_small_models, how.replace_every
         self.length = min(batches, math.ceil(wanted / n_samples))
         self.batches: list[Gradients | Chunks] = []
 
     def due(self, step: int) -> bool:
-        """Tell whether there is an exchange after so many steps."""
-        return step % EVERY == 0 and self.first <= step <= self.last
+        """Tell whether subnetworks are replaced after this many steps."""
+        return self.settings.replaces(step, self.every)
 
     def turn(self, step: int, n_restarts: int) -> list[int]:
-        """List the restarts that an exchange after so many steps looks at."""
-        first = step // EVERY * AT_ONCE
-        return sorted({(first + i) % n_restarts for i in range(min(AT_ONCE, n_restarts))})
+        """List the restarts that the replacement after this many steps looks at."""
+        first = step // self.every * self.at_once
+        return sorted({(first + i) % n_restarts for i in range(min(self.at_once, n_restarts))})
 
     def missed(self, step: int) -> range:
-        """List the batches, counted from 0, that a run which goes on after so many steps should have at hand."""
-        coming = (step // EVERY + 1) * EVERY
+        """List the batches, counted from 0, that a run resumed after this many steps has to extract again."""
+        coming = (step // self.every + 1) * self.every
         return range(coming - self.length, step) if self.due(coming) else range(0)
 
     def add(self, step: int, gradients: Gradients | Chunks) -> None:
-        """Remember the batch of a step, counted from 1, if the next exchange will want it."""
-        coming = -(-step // EVERY) * EVERY
+        """Keep the batch of a step, counted from 1, if the next replacement will look at it."""
+        coming = -(-step // self.every) * self.every
         if self.due(coming) and step > coming - self.length:
             self.batches.append(gradients)
 
     def take(self) -> Chunks:
-        """Return the batches in pieces, held or extracted anew as they are, and forget them."""
+        """Return the collected batches as chunks, and start collecting anew."""
         taken = [Chunks.held([batch]) if isinstance(batch, Gradients) else batch for batch in self.batches]
         self.batches = []
         makers = [partial(chunks.make, i) for chunks in taken for i in range(chunks.n_chunks)]
@@ -89,13 +81,13 @@ class Probe:
 
 
 class Code(NamedTuple):
-    """Samples in terms of K directions and n candidates."""
+    """Samples as coefficients of K directions and n candidates."""
 
     values: Tensor  # [S, K + n] coefficients; 0 where not kept
     overlaps: Tensor  # [S, K + n] <V, g_s>
     gram: Tensor  # [K + n, K + n] <V, V>
 
-    def left(self) -> Tensor:
+    def residual_overlaps(self) -> Tensor:
         """Return <V, r_s>: [S, K + n]."""
         return self.overlaps - self.values @ self.gram
 
@@ -105,11 +97,17 @@ class Code(NamedTuple):
 
 
 @torch.no_grad()
-def exchange(samples: ProbeGradients, decomposition: Subnetworks, k: float, generator: torch.Generator) -> Tensor:
-    """Set subnetworks anew that are worth less than what can take their place; encoder and decoder alike.
+def exchange(
+    samples: ProbeGradients,
+    decomposition: Subnetworks,
+    k: float,
+    generator: torch.Generator,
+    how: Replacement = Replacement(),
+) -> Tensor:
+    """Replace redundant subnetworks, in encoder and decoder alike.
 
-    Half of the samples, drawn at random, are learned from and chosen by; the other half confirms. The gradients are on
-    the decomposition's device. Returns which have changed: [n] int64.
+    Half of the samples, drawn at random, serve to learn and choose candidates; the other half confirms them. The
+    gradients are on the decomposition's device. Returns which have changed: [n] int64.
     """
     encoder, decoder = decomposition.encoder, decomposition.decoder
     coefficients, overlaps = samples.project(encoder), samples.project(decoder)
@@ -120,15 +118,15 @@ def exchange(samples: ProbeGradients, decomposition: Subnetworks, k: float, gene
     order = torch.randperm(len(values), generator=generator).to(values.device)
     seen, unseen = order.tensor_split(2)
     left = Residuals.of(samples.select(seen), values[seen], decoder)
-    new = learn(left, residual[seen], k, generator)
+    new = learn(left, residual[seen], k, generator, how)
     between = decoder.inner(new)
     code = Code(
         nn.functional.pad(values, (0, new.n_subnetworks)),
         torch.cat([overlaps, samples.project(new)], 1),
         torch.cat([torch.cat([gram, between], 1), torch.cat([between.mT, new.gram()], 1)]),
     )
-    pairs = choose(code.of(seen), decoder.n_subnetworks)
-    pairs = confirmed(pairs, code.of(unseen), coefficients[unseen], k)
+    pairs = choose(code.of(seen), decoder.n_subnetworks, how.margin)
+    pairs = confirmed(pairs, code.of(unseen), coefficients[unseen], k, how)
     for side in (encoder, decoder):
         for parameter, found in zip(side.parameters(), new.parameters(), strict=True):
             for old, taken in pairs:
@@ -136,11 +134,11 @@ def exchange(samples: ProbeGradients, decomposition: Subnetworks, k: float, gene
     return torch.tensor([old for old, _ in pairs], dtype=torch.int64, device=values.device)
 
 
-def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
-    """Return pairs (subnetwork, candidate that takes its place), each of which lowers what is left of the samples.
+def choose(code: Code, n_subnetworks: int, margin: float = Replacement.margin) -> list[tuple[int, int]]:
+    """Return pairs (subnetwork, candidate for its place), each of which lowers the samples' squared residual.
 
-    A screening: samples are left to whichever direction suits them best, not to the batch's largest coefficients. What
-    those make of a pair is for `confirmed` to say.
+    A screening: each sample goes to the direction that suits it best, not to the batch's largest coefficients, which
+    `confirmed` then uses.
     """
     values, overlaps, gram = code
     n_candidates = len(gram) - n_subnetworks
@@ -149,14 +147,14 @@ def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
     n_active = max(1, round(float((values != 0).sum()) / n_subnetworks))
     for _ in range(n_candidates):
         code = Code(values, overlaps, gram)
-        left = code.left()
+        left = code.residual_overlaps()
         worth = worths(code, left, members)
         old = int(worth[:n_subnetworks].argmin())
         freed = left[:, n_subnetworks:] + values[:, old, None] * gram[old, n_subnetworks:]  # <u, r_s + c V_old>
         most = freed.square().topk(n_active, dim=0)
         gains = most.values.sum(0).masked_fill(members[n_subnetworks:], -math.inf)
         taken = int(gains.argmax())
-        if not gains[taken] > MARGIN * worth[old]:
+        if not gains[taken] > margin * worth[old]:
             break
         rows, new = most.indices[:, taken], n_subnetworks + taken
         values = values.clone()
@@ -167,12 +165,18 @@ def choose(code: Code, n_subnetworks: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k: float) -> list[tuple[int, int]]:
-    """Return those pairs, one after another, with which what the best k coefficients leave is indeed less.
+def confirmed(
+    pairs: list[tuple[int, int]],
+    code: Code,
+    coefficients: Tensor,
+    k: float,
+    how: Replacement = Replacement(),
+) -> list[tuple[int, int]]:
+    """Return the pairs that lower the squared residual of samples which nothing was learned from or chosen by.
 
-    That is, Σ_s d_s > SURE (Σ_s d_s²)^½ for what is left less of each sample. coefficients [S, K]: of the encoder; a
-    candidate's are its overlaps. What it gains may be what others lose, which are no longer among the largest of the
-    batch.
+    Pairs are tried one after another. One is confirmed where the sum of the samples' decreases d_s exceeds
+    standard_errors · (Σ_s d_s²)^½. coefficients [S, K] are the encoder's; a candidate's are its overlaps. A candidate's
+    gain may be others' loss, which are then no longer among the batch's largest coefficients.
     """
     n_subnetworks = coefficients.shape[1]
     held = list(range(n_subnetworks))
@@ -181,7 +185,7 @@ def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k:
     def left(columns: list[int], found: Tensor) -> Tensor:
         gram, overlaps = code.gram[columns][:, columns], code.overlaps[:, columns]
         kept = reference.largest(found, n)[0]
-        values = refitted(found * kept, kept, overlaps, gram)
+        values = refitted(found * kept, kept, overlaps, gram, how)
         return ((values @ gram - 2 * overlaps) * values).sum(1)
 
     before, good = left(held, coefficients), []
@@ -191,20 +195,26 @@ def confirmed(pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k:
         found[:, old] = code.overlaps[:, columns[old]]
         after = left(columns, found)
         less = before - after
-        if less.sum() > SURE * less.square().sum().sqrt():
+        if less.sum() > how.standard_errors * less.square().sum().sqrt():
             before, held, coefficients = after, columns, found
             good.append((old, taken))
     return good
 
 
-def refitted(values: Tensor, kept: Tensor, overlaps: Tensor, gram: Tensor) -> Tensor:
-    """Take kept values [S, K] most of the way to those of least squares, by conjugate gradients."""
+def refitted(
+    values: Tensor,
+    kept: Tensor,
+    overlaps: Tensor,
+    gram: Tensor,
+    how: Replacement = Replacement(),
+) -> Tensor:
+    """Move kept values [S, K] most of the way to least squares, by a few steps of conjugate gradients."""
     left = (overlaps - values @ gram) * kept
     along, square = left, left.square().sum(1, keepdim=True)
-    for _ in range(REFITS):
+    for _ in range(how.refit_steps):
         back = (along @ gram) * kept
         curvature = (along * back).sum(1, keepdim=True)
-        flat = curvature <= FLATTEST * along.square().sum(1, keepdim=True)  # rounding is all that is left
+        flat = curvature <= how.least_curvature * along.square().sum(1, keepdim=True)  # only rounding errors remain
         step = (square / curvature).masked_fill(flat, 0)
         values, left = values + step * along, left - step * back
         before, square = square, left.square().sum(1, keepdim=True)
@@ -213,7 +223,7 @@ def refitted(values: Tensor, kept: Tensor, overlaps: Tensor, gram: Tensor) -> Te
 
 
 def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
-    """Return by how much the residuals grow without each member, its samples left to the best other one: [K + n].
+    """Return by how much the squared residuals grow without each member, its samples coded by the best other: [K + n].
 
     left [S, K + n] is the code's; infinity for what is no member [K + n] bool.
     """

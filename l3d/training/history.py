@@ -1,4 +1,4 @@
-"""What a training run remembers: a history of bounded length."""
+"""Record a training run: its history, of bounded length, and which subnetworks were kept when."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import torch
 
 import l3d_kernels as lk
 from l3d.distributed.process_group import ProcessGroup
+from l3d.training.options import Replacement
 
 COLUMNS = ("step", "error", "kept_per_sample", "dead_fraction", "lr", "k", "samples_per_second")
 RECORDS = 1000  # rows of history a run keeps at most
-DEAD_AFTER = 200  # batches in which a subnetwork was never kept, for it to count as dead
 
 
 class Kept(NamedTuple):
-    """What was kept of a batch, as far as it is recorded: that of all processes."""
+    """What the history needs of a batch's kept coefficients, summed over all processes."""
 
     n_entries: int
     columns: torch.Tensor  # [n] int64 the subnetworks that were kept, each at least once
@@ -26,7 +26,7 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, kept: lk.SparseCoefficients, group: ProcessGroup | None = None, first: int = 0) -> "Kept":
-        """Take it from one process's kept coefficients, whose first subnetwork is `first` of all."""
+        """Read it from this process's kept coefficients; `first` is its first subnetwork among all."""
         n_samples, n_columns = kept.shape
         if group is None:
             return cls(kept.rows.numel(), kept.columns, kept.threshold, kept.shape)
@@ -36,20 +36,21 @@ class Kept(NamedTuple):
 
     @classmethod
     def where(cls, chosen: np.ndarray, thresholds: np.ndarray) -> "Kept":
-        """Take it from a mask [S, restarts * K] of what is kept, and each restart's least kept magnitude [restarts]."""
+        """Read it from a mask [S, restarts * K] and each restart's least kept magnitude [restarts]."""
         columns = torch.from_numpy(np.flatnonzero(chosen.any(0)))
         return cls(int(np.count_nonzero(chosen)), columns, torch.from_numpy(thresholds), chosen.shape)
 
 
 class Recorder:
-    """Average what happens over a few steps at a time into a history of at most `RECORDS` rows.
+    """Average each figure over a few steps at a time, into a history of at most `RECORDS` rows.
 
     `history` maps each of `COLUMNS` to its values: error and kept per sample are means over the interval,
     dead_fraction is the fraction of subnetworks never kept in the last 200 batches or more. Of several restarts
     trained side by side, error and dead_fraction hold one value each: a row is then a list.
     """
 
-    def __init__(self, steps: int, n_restarts: int = 1) -> None:
+    def __init__(self, steps: int, n_restarts: int = 1, dead_after: int = Replacement.restart_every) -> None:
+        self.dead_after = dead_after  # batches in which a subnetwork was never kept, for it to count as dead
         self.every = max(1, -(-steps // RECORDS))
         self.history: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self.thresholds = [float("nan")] * n_restarts
@@ -60,7 +61,7 @@ class Recorder:
         self.started = perf_counter()
 
     def add(self, step: int, errors: Sequence[float], kept: Kept, lr: float, k: float) -> bool:
-        """Take note of a step (counted from 1); tell whether a row was added to the history."""
+        """Record a step (counted from 1); return whether the history has a new row."""
         n_samples, n_subnetworks = kept.shape
         if self.last_kept is None:
             self.last_kept = torch.full((n_subnetworks,), step - 1, device=kept.columns.device)
@@ -75,7 +76,7 @@ class Recorder:
         found = kept.threshold.reshape(-1).tolist()
         self.thresholds = [smooth(mean, value) for mean, value in zip(self.thresholds, found, strict=True)]
         elapsed = perf_counter() - self.started
-        dead = (self.last_kept <= step - DEAD_AFTER).view(len(errors), -1).float().mean(1).tolist()
+        dead = (self.last_kept <= step - self.dead_after).view(len(errors), -1).float().mean(1).tolist()
         row = (
             step,
             _one_or_all([total / self.count for total in self.errors]),
@@ -94,9 +95,9 @@ class Recorder:
         return True
 
     def dead(self, step: int) -> torch.Tensor:
-        """List the subnetworks of all restarts that have not been kept for `DEAD_AFTER` steps: [n] int64."""
+        """List the subnetworks of all restarts that have not been kept for `dead_after` steps: [n] int64."""
         assert self.last_kept is not None
-        return (self.last_kept <= step - DEAD_AFTER).nonzero()[:, 0]
+        return (self.last_kept <= step - self.dead_after).nonzero()[:, 0]
 
     def revived(self, step: int, subnetworks: torch.Tensor) -> None:
         """Count subnetworks [n] as kept at a step."""
@@ -111,7 +112,7 @@ class Recorder:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold besides the history, as json-able values."""
+        """Return the state that a checkpoint needs besides the history, as json-able values."""
         last = [] if self.last_kept is None else self.last_kept.tolist()
         thresholds = [None if math.isnan(threshold) else threshold for threshold in self.thresholds]
         return {"thresholds": thresholds, "last_kept": last, "pending": [self.errors, self.kept, self.count]}
@@ -124,7 +125,7 @@ class Recorder:
         self.errors, self.kept, self.count = state["pending"]
 
     def latest(self) -> dict[str, float]:
-        """Return the last row of the history, of the restart that is best there."""
+        """Return the last row of the history: that of the restart with the least error in it."""
         errors = self.history["error"][-1]
         best = errors.index(min(errors)) if isinstance(errors, list) else 0
         return {name: rows[-1][best] if isinstance(rows[-1], list) else rows[-1] for name, rows in self.history.items()}

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and has held at the most."""
+"""Measure this process's memory, and have the allocator keep freed memory."""
 
 import ctypes
 import sys
@@ -34,9 +34,9 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what is freed for what is asked for next; tell whether it does (glibc's allocator).
 
     It gives large blocks back to the system at once, and each new one is then zeroed page by page: a step of
-    TinyStories-8M's shape meets 37,000 to 350,000 page faults and takes .80 to 1.09 s. With this it meets hardly any
-    and takes .73 to .80 s, for 6 % more memory at the peak. Acts on the whole process, so it is for who owns it: the
-    command line.
+    TinyStories-8M's shape meets 37,000 to 350,000 page faults and takes 0.80 to 1.09 s. With this it meets hardly any
+    and takes 0.73 to 0.80 s, for 6 % more memory at the peak. It acts on the whole process, so that only its owner may
+    call it: the command line.
     """
     if not sys.platform.startswith("linux"):
         return False

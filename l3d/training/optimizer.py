@@ -1,8 +1,8 @@
-"""Adam whose steps know how large a factor's entries are.
+"""Take Adam steps relative to the size of each factor's entries.
 
-Adam's steps have the size of lr whatever the gradient's. But the entries of a unit direction's factors shrink with its
-rank, its width and the number of tensors, so one absolute lr is timid for a small model and divergent for a wide
-one. Here lr is relative: a fraction of each factor's root mean square entry at the start.
+A step of Adam has the size of lr, whatever the gradient's. The entries of a unit direction's factors shrink with its
+rank, its width and the number of tensors, so that one absolute lr is too small for a small model and diverges for a
+wide one. Here lr is relative: a fraction of each factor's root mean square entry at the start.
 """
 
 from collections.abc import Iterable
@@ -20,11 +20,9 @@ class RelativeAdam:
         relative: False makes every scale one, and this plain Adam.
         n_groups: of equal size, into which the first axis of every tensor falls (decompositions side by side); each has
             a scale of its own.
-        weight_decay: fraction of a tensor that a step of lr 1 takes off, apart from the gradients (AdamW, Loshchilov &
-            Hutter, 2019); 0 is Adam.
-        lazy: slices of the first axis, which all tensors share, rest while they have no gradient: neither do their
-            moments move them, nor fade. Otherwise a gradient that meets an empty memory moves a slice by thirty steps'
-            worth over the next steps: enough to kill a subnetwork that is seldom kept.
+        lazy: slices of the first axis, which all tensors share, rest while they have no gradient: their moments
+            neither move them nor decay. Otherwise one gradient after a long pause moves a slice by thirty steps' worth
+            over the next steps, which is enough to kill a subnetwork that is seldom kept.
         betas, eps: as in Adam.
     """
 
@@ -33,13 +31,12 @@ class RelativeAdam:
         parameters: Iterable[nn.Parameter],
         relative: bool = True,
         n_groups: int = 1,
-        weight_decay: float = 0.0,
         lazy: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         self.parameters: list[Tensor] = list(parameters)
-        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
+        self.betas, self.eps = betas, eps
         self.scales = [scales(p.detach(), n_groups) if relative else p.new_ones([1] * p.ndim) for p in self.parameters]
         self.first = [torch.zeros_like(p) for p in self.parameters]  # running mean of gradients
         self.second = [torch.zeros_like(p) for p in self.parameters]  # and of their squares
@@ -52,10 +49,10 @@ class RelativeAdam:
 
         Where lazy, `rows` [n] are the slices that have a gradient (some may be listed twice); the others' must be zero.
         """
-        grads = [gradient.contiguous() for gradient in gradients]  # laid out as the moments are, or all below is slower
+        grads = [
+            gradient.contiguous() for gradient in gradients
+        ]  # in the moments' layout; otherwise everything below is slower
         self.count += 1
-        if self.weight_decay:
-            torch._foreach_mul_(self.parameters, 1 - lr * self.weight_decay)
         if self.counts is None:
             self._step_all(grads, lr)
         else:
@@ -78,7 +75,7 @@ class RelativeAdam:
         moves = torch.ones_like(self.counts) if rows is None else torch.zeros_like(self.counts).index_fill_(0, rows, 1)
         self.counts += moves
         beta1, beta2 = self.betas
-        counts = self.counts.clamp_min(1)  # a slice that has never moved does not now
+        counts = self.counts.clamp_min(1)  # a slice that never moved does not move now either
         correction = (1 - beta2**counts).sqrt_()
         torch._foreach_mul_(self.first, self._by_slice(1 - (1 - beta1) * moves))
         torch._foreach_add_(self.first, grads, alpha=1 - beta1)
@@ -101,7 +98,7 @@ class RelativeAdam:
 
     @torch.no_grad()
     def forget(self, rows: Tensor) -> None:
-        """Drop what was remembered of some slices [n] of every tensor's first axis, which have been set anew."""
+        """Reset the moments of some slices [n] of every tensor's first axis, which have been set anew."""
         for moments in (self.first, self.second):
             for moment in moments:
                 moment[rows] = 0
@@ -109,7 +106,7 @@ class RelativeAdam:
             self.counts[rows] = 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what a checkpoint must hold: tensors, and json-able values."""
+        """Return the state that a checkpoint needs: tensors, and json-able values."""
         tensors = {f"first.{i}": t for i, t in enumerate(self.first)}
         tensors |= {f"second.{i}": t for i, t in enumerate(self.second)}
         tensors |= {f"scale.{i}": t for i, t in enumerate(self.scales)}

@@ -1,7 +1,7 @@
-"""Directions taken from data: the low-rank part of single samples' gradients.
+"""Set subnetworks to the low-rank parts of single samples' gradients.
 
-A decomposition may start from them, and a dead subnetwork is given a new life by one: it becomes a sample that the
-others reconstruct badly. Samples are drawn with probability proportional to a weight, as k-means++ draws its centres.
+A dead subnetwork restarts so: from a sample that the others reconstruct badly. Samples are drawn with probability
+proportional to a weight, as k-means++ draws its centres.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from l3d.decomposition.low_rank import padded, singular, truncated
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import Gradients
 
-NOISE = 0.1  # of random entries, relative: factors that are zero would have no gradient, and never leave it
+NOISE = 0.1  # share of random entries mixed in: a factor of zeros has no gradient and would stay zero
 
 
 @torch.no_grad()
 def draw_samples(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Draw n samples with probability proportional to weights [S]: [n], each once as long as they last.
+    """Draw n samples with probability proportional to weights [S]: [n] int64, without replacement while there are any.
 
-    Negative and non-finite weights count as zero; where all are, every sample is as likely.
+    Negative and non-finite weights count as zero; if all are zero, every sample is equally likely.
     """
     if n == 0:
         return torch.zeros(0, dtype=torch.int64)
@@ -45,8 +45,8 @@ def set_from_samples(
 ) -> None:
     """Set directions `columns` [n] of all sides, alike, to the low-rank parts of the gradients of `samples` [n].
 
-    Each is of unit norm, and has a tenth of a random direction mixed in. Columns that the sides do not have are passed
-    over: another process holds them.
+    Each has unit norm, with a tenth of a random direction mixed in. Columns that the sides do not hold are skipped:
+    another process holds them.
     """
     first = sides[0]
     selected = gradients.select(samples)

@@ -1,4 +1,4 @@
-"""The best one-to-one match, against scipy's, and how alike two decompositions are."""
+"""Match two decompositions one to one as scipy does, and measure their similarity."""
 
 import pytest
 import torch

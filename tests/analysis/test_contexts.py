@@ -1,4 +1,4 @@
-"""l3d.analysis.contexts, l3d.analysis.view and l3d.analysis.png: which rows are shown, and how."""
+"""Choose the rows that a report shows, and write them as text or PNG: l3d.analysis.contexts, view and png."""
 
 import base64
 import struct

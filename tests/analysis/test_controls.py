@@ -1,4 +1,4 @@
-"""Controls: what they destroy, what they keep, and that a real decomposition is told from them."""
+"""Check the controls: what each destroys and keeps, and that a real decomposition scores differently."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""l3d.describe: what each subnetwork acts on and moves, against the plain definitions."""
+"""Compare what l3d.describe says of each subnetwork with plain definitions."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from l3d.analysis.words import N_ENTRIES
 from l3d.api import Decomposition
 
 from helpers import assert_relative
-from test_logits import Classifier, OneWay, Tiny
+from small_models import Classifier, OneWay, Tiny
 
 
 def untrained(model: nn.Module, n: int = 4, **settings: Any) -> Decomposition:

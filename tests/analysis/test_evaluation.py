@@ -1,4 +1,4 @@
-"""What a decomposition is worth: every figure against a loop that computes it by definition."""
+"""Compare every figure of an evaluation with a loop that computes it by definition."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Fine-tuning along subnetworks: it finds a planted move, trains nothing else, and leaves the model as it was."""
+"""Fine-tune along subnetworks: a planted move is found, nothing else is trained, the model is restored."""
 
 from pathlib import Path
 from typing import Any

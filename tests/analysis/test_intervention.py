@@ -1,4 +1,4 @@
-"""Moving a model along its subnetworks: exactly there inside the block, exactly back after it."""
+"""Move a model along its subnetworks: exactly by the deltas inside the block, restored to the bit after it."""
 
 from pathlib import Path
 from typing import Any

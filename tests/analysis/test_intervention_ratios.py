@@ -1,4 +1,4 @@
-"""Interventions measured: every figure against a loop by definition, and what it says of circuits that are known."""
+"""Compare intervention ratios with a loop by definition, and check them on circuits that are known."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The baselines in bench/ compute the same loss as l3d: a benchmark of another thing proves nothing."""
+"""Check that the baselines of bench/ compute the same loss as l3d, so that their times can be compared."""
 
 import pytest
 import torch

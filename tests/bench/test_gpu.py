@@ -1,4 +1,4 @@
-"""The GPU benchmark: what it does without a GPU, and that it counts work and judges results as it says."""
+"""Check the GPU benchmark: its exit without a GPU, its counts of work, and how it judges results."""
 
 import itertools
 import os
@@ -93,7 +93,7 @@ def test_flops_are_counted_as_loops_would(name: str) -> None:
 
 
 def test_flops_are_those_of_the_matrix_products_that_torch_counts() -> None:
-    """Materialised operations: torch's own counter on the products that they stand for."""
+    """Materialised operations: torch's own counter on the equivalent dense products."""
     z = TINY
     i = inputs_of("squared_residual_norm")
     with FlopCounterMode(display=False) as dense:

@@ -1,4 +1,4 @@
-"""What stands between the benchmarks and their figures: gate, providers, counts, exponents, tables and the page."""
+"""Check the parts of the benchmarks: gate, providers, counts, exponents, tables and the page."""
 
 import json
 import os

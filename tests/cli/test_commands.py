@@ -1,4 +1,4 @@
-"""A run folder holds all that is needed to look at a run, to repeat it and to go on with it."""
+"""Run every command: a run folder suffices to look at a run, to repeat it and to resume it."""
 
 import json
 import math
@@ -15,6 +15,8 @@ import l3d
 from l3d.cli import commands
 from l3d.cli.main import main
 from l3d.studies import recovery_suite as suite
+
+from command_line import refusal
 
 METRICS = {
     "error",
@@ -90,17 +92,6 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def read(run: str) -> dict[str, Any]:
     """Read a run's metrics."""
     return json.loads(Path(run, "metrics.json").read_text())
-
-
-def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Run a command line that must fail with status 2 and one line; return the line."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if "Loading weights" not in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("l3d: error: ")
-    return lines[0].removeprefix("l3d: error: ")
 
 
 def test_toy_writes_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A dry run: counted numbers are those of the run, times are those of a clock, and nothing is written."""
+"""Estimate a run without training it: counts equal the run's, times come from a clock, nothing is written."""
 
 import time
 from pathlib import Path
@@ -6,18 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from l3d.cli.main import main
 from l3d.estimate import N_STEPS, estimate, path_name
 from l3d.training.run import Run
 
+from small_models import mlp
+
 ARGUMENTS: dict[str, Any] = {"n_subnetworks": 5, "rank": 2, "k": 0.2, "batch_size": 8, "steps": 1000}
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def test_what_is_counted() -> None:
@@ -25,7 +21,7 @@ def test_what_is_counted() -> None:
     factors = 4 * (8 * (4 + 6) + 8 * 6 + 8 * (6 + 3) + 8 * 3)  # x and dy of two layers; dy is the bias's gradient
     numbers = 2 * 5 * (2 * (6 + 4) + 6 + 2 * (3 + 6) + 3)
     for changes in ({}, {"micro_batch_size": 3}):
-        found = estimate(model(), torch.randn(40, 4), **ARGUMENTS, **changes)
+        found = estimate(mlp(), torch.randn(40, 4), **ARGUMENTS, **changes)
         assert [each.name for each in found.tensors] == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert [each.ranks for each in found.tensors] == [(2,), (), (2,), ()]
         assert sum(each.parameters for each in found.tensors) == numbers
@@ -49,7 +45,7 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(run, gradients)
 
     monkeypatch.setattr(Run, "take_step", take_step)
-    found = estimate(model(), torch.randn(40, 4), **ARGUMENTS)
+    found = estimate(mlp(), torch.randn(40, 4), **ARGUMENTS)
     assert (found.seconds_per_step, found.seconds_per_warm_step) == (1.0, 2.0)
     assert found.seconds == 100 * 1.5 + 900
     assert steps == [0] * (N_STEPS + 1) + [100] * N_STEPS

@@ -1,4 +1,4 @@
-"""The command line says what it takes, takes what it prints, and refuses the rest in one line."""
+"""Parse the command line: --help lists every option, --print_config can be read back, errors are one line."""
 
 import json
 import math
@@ -16,16 +16,7 @@ import l3d.toys
 from l3d.cli.main import main
 from l3d.cli.parser import COMMANDS
 
-
-def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Run a command line that must fail with status 2 and one line; return the line."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if "Loading weights" not in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("l3d: error: ")
-    return lines[0].removeprefix("l3d: error: ")
+from command_line import refusal
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""Inputs and outputs that cannot be meant are refused in one line, before anything is written."""
+"""Refuse bad inputs and outputs in one line, before anything is written."""
 
 from pathlib import Path
 from typing import Any

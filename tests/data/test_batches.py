@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, in an order that the seed and the epoch decide alone."""
+"""Draw batches: every row once an epoch, in an order that only the seed and the epoch decide."""
 
 import itertools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Images at a network's size, and the blocks of image networks against torch.func."""
+"""Resize images to a network's input size, and compare image networks' gradients with torch.func's."""
 
 from pathlib import Path
 from typing import Any

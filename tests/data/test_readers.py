@@ -1,4 +1,4 @@
-"""Texts become rows of tokens, images the numbers a network takes, and what does not fit is refused."""
+"""Read texts as rows of tokens and images as a network's numbers; refuse what does not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,6 @@ from l3d.data.readers import token_rows
 from l3d.data.sources import load_data
 
 from helpers import Spelling
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    """Five 4×3 images of two channels, and five labels."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 2), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5))
-    return tmp_path / "a.npz"
 
 
 def test_windows_and_tails_rebuild_each_text() -> None:

@@ -1,10 +1,9 @@
-"""Models and data come from one-line descriptions, and what does not fit is refused in one line."""
+"""Load models and data from one-line descriptions; refuse bad ones in one line."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,14 +37,6 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
     return name
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    """Five 4×3 images of two channels, and five labels."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 3, 2), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5))
-    return tmp_path / "a.npz"
 
 
 def test_python_model_is_in_evaluation_mode_and_gets_its_arguments(factories: str) -> None:
@@ -105,7 +96,7 @@ def test_models_that_cannot_be_loaded_say_why(
 
 
 def test_a_module_that_fails_to_import_something_is_not_called_missing(factories: str, tmp_path: Path) -> None:
-    """An import error inside the user's module stays what it is."""
+    """An import error inside the user's module is raised unchanged."""
     (tmp_path / "needs_more.py").write_text("import no_such_dependency")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         load_model("python:needs_more:f")

@@ -1,4 +1,4 @@
-"""Rows of token ids from texts, datasets and arrays: what a model reads, and what does not fit it is refused."""
+"""Read rows of token ids from texts, datasets and arrays; refuse those that the model cannot take."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ProcessGroup from the gradients' own spectrum, against singular values of gradients multiplied out."""
+"""Choose ranks from the gradients' spectrum, as singular values of materialised gradients would."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Low-rank directions: ranks resolve as asked, factors multiply out to the tensors they stand for, norms are one."""
+"""Check low-rank directions: resolved ranks, factors against materialised tensors, unit norms."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""The path of small problems beside the one for any size: the same loss, gradients and kept coefficients."""
+"""Compare the path of small problems with the path for any size: loss, gradients, kept coefficients."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from l3d.decomposition.objective import Objective, objective
 from l3d.gradients.extract import extract_gradients
 
 from helpers import assert_relative
-from test_objective import PROBLEMS, setup, several
+from problems import PROBLEMS, setup, several
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])

@@ -1,4 +1,4 @@
-"""The loss of a batch against a float64 computation that materialises every gradient and every direction."""
+"""Compare a batch's loss with a float64 computation that materialises every gradient and every direction."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import l3d
 import l3d_kernels as lk
@@ -22,104 +22,16 @@ from l3d.gradients.factors import Gradients, Rows
 from l3d_kernels import reference
 
 from helpers import assert_relative
+from problems import PROBLEMS, setup
 
 LOSS, PATHS = 1e-9, 1e-10
-Rank = int | dict[str, int | tuple[int, ...]]
+KS = [1e-6, 0.1, 0.35, 1.0]
 
 
 @pytest.fixture(params=[0, flat_module.SMALL], ids=["any size", "small"], autouse=True)
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test on the path for all sizes, and again with the one that small problems take."""
     monkeypatch.setattr(flat_module, "SMALL", request.param)
-
-
-# --- models of every kind of piece ------------------------------------------------------------------------------
-
-
-class Tied(nn.Module):
-    """A language model of two positions-wise layers whose head is its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(9, 7)
-        self.norm = nn.LayerNorm(7)
-        self.mix = nn.Linear(7, 7)
-        self.head = nn.Linear(7, 9, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.norm(self.embedding(tokens))
-        return self.head(h + torch.tanh(self.mix(h.cumsum(1))))
-
-
-class Problem(NamedTuple):
-    """A model, a batch for it, and how to decompose it."""
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[torch.Generator], Tensor]
-    rank: Rank
-    divergence: str = "mse"
-    n_subnetworks: int = 6
-    n_rows: int = 8
-
-
-def normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-PROBLEMS = {
-    "linear": Problem(lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), normal(8, 5), 2),
-    "linear on positions": Problem(
-        lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Flatten(), nn.Linear(42, 3)), normal(8, 6, 5), 3
-    ),
-    "convolution": Problem(
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.GELU(),
-            nn.Conv2d(4, 4, 3, groups=2),
-            nn.Flatten(),
-            nn.Linear(16, 3),
-        ),
-        normal(6, 2, 6, 6),
-        {"0.weight": (3, 2, 2, 3), "3.weight": (2, 1, 3, 2), "*": 2},
-        n_rows=6,
-    ),
-    "tied language model": Problem(
-        Tied,
-        lambda g: torch.randint(9, (4, 5), generator=g),
-        {"embedding*": 3, "*": 2},
-        "kl",
-        n_subnetworks=7,
-        n_rows=4,
-    ),
-    "vectors only": Problem(lambda: nn.Sequential(nn.LayerNorm(5), nn.Softplus()), normal(8, 5), 1),
-}
-KS = [1e-6, 0.1, 0.35, 1.0]
-
-
-def setup(name: str, seed: int = 0) -> tuple[Gradients, Decomposition]:
-    """Extract fresh gradients and draw an encoder and a decoder that differ, in float64."""
-    problem = PROBLEMS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = problem.build().double().eval()
-    generator = torch.Generator().manual_seed(seed + 1)
-    gradients = l3d.extract_gradients(
-        model, problem.inputs(generator), divergence=problem.divergence, generator=generator
-    )
-    decomposition = Decomposition(gradients.shapes, problem.n_subnetworks, problem.rank).double()
-    with torch.no_grad():
-        for parameter in decomposition.parameters():
-            parameter.normal_(generator=generator)
-    decomposition.normalize_()
-    return gradients, decomposition
-
-
-def several(name: str, n_groups: int) -> tuple[Gradients, Decomposition]:
-    """Set up a problem for so many decompositions side by side."""
-    gradients, d = setup(name)
-    return gradients, Decomposition.side_by_side([d, *(setup(name, seed)[1] for seed in range(1, n_groups))])
 
 
 def materialised(directions: Directions) -> Tensor:
@@ -326,7 +238,7 @@ def test_float32_resolves_an_error_of_1e_4(coactive: bool, path: Path) -> None:
 
 
 def test_loss_of_a_perfect_decomposition_is_zero() -> None:
-    """Directions that are the gradients themselves reconstruct them: what is left is rounding, and not NaN."""
+    """Directions that are the gradients themselves reconstruct them: the error is rounding, and not NaN."""
     gradients, d = nearly_exact(3, 0.0)
     assert abs(d.loss(gradients, 1 / 6).item()) < 1e-14
 
@@ -458,7 +370,7 @@ def test_groups_whose_gram_is_too_large_to_be_cut_out(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("coactive", [False, True])
 def test_a_backend_reaches_every_operation(coactive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """backend="torch" is a way round kernels: nothing of a loss is left to "auto"."""
+    """backend="torch" avoids the kernels: every operation of a loss gets it, none gets "auto"."""
     asked: list[str] = []
 
     def told(real: Callable[..., object]) -> Callable[..., object]:
@@ -498,7 +410,7 @@ def test_gram_of_groups_is_taken_in_full_or_over_co_active_pairs() -> None:
 @pytest.mark.parametrize("name", ["linear", "convolution", "linear on positions"])
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_splitting_a_batch_changes_nothing_when_all_is_kept(name: str, cut: int) -> None:
-    """At k = 1 every sample stands for itself: the residual of a batch is the sum of its parts'."""
+    """At k = 1 samples do not compete for coefficients: a batch's residual is the sum of its parts'."""
     problem = PROBLEMS[name]
     _, d = setup(name)
     with torch.random.fork_rng():
@@ -580,7 +492,7 @@ def test_costs_choose_the_path_of_each_regime(sizes: Sizes, expected: Path) -> N
 
 
 def test_every_path_is_chosen_somewhere() -> None:
-    """No path is dead code: each is the cheapest in some regime."""
+    """Each path is the cheapest in some regime: none is dead code."""
     assert {expected for _, expected in REGIMES.values()} == set(
         itertools.starmap(Path, itertools.product((False, True), repeat=2))
     )
@@ -639,7 +551,7 @@ def test_gradients_of_other_parameters_are_refused() -> None:
 
 
 def test_a_broken_encoder_cannot_hide() -> None:
-    """NaN in a direction makes the loss NaN at any k: it is never simply not kept."""
+    """NaN in a direction makes the loss NaN at any k, also where its coefficients would not be kept."""
     for k in (0.1, 1.0):
         gradients, d = setup("linear")
         with torch.no_grad():

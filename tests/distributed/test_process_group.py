@@ -1,4 +1,4 @@
-"""Several processes train what one does: the same kept sets and losses, checkpoints for any number, a clean end."""
+"""Train in several processes as in one: same kept sets and losses, checkpoints for any number, a clean end."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Several batches extracted in one pass: the gradients of each alone, and runs that end in the same bits."""
+"""Extract several batches in one pass: the gradients of each batch alone, and runs of the same bits."""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from l3d.gradients.extract import Extractor
 from l3d.training.run import Run
 
 from helpers import assert_relative
+from small_models import mlp
 
 
 class Reader(nn.Module):
@@ -50,11 +51,6 @@ class Standardises(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x - x.mean(0, keepdim=True))
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def reader() -> nn.Module:

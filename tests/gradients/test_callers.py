@@ -1,4 +1,4 @@
-"""What callers bring along: their modes, data that wear out or shuffle, models that write into what they are given."""
+"""Accept callers' modes, data that run out or shuffle, and models that write into their inputs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""Divergences and their gradients against autograd and closed forms; what each kind of reference refers to."""
+"""Compare divergences and their gradients with autograd and closed forms; check each kind of reference."""
 
 import itertools
 import math
@@ -13,15 +13,11 @@ from torch import Tensor
 from l3d.gradients import divergence as div
 from l3d.gradients.samples import Samples
 
-from helpers import assert_relative
+from helpers import assert_relative, randn
 
 TOLERANCE = 1e-12
 S = 6
 SHAPES = [(7,), (3, 7), (2, 3, 7)]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def references(

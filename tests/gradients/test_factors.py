@@ -1,4 +1,4 @@
-"""Gradients in factors: merging, multiplying out, norms and casts, against the outer products they stand for."""
+"""Compare gradients in factors with their outer products: merging, multiplying out, norms and casts."""
 
 import itertools
 from collections.abc import Callable
@@ -9,17 +9,13 @@ from torch import Tensor
 
 from l3d.gradients.factors import Dense, Gradients, Part, Rows, combine, compact, matrix_shape
 
-from helpers import assert_relative
+from helpers import assert_relative, randn
 
 TOLERANCE = 1e-12
 B, P, T, I, O = 3, 2, 4, 5, 6
 S = B * P
 SHAPE = torch.Size([O, I])
 FLOAT = torch.float64
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FLOAT)
 
 
 def indices(*shape: int, high: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Per-sample gradients of Hugging Face language models against torch.func, each family by its fast path alone."""
+"""Compare per-sample gradients of Hugging Face language models with torch.func's; each takes its fast path."""
 
 from collections.abc import Callable
 from typing import Any

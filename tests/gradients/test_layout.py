@@ -1,4 +1,4 @@
-"""Where the batch's rows lie is proved, and a model that moves them later is caught."""
+"""Prove where the batch's rows lie in a tensor, and catch a model that moves them later."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Micro-batches: the same kept set, loss and derivatives up to the order of summation, whatever the size."""
+"""Extract in micro-batches of any size: the same kept set, loss and derivatives up to the order of summation."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Above the last operation that mixes positions one backward pass serves all of them: where that is, and that it is."""
+"""Find the last operation that mixes positions; above it one backward pass serves all positions."""
 
 from collections.abc import Callable
 

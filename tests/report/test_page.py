@@ -1,4 +1,4 @@
-"""The report in a real browser: it loads alone and without a complaint, sorts, searches, opens cards, prints."""
+"""Open the report in a real browser: it loads alone and without errors, sorts, searches, opens cards, prints."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from l3d.report.report import write_report
 from l3d.storage import run_folder
 
 from browser import Browser
-from test_logits import Classifier, Tiny
+from small_models import Classifier, Tiny
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

@@ -1,4 +1,4 @@
-"""report and plots: the page says what the run folder holds, alone, offline and always the same."""
+"""Write reports and plots: the page shows the run folder's contents, works offline and never varies."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Decompositions travel with a card and with the identity of their weights, over a hub and back."""
+"""Upload and download decompositions with their card and the identity of their model's weights."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One process at a time writes into a run folder."""
+"""Let one process at a time write into a run folder."""
 
 import json
 import os

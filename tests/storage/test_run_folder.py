@@ -1,4 +1,4 @@
-"""A run folder's files are whole or absent, and foreign or broken folders are named as such."""
+"""Write a run folder's files whole or not at all; name foreign and broken folders in errors."""
 
 import json
 import math

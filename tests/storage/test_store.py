@@ -1,4 +1,4 @@
-"""What is saved comes back to the bit, nothing is executed on loading, and a broken file is one line of error."""
+"""Save and load to the bit; loading executes nothing, and a broken file is one line of error."""
 
 import ast
 import json

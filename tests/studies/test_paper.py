@@ -1,4 +1,4 @@
-"""The paper's figures: the numbers in them against their definitions, and that a command makes them all."""
+"""Compare the numbers in the paper's figures with their definitions; one command makes all figures."""
 
 import json
 import xml.etree.ElementTree as ElementTree

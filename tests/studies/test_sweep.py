@@ -1,4 +1,4 @@
-"""Sweeps: which runs there are, that none is done twice, and what the table says."""
+"""Run sweeps: which runs there are, that none is done twice, and what the table shows."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A server that speaks as much of the Hugging Face hub's protocol as uploading and downloading a model takes."""
+"""Serve the part of the Hugging Face hub's protocol that uploading and downloading a model takes."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Comparisons that the tests share."""
+"""Share a comparison, seeded random values, a model and a tokenizer among the tests."""
 
 from typing import Any
 
@@ -35,6 +35,11 @@ def assert_relative(actual: Any, expected: Any, tolerance: float) -> float:
         f"{int((difference > tolerance * scale).sum())} of {b.numel()} elements are over"
     )
     return error
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw standard normal values from a seed of their own."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 class Root(nn.Module):

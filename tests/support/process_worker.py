@@ -1,6 +1,6 @@
-"""What every process of the tests of several ranks runs: `python process_worker.py FOLDER NAME..`, as torchrun would.
+"""Train one process of a test of several processes: `python process_worker.py FOLDER NAME..`, as torchrun would.
 
-In one process without WORLD_SIZE it gives what the ranks are compared with.
+In one process without WORLD_SIZE it trains the run that the others are compared with.
 """
 
 import sys
@@ -77,7 +77,7 @@ def recording(kept: list[Any]) -> Iterator[None]:
         return call
 
     run_module.objective, run_module.objective_in_chunks = held("objective"), held("objective_in_chunks")
-    # steps in numpy do not list what they keep; tests/test_small.py holds them to those that do
+    # steps in numpy do not list what they keep; tests/training/test_numpy_step.py holds them to those that do
     run_module.is_small = lambda *_: False  # type: ignore[assignment]
     Run._update = noting  # type: ignore[method-assign]
     try:

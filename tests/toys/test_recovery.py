@@ -1,4 +1,4 @@
-"""How well circuits were found: each measure by hand, the suite and its table, and the cache of trained toys."""
+"""Measure how well circuits are recovered: each measure by hand, the suite and its table, the cache of toys."""
 
 import math
 import shutil

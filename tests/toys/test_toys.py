@@ -1,4 +1,4 @@
-"""Toy models solve their tasks, their true circuits are what they claim, and decompositions find them."""
+"""Check that toy models solve their tasks, that their true circuits hold, and that decompositions find them."""
 
 import math
 import time

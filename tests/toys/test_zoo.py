@@ -1,4 +1,4 @@
-"""The networks built here are the published ones."""
+"""Compare the networks built here with the published ones."""
 
 from pathlib import Path
 

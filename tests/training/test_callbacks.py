@@ -1,4 +1,4 @@
-"""l3d.callbacks: what a run tells, and that TensorBoard and Weights & Biases get to know it."""
+"""Check what a run tells its callbacks, and what TensorBoard and Weights & Biases receive."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Candidates: that their steps ascend, that they find what residuals have in common, by every form of directions."""
+"""Check that candidates' steps ascend and that they find what residuals share, for every kind of direction."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Exchanges: what a subnetwork is worth, what a candidate gains, and that a run may be cut off before one."""
+"""Exchange subnetworks: what each is worth, what a candidate gains, and runs cut off before an exchange."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import l3d
 from l3d.training.candidates import NO_CHUNKS, ProbeGradients
+from l3d.training.checkpoints import save
 from l3d.training.exchange import EVERY, SURE, Code, Probe, choose, confirmed, exchange, refitted, worths
 from l3d.training.settings import Settings, resolve
 
@@ -177,14 +178,13 @@ def test_a_run_cut_off_before_an_exchange_ends_in_the_same_bits(tmp_path: Path) 
         return l3d.decompose(model, data, **arguments, progress=False, out=out, resume=resume)  # type: ignore[arg-type]
 
     whole = run(tmp_path / "whole")
-    kept = l3d.training.run.save
     with pytest.MonkeyPatch.context() as patch:
 
         def save_and_stop(*arguments: object) -> None:
-            kept(*arguments)  # type: ignore[arg-type]
+            save(*arguments)  # type: ignore[arg-type]
             raise KeyboardInterrupt
 
-        patch.setattr(l3d.training.run, "save", save_and_stop)
+        patch.setattr("l3d.train.save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut")
     again = run(tmp_path / "cut", resume=True)

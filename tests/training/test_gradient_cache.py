@@ -1,4 +1,4 @@
-"""The gradient cache: the same bits read or extracted, what identifies a store, and the choice by measurement."""
+"""Cache gradients: same bits read or extracted, what identifies a store, and the choice by measured times."""
 
 import time
 from collections.abc import Callable
@@ -19,13 +19,9 @@ from l3d.training import gradient_cache as cache_module
 from l3d.training.gradient_cache import Cache, pack, unpack
 
 from helpers import Root
+from small_models import mlp
 
 ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "steps": 23, "batch_size": 8, "progress": False}
-
-
-def net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def points(seed: int = 0) -> Tensor:
@@ -33,7 +29,7 @@ def points(seed: int = 0) -> Tensor:
 
 
 def train(**changes: Any) -> Decomposition:
-    chosen = {"model": net(), "data": points(), **ARGUMENTS, **changes}
+    chosen = {"model": mlp(), "data": points(), **ARGUMENTS, **changes}
     return l3d.decompose(chosen.pop("model"), chosen.pop("data"), **chosen)
 
 
@@ -92,7 +88,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"model": net(1)}, "model"),
+        ({"model": mlp(1)}, "model"),
         ({"data": points(1)}, "data"),
         ({"params": "0.weight"}, "params"),
         ({"divergence": "mse_published"}, "divergence"),

@@ -1,4 +1,4 @@
-"""The memory of a process, told by processes that hold a known amount."""
+"""Measure a process's memory, in processes that hold a known amount."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""Steps in numpy beside the ones for any size: losses, derivatives, what is kept, and where training ends up."""
+"""Compare steps in numpy with those for any size: losses, derivatives, kept coefficients, trained tensors."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from l3d.training.numpy_step import SmallSteps, has_pairs_only
 from l3d.training.optimizer import RelativeAdam
 
 from helpers import assert_relative
-from test_objective import PROBLEMS, setup, several
+from problems import PROBLEMS, setup, several
 
 PAIRS = [name for name in PROBLEMS if has_pairs_only(setup(name)[1].encoder)]
 

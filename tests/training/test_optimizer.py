@@ -1,4 +1,4 @@
-"""Adam with steps relative to each tensor's scale: torch's own Adam otherwise, and whole again from its state."""
+"""Compare relative Adam, whose steps scale with each tensor, with torch's Adam; restore it from its state."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Circuits planted in networks that nothing else has seen are recovered, by default settings, from any seed.
+"""Recover circuits planted in networks that no other test uses, by default settings, from any seed.
 
 The weights are set by hand, as in `methods.planted`: there are perceptrons, here also convolutions and embeddings.
 Features and sizes are drawn by the seed; all gains are alike.

@@ -1,4 +1,4 @@
-"""Directions taken from data: drawn as the weights say, and equal to the best low-rank part of a sample's gradient."""
+"""Start directions from data: samples drawn by weight, directions the best low-rank part of their gradients."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from l3d.training import start
 from l3d.training.start import draw_samples, set_from_samples
 from l3d_kernels import reference
 
-from helpers import assert_relative
+from helpers import assert_relative, randn
 
 B, P, I, O = 3, 2, 5, 7
 S = B * P
@@ -25,10 +25,6 @@ pytestmark = pytest.mark.usefixtures("float64")  # random parts are drawn in tor
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ STUDIES: dict[str, Study] = {study.__name__: study for study in (tms, tmcs, high
 def _decomposed(name: str, seed: int, **arguments: Any) -> tuple[Toy, Decomposition]:
     toy = make(name, seed)
     with one_thread():
-        return toy, decompose(toy.model, toy.data, seed=seed, progress=False, **toy.settings | arguments)
+        return toy, decompose(toy.model, toy.data, seed=seed, callbacks=[], **toy.settings | arguments)
 
 
 def _errors(
