@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from inspect import getdoc, ismodule
 from pathlib import Path
@@ -48,12 +49,21 @@ def pages() -> dict[str, str | bytes]:
     return written
 
 
-class InnerProducts(griffe.Extension):
-    """Keep inner products in docstrings from being read as tags of HTML (an extension of Griffe's)."""
+class Docstrings(griffe.Extension):
+    """Show docstrings and defaults as they are once the code has run (an extension of Griffe, which runs nothing)."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None:
-            obj.docstring.value = inner_products(obj.docstring.value)
+        """Fill in a docstring that is completed on import, and keep Markdown from reading marks into it."""
+        if obj.docstring is None:
+            return
+        if "{options}" in obj.docstring.value:
+            obj.docstring.value = getdoc(getattr(import_module(obj.module.path), obj.name)) or ""
+        obj.docstring.value = plain(obj.docstring.value)
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Show the default of a field that is declared as option(default, ...)."""
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "option":
+            attr.value = attr.value.arguments[0]
 
 
 # --- Python -------------------------------------------------------------------------------------------------------
@@ -67,19 +77,36 @@ def public_names(module: ModuleType) -> list[str]:
     return sorted((name for name in own if not name.startswith("_")), key=str.lower)
 
 
-def first_sentence(item: Any) -> str:
-    """Return the first line of an object's docstring, for a table."""
-    text = inner_products((getdoc(item) or "").split("\n\n")[0]).replace("\n", " ").replace("|", r"\|")
-    return text if callable(item) or ismodule(item) else ""
+def first_sentence(name: str) -> str:
+    """Return the first sentence of the docstring at a dotted path, for a table."""
+    package, *rest = name.split(".")
+    item: Any = griffe_package(package)
+    for part in rest:
+        item = item[part]
+    text = item.docstring.value if item.docstring else ""
+    return plain(text.split("\n\n")[0]).replace("\n", " ").replace("|", r"\|")
 
 
-def inner_products(text: str) -> str:
-    """Write <a, b> as ⟨a, b⟩, which Markdown does not take for a tag.
+@cache
+def griffe_package(name: str) -> Any:
+    """Read a package's docstrings without importing it."""
+    return griffe.load(name, search_paths=[ROOT], resolve_aliases=True)
 
-    >>> inner_products("|<Vin_k, g_s>| < 1")
-    '|⟨Vin_k, g_s⟩| < 1'
+
+def plain(text: str) -> str:
+    """Write a docstring so that Markdown takes <a, b> for no tag and *.weight for no emphasis.
+
+    >>> plain("|<Vin_k, g_s>| < 1, of '*.weight' and `*.bias`")
+    "|⟨Vin_k, g_s⟩| < 1, of '\\\\*.weight' and `*.bias`"
     """
-    return re.sub(r"<([^<>\n]{1,40}, ?[^<>\n]{1,40})>", r"⟨\1⟩", text)
+    text = re.sub(r"<([^<>\n]{1,40}, ?[^<>\n]{1,40})>", r"⟨\1⟩", text)
+    prose = re.compile(r"^(?! *(?:>>>|\.\.\.)).*$", re.M)
+    return prose.sub(lambda line: re.sub(r"(`[^`]*`)|(?<=\S)\*|(?<=\s)\*(?=\S)", escaped, line[0]), text)
+
+
+def escaped(found: re.Match[str]) -> str:
+    """Escape an asterisk, and leave code between backticks alone."""
+    return found[1] or r"\*"
 
 
 def python_page(module: ModuleType) -> str:
@@ -88,7 +115,7 @@ def python_page(module: ModuleType) -> str:
     for name in public_names(module):
         item, path = getattr(module, name), f"{module.__name__}.{name}"
         target = f"{path}.md" if ismodule(item) else f"#{path}"
-        rows.append(f"| [`{name}`]({target}) | {first_sentence(item)} |")
+        rows.append(f"| [`{name}`]({target}) | {first_sentence(path)} |")
         if not ismodule(item):
             entries.append(f"::: {path}\n    options:\n      heading: {path}\n      toc_label: {name}\n")
     table = "\n".join(["| name | what it does |", "|---|---|", *rows])
@@ -122,14 +149,19 @@ def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argpars
             yield group.title or "", shown
 
 
+def long_name(action: argparse.Action) -> str:
+    """Return how an option is spelt in full, or the name of a positional argument."""
+    return next((each for each in action.option_strings if each[:2] == "--" and each[-1] != "+"), action.dest.upper())
+
+
 def option_row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     """Write an option's row: how it is spelt, what it takes, what it does."""
-    names = sorted(action.option_strings, key=len, reverse=True)[:1] or [action.dest.upper()]
+    name = long_name(action)
     metavar = action.metavar if action.nargs != 0 and action.option_strings else None
     values = " ".join(metavar) if isinstance(metavar, tuple) else metavar or ""
     values = re.sub(r"[\x00-\x1f]", "", values)  # jsonargparse hides a backspace in one
     gap = "" if not values or values.startswith("[=") else " "
-    spelt = f"`{names[0]}{gap}{values}`".replace("|", r"\|")
+    spelt = f"`{name}{gap}{values}`".replace("|", r"\|")
     text = parser._get_formatter()._expand_help(action) if action.help else ""
     return f"| {spelt} | {cell(text)} |"
 
