@@ -34,6 +34,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Leave out of a fence what only the tests read, such as `sh no-run` (an event of MkDocs)."""
+    return re.sub(r"^( *```\w+) [\w-]+$", r"\1", markdown, flags=re.M)
+
+
 def pages() -> dict[str, str | bytes]:
     """Return every generated page, by its path in the site's sources."""
     written: dict[str, str | bytes] = {}

@@ -110,6 +110,12 @@ def test_every_command_and_option_is_listed(generate: ModuleType) -> None:
                 assert row is not None, f"l3d {name}: {spelt}"
 
 
+def test_fences_are_shown_without_the_words_for_tests(generate: ModuleType) -> None:
+    """Markdown takes a fence with two words for text, so the second is left out of the page."""
+    shown = generate.on_page_markdown("```sh no-run\nmake\n```\n\n    ```python data\n    a\n    ```\n")
+    assert shown == "```sh\nmake\n```\n\n    ```python\n    a\n    ```\n"
+
+
 # --- notebooks ----------------------------------------------------------------------------------------------------
 
 
