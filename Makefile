@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels bench lint format clean FORCE
+.PHONY: help demo test test-kernels bench lint format docs clean FORCE
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,8 +52,12 @@ format: $(STAMP)  ## rewrite the files in the project's format
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, runs/, caches and build products
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+docs: $(STAMP)  ## build the documentation site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site:    $(CURDIR)/site/index.html"
+
+clean:  ## remove .venv, runs/, site/, caches and build products
+	rm -rf $(VENV) runs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv/.torch holds the TORCH and TRITON that .venv was built with; it is written once they are in.
@@ -66,5 +70,5 @@ $(STAMP): pyproject.toml
 	[ "$$(cat $(VENV)/.torch 2>/dev/null)" = "$(PINNED)" ] || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $(TRITON)
 	echo "$(PINNED)" > $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,datasets,zoo,report,log,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[hf,datasets,zoo,report,log,docs,dev]"
 	touch $@

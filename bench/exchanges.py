@@ -3,7 +3,7 @@
 Planted networks (methods/planted.py), five of each kind, and the toy tms_40_10, ten seeds: each with four starts by the
 defaults, once without exchanges and once with them, and a last time from the circuits themselves, which shows what
 there is to be found. MMCS is over all entries of the matrices, on tms_40_10 over each feature's own weights. Prints a
-table; all kinds together take minutes and write bench/results/exchanges.json, which docs/training.md shows.
+table; all kinds together take minutes and write bench/results/exchanges.json, which docs/lab/ablations.md shows.
 """
 
 import argparse

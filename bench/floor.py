@@ -4,7 +4,7 @@ L3D's loss on layer 2 of stories260k (K=100, k=.1, plain windows) where no rank 
 onto their first principal directions, and encoder and decoder are free vectors there, trained by Adam with the default
 preset's schedule from several starts, step sizes and batch sizes, for up to 30,000 steps. What lies outside the
 principal directions counts as error, in training as held out. Takes half an hour and 4 GiB; prints a table and writes
-bench/results/floor.json, which docs/training.md shows.
+bench/results/floor.json, which docs/lab/ablations.md shows.
 """
 
 import json

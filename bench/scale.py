@@ -1,4 +1,4 @@
-"""The cost model of docs/scale.md beside measurement, at four sizes: `python -m bench.scale`.
+"""The cost model of docs/how/costs.md beside measurement, at four sizes: `python -m bench.scale`.
 
 FLOPs of one step's loss and derivatives are counted by torch as they run, and predicted from S, T, K, R and the width;
 bytes are predicted for encoder, decoder, optimiser and factors, and compared with what is held. Writes

@@ -1,6 +1,6 @@
 """Times against S, T, K, R and width, with the exponent measured beside those predicted.
 
-    python -m bench.scaling [QUANTITY ..] [--page docs/performance.md] [--again]
+    python -m bench.scaling [QUANTITY ..] [--page docs/benchmarks/performance.md] [--again]
 
 One thread, and its processor time rather than the clock's, which other work on the machine disturbs less; all sizes of
 a quantity take turns, and the fastest round of each counts. Two predictions stand beside it: from the FLOPs, bytes and

@@ -1,9 +1,9 @@
 """A training step by each method, side by side: time in one process, peak memory in a process each.
 
-    python -m bench.steps [CASE ..] [--readme README.md]
+    python -m bench.steps [CASE ..] [--readme docs/benchmarks/steps.md]
 
 Losses are compared before anything is timed. Times are medians of rounds in which the methods take turns; what is
-reported is their ratio. Writes bench/results/steps.json and, with --readme, the table between the README's marks.
+reported is their ratio. Writes bench/results/steps.json and, with --readme, the table between the marks of that page.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def main() -> None:
     """Measure the cases named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}; all where none is named")
-    parser.add_argument("--readme", type=Path, help="put the table between this file's marks")
+    parser.add_argument("--readme", type=Path, help="put the table between the marks of this page")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:

@@ -6,8 +6,8 @@
     ablations   one setting of the default changed at a time, and published, on the block
 
 Runs of one block share the gradients of every batch, so they differ in nothing but what is compared. Each prints a
-table and writes bench/results/training-NAME.json, with the environment; docs/training.md shows the tables. The block is
-layer 2's attention of the small language model in $L3D_DATA, on windows of 16 tokens.
+table and writes bench/results/training-NAME.json, with the environment; docs/lab/ablations.md shows the tables. The
+block is layer 2's attention of the small language model in $L3D_DATA, on windows of 16 tokens.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """All suites in one run, and what is kept of it: a small JSON file, a table and a picture.
 
-    python -m bench.suites [--from FILE] [--page docs/performance.md] [--again]
+    python -m bench.suites [--from FILE] [--page docs/benchmarks/performance.md] [--again]
 
 Runs `pytest bench` (a few minutes on two cores), or takes a file that --benchmark-json wrote. Writes
 bench/results/suites.json and, with --page, the table between the page's marks and suites.svg beside it; --again shows

@@ -1,7 +1,7 @@
 """One training step by each provider; on a GPU also our own step by torch and by kernels.
 
 The losses agree before anything is timed. `python -m bench.steps` measures the same cases, methods taking turns, with
-TinyStories-8M's shape, of which a published step takes half a minute, for the README.
+TinyStories-8M's shape, of which a published step takes half a minute, for docs/benchmarks/steps.md.
 """
 
 from collections.abc import Callable

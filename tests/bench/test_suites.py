@@ -28,7 +28,7 @@ from l3d.training.memory import memory_now
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "benchmarks" / "performance.md"
 
 
 def written(name: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def test_scaling_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("module", [scaling, suites], ids=["scaling", "suites"])
 def test_the_page_holds_what_the_bench_wrote(module: Any) -> None:
-    """Each table of docs/performance.md is the one made of the committed results, with the machine they are of."""
+    """Each table of docs/benchmarks/performance.md is made of the committed results, with the machine they are of."""
     found = written(module.FILE.stem)
     shown = PAGE.read_text(encoding="utf-8").split(module.MARKS[0] + "\n")[1].split(module.MARKS[1])[0]
     assert shown == described(found["environment"]) + "\n\n" + module.table(found["rows"])
