@@ -22,7 +22,7 @@ from l3d.data.batches import batches_per_epoch, count_rows
 from l3d.gradients.extract import Extractor
 from l3d.training.run import Run
 from l3d.training.settings import resolve
-from l3d_kernels import reference
+from l3d_kernels import cpu
 
 N_SUBNETWORKS = 100
 BATCHES, HELD_OUT_PASSES = 400, 3  # of 16 windows of 16 positions, hence 102,400 gradients; each pass draws references
@@ -86,7 +86,7 @@ def loss(batch: Projected, encoder: Tensor, decoder: Tensor, k: float) -> Tensor
     """Return Σ‖g − ĝ‖² / Σ‖g‖² of a batch, whose k largest coefficients are kept."""
     x, norms = batch
     coefficients = x @ encoder.mT
-    kept = reference.batch_topk(coefficients.detach(), round(k * coefficients.numel()))
+    kept = cpu.batch_topk(coefficients.detach(), round(k * coefficients.numel()))
     mask = torch.zeros_like(coefficients)
     mask[kept.rows, kept.columns] = 1
     outside = (norms - x.square().sum(1)).sum()

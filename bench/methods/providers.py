@@ -22,6 +22,7 @@ from bench.gpu.measure import parts
 from bench.methods import published
 from l3d.decomposition.costs import Path, projection_costs
 from l3d.decomposition.costs import Sizes as CostSizes
+from l3d_kernels.splitting import outer
 
 BACKENDS = {"l3d torch": "torch", "l3d triton": "triton"}
 PROVIDERS = ("published", "afternoon", *BACKENDS)
@@ -73,7 +74,7 @@ def _flat_directions(i: Inputs) -> Tensor:
 
 
 def _gradient(i: Inputs) -> Tensor:
-    return i["grad"] if "grad" in i else lk.reference.outer(i["x"], i["dy"])
+    return i["grad"] if "grad" in i else outer(i["x"], i["dy"])
 
 
 def _published_project(i: Inputs) -> Tensor:

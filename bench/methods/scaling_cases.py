@@ -86,7 +86,7 @@ def top_k(case: Case) -> Work:
 def gram_energy(case: Case) -> Work:
     """‖ĝ‖² by the Gram matrix."""
     kept, factors = _kept(case), _factors(case)
-    return Work(lambda: lk.reference.energy_from_gram(kept, lk.gram(*factors)), gram_cost(case))
+    return Work(lambda: lk.cpu.energy_from_gram(kept, lk.gram(*factors)), gram_cost(case))
 
 
 def extraction(case: Case) -> Work:

@@ -1,4 +1,4 @@
-"""Which of one thing belongs to which of another: the best one-to-one match, and how alike two decompositions are."""
+"""Match two decompositions' subnetworks one to one, and measure how similar the matched pairs are."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,11 @@ from l3d.decomposition.subnetworks import Subnetworks
 
 
 def match(scores: Tensor) -> Tensor:
-    """Return the column of each row in the one-to-one match of largest total score: [rows] int64.
+    """Match every row to a different column so that the total score is largest; return the columns: [rows] int64.
 
-    scores: [rows, columns], at least as many columns as rows. The Hungarian method with potentials, exact, in about
-    rows² steps over all columns: a second at 200, half a minute at 1,000.
+    scores: [rows, columns], at least as many columns as rows. Exact, by the Hungarian method with potentials. It takes
+    about rows² steps over all columns: a second for 200 rows, half a minute for 1,000. Raises ValueError for more rows
+    than columns, and for scores that are not finite.
 
     >>> match(torch.tensor([[0.9, 0.8], [0.7, 0.1]]))
     tensor([1, 0])
@@ -24,10 +25,11 @@ def match(scores: Tensor) -> Tensor:
         raise ValueError("scores: holds NaN or infinity")
     cost = -scores.detach().double().cpu().numpy()
     n_rows, n_columns = cost.shape
-    of_row, of_column = np.zeros(n_rows), np.zeros(n_columns)  # potentials: of_row + of_column <= cost, = where matched
-    owner = np.full(n_columns, -1)
+    of_row, of_column = np.zeros(n_rows), np.zeros(n_columns)  # dual variables
+    owner = np.full(n_columns, -1)  # the row matched to each column, -1 for a free column
+    # invariant: of_row + of_column <= cost, with equality at matched pairs
     for start in range(n_rows):
-        # the cheapest augmenting path from a free row to a free column, column by column, as Dijkstra's method goes
+        # the cheapest augmenting path from row `start` to a free column, found by Dijkstra's method over columns
         slack, before, done = np.full(n_columns, np.inf), np.full(n_columns, -1), np.zeros(n_columns, dtype=bool)
         row, last, length = start, -1, 0.0
         while True:
@@ -45,7 +47,7 @@ def match(scores: Tensor) -> Tensor:
         of_row[start] += length
         of_row[owner[seen]] += length - slack[seen]
         of_column[seen] -= length - slack[seen]
-        while last >= 0:  # turn the path over
+        while last >= 0:  # swap matched and unmatched edges along the path
             owner[last] = start if before[last] < 0 else owner[before[last]]
             last = before[last]
     columns = np.empty(n_rows, dtype=np.int64)
@@ -54,22 +56,28 @@ def match(scores: Tensor) -> Tensor:
 
 
 class Consistency(NamedTuple):
-    """How alike two decompositions of the same parameters are."""
+    """Similarity of two decompositions of the same parameters, by matched subnetworks."""
 
-    cosines: Tensor  # [K] |cos| of each matched pair, in the order of the first decomposition
-    partners: Tensor  # [K] int64: the second decomposition's subnetwork that each is matched with
+    cosines: Tensor  # [K] |cos| of each matched pair, in the first decomposition's order
+    partners: Tensor  # [K] int64: index of the matched subnetwork in the second decomposition
+
+    def __repr__(self) -> str:
+        """Return the number of pairs, and the mean, median and least |cos|."""
+        median, low = self.cosines.median(), self.cosines.min()
+        return f"Consistency({len(self.cosines)} pairs; |cos| mean {self.mean:.4g}, median {median:.4g}, min {low:.4g})"
 
     @property
     def mean(self) -> float:
-        """The mean matched |cos|, in [0, 1]."""
+        """Mean |cos| of the matched pairs, in [0, 1]."""
         return float(self.cosines.mean())
 
 
 @torch.no_grad()
 def consistency(first: Subnetworks, second: Subnetworks) -> Consistency:
-    """Match two decompositions' subnetworks one to one by |cos| of their directions Vout.
+    """Match two decompositions' subnetworks one to one by the |cos| of their directions Vout.
 
-    Raises ValueError where they are of other parameters or the first has more subnetworks.
+    A direction's sign is arbitrary, hence |cos|. Raises ValueError if the two decompose different parameters, or if the
+    first has more subnetworks than the second.
     """
     if first.shapes != second.shapes:
         raise ValueError("second: expected a decomposition of the same parameters")

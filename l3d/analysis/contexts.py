@@ -1,4 +1,4 @@
-"""Which samples show best what a subnetwork acts on: the ones of largest impact, no text twice."""
+"""Find the samples of largest impact on each subnetwork, without repeated texts."""
 
 from __future__ import annotations
 
@@ -9,36 +9,42 @@ from torch import Tensor
 
 
 class Contexts(NamedTuple):
-    """The places in the data of largest impact on each subnetwork, at most one per row of the data."""
+    """Each subnetwork's samples of largest impact, at most one per row of the data."""
 
     rows: Tensor  # [K, n] int64
     positions: Tensor  # [K, n] int64
-    impacts: Tensor  # [K, n], descending; -inf where there are fewer than n
+    impacts: Tensor  # [K, n], descending; -inf fills up where there are fewer than n
+
+    def __repr__(self) -> str:
+        """Return the sizes and the largest impact."""
+        n_subnetworks, n = self.impacts.shape
+        return f"Contexts({n_subnetworks} subnetworks, {n} samples each; largest impact {self.impacts.max():.4g})"
 
 
 def top_contexts(impacts: Tensor, n: int, tokens: Tensor | None = None) -> Contexts:
-    """Return the n places of largest impact for each subnetwork, in different rows.
+    """Return each subnetwork's n samples of largest impact, all from different rows.
 
-    impacts: [rows, positions, K]. tokens: [rows, positions] of a language model, whose output at a position depends on
-    the tokens up to it: where rows begin alike, the shared beginning counts once, with the mean of their impacts.
+    impacts: [rows, positions, K]. tokens: [rows, positions], for a language model. Its output at a position depends
+    only on the tokens up to there, so rows with the same beginning give the same samples. Such a sample counts once,
+    with the mean of the rows' impacts.
     """
     n_rows, n_positions, n_subnetworks = impacts.shape
     if tokens is not None:
-        impacts = _shared_beginnings(impacts, tokens)
+        impacts = _merge_shared_prefixes(impacts, tokens)
     by_row, positions = impacts.max(1)  # [rows, K]
     best, rows = by_row.topk(min(n, n_rows), dim=0)
     return Contexts(rows.mT, positions.gather(0, rows).mT, best.mT)
 
 
-def _shared_beginnings(impacts: Tensor, tokens: Tensor) -> Tensor:
-    """Give the first of all places with the same tokens so far the mean of their impacts, and the others −inf."""
+def _merge_shared_prefixes(impacts: Tensor, tokens: Tensor) -> Tensor:
+    """Average the impacts of positions with the same tokens up to there: the first gets the mean, the others −inf."""
     code = torch.zeros(len(tokens), dtype=torch.int64)
     codes = []
-    for column in tokens.cpu().to(torch.int64).unbind(1):  # a rolling hash of 64 bits, which wraps around
+    for column in tokens.cpu().to(torch.int64).unbind(1):  # a rolling 64-bit hash of the prefix; overflow wraps
         code = (code ^ (column + 0x9E3779B9)) * 6364136223846793005 + 1442695040888963407
         codes.append(code)
     values = impacts.flatten(0, 1)
-    real = (values > -torch.inf).any(1).nonzero()[:, 0]  # padding may look like the end of another row
+    real = (values > -torch.inf).any(1).nonzero()[:, 0]  # without padding: its prefix may equal another row's
     flat = torch.stack(codes, 1).flatten()[real]
     _, group, count = flat.unique(return_inverse=True, return_counts=True)
     mean = values.new_zeros(len(count), values.shape[1]).index_add_(0, group, values[real]) / count[:, None]

@@ -1,7 +1,8 @@
-"""What a finding must be held against: gradients whose structure is destroyed, a model that has learned nothing.
+"""Build a control for a decomposition: the same model with random weights, which has learned nothing.
 
-A decomposition of either looks like one of the real thing, and its error may even be low. What the real one has and
-these have not is what was learned from the data.
+A decomposition of the control may look like a real one, and its error may be low. Only what the trained model's
+decomposition has and the control's has not was learned from the data. (The other control, shuffled gradients, is
+`l3d.gradients.shuffled`.)
 """
 
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ from l3d.gradients.model import Params, select_parameters
 
 @contextmanager
 def redrawn(model: nn.Module, params: Params = None, seed: int = 0) -> Iterator[nn.Module]:
-    """Replace the chosen weights within the block by random ones, normal with each tensor's own mean and deviation.
+    """Replace the chosen weights by random ones inside the block: normal, with each tensor's mean and deviation.
 
-    The very same bits return on exit. params: glob, globs or None for all; seed: of the draw.
+    On exit the weights are restored bit by bit. params: a glob, several, or None for all; seed: of the random weights.
     """
     with shifted(model, _redraw(model, params, seed)):
         yield model
@@ -26,13 +27,13 @@ def redrawn(model: nn.Module, params: Params = None, seed: int = 0) -> Iterator[
 
 @torch.no_grad()
 def redraw_(model: nn.Module, params: Params = None, seed: int = 0) -> None:
-    """Replace the chosen weights for good by those that `redrawn` puts in their place."""
+    """Replace the chosen weights in place by the random ones of `redrawn`; nothing restores them."""
     for name, move in _redraw(model, params, seed).items():
         model.get_parameter(name).add_(move)
 
 
 def _redraw(model: nn.Module, params: Params, seed: int) -> dict[str, Tensor]:
-    """Draw new weights, and return what leads to them from the present ones."""
+    """Draw random weights, and return their differences from the present ones by name."""
     generator = torch.Generator().manual_seed(seed)
     moves = {}
     for name, parameter in select_parameters(model, params).items():

@@ -1,9 +1,9 @@
-"""What each subnetwork does on data, as plain values for RUN/subnetworks.json.
+"""Describe what each subnetwork does on data, as JSON values for RUN/subnetworks.json.
 
-    data ─ impact ─► [rows, positions, K] ─ contexts ─► where each acts most ─ logits ─► what it moves there ─► json
+    data ─ impact ─► [rows, positions, K] ─ contexts ─► samples of largest impact ─ logits ─► output changes ─► json
 
-One pass over the rows per reference, and one forward-mode product per subnetwork and shown row: the cost is bounded by
-`n_rows`, and the subnetworks go through the model many at a time.
+Cost: one pass over at most `n_rows` rows per reference, and one forward-mode product per subnetwork and shown row.
+Many subnetworks go through the model together.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from l3d.analysis.evaluation import impact
 from l3d.analysis.logits import Movement, move_many, softmax_movement
 from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, kind_of
-from l3d.analysis.words import Reader, short
-from l3d.gradients.model import run_fixed, to_device
+from l3d.analysis.words import DescriptionParts, short
+from l3d.data.batch import to_device
+from l3d.gradients.model import run_fixed
 from l3d.storage.run_folder import SUBNETWORKS_FORMAT
 
 if TYPE_CHECKING:
     from l3d.decomposition.subnetworks import Subnetworks
 
-N_ROWS = 1000  # that are looked at, at most, unless asked for
-N_SHOWN = 6  # rows per subnetwork
-N_MOVED = 4  # of these, the derivatives are taken at so many
+N_ROWS = 1000  # default limit on the rows examined
+N_SHOWN = 6  # rows shown per subnetwork
+N_MOVED = 4  # of these, rows at which derivatives are taken
 N_REFERENCES = 2
-IMPACTS_AT_ONCE = 2**26  # numbers held
-ROWS_AT_ONCE, NUMBERS_AT_ONCE = 128, 2**22  # that go through the model together
+IMPACTS_AT_ONCE = 2**26  # limit on the impacts held in memory, in numbers
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 128, 2**22  # limits on what goes through the model together
 
 
 def default_rows(steps: int, batch_size: int) -> int:
-    """Return how many rows a run's description looks at: a twentieth of those trained on, within 256 and 1,000."""
+    """Return how many rows a run's description examines: a twentieth of the rows trained on, from 256 to 1,000."""
     return min(N_ROWS, max(256, steps * batch_size // 20))
 
 
@@ -50,20 +51,20 @@ def describe(
     intervention_ratio: Sequence[float | None] | Tensor | None = None,
     any_weights: bool = False,
 ) -> dict[str, Any]:
-    """Describe every subnetwork: its mean impact, its norm per tensor, the rows it acts on most, what it moves there.
+    """Describe every subnetwork: mean impact, norm per tensor, rows of largest impact and output changes there.
 
     Args:
-        decomposition, model: as trained.
+        decomposition, model: the trained decomposition and its model.
         data: a tensor, mapping of tensors or Dataset of rows, or a list of batches.
-        n_rows: how many rows at most, evenly spaced, to look at; a list of batches is looked at whole.
+        n_rows: examine at most this many rows, evenly spaced; a list of batches is examined whole.
         view: how tokens, classes and images are shown; without it by number.
         activation_rate: [K] P_act, from `evaluate`.
-        intervention_ratio: [K], where it was measured; None for a subnetwork without.
-        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
+        intervention_ratio: [K], if measured; None for a subnetwork without one.
+        any_weights: accept a model whose weights differ from the decomposed ones; otherwise that raises ValueError.
 
-    Returns a json-able dict. Positions of a language model's rows count one by one, also where a few were drawn in
-    training. What is moved is softmax(output) where the divergence is "kl", else the output; per unit of δ, the mean
-    over the shown rows.
+    Returns a dict that json can hold. Every position of a language model's row is a sample, even if training drew only
+    a few positions. The output changes are derivatives per unit of δ, averaged over the shown rows: of softmax(output)
+    for the divergence "kl", else of the output. Raises ValueError for n_rows below 2 and for rows of several lengths.
     """
     n_rows = N_ROWS if n_rows is None else n_rows
     if n_rows < 2:
@@ -75,52 +76,53 @@ def describe(
     length = shown.shape[1] if kind == "text" else 1
     source.limit(max(2, IMPACTS_AT_ONCE // (length * decomposition.n_subnetworks)))
     kl = decomposition.settings.get("divergence") == "kl"
-    found = impact(decomposition, model, source.data, N_REFERENCES, any_weights=any_weights).cpu()
-    impacts, at = _by_place(found, source, length)
+    by_sample = impact(decomposition, model, source.data, N_REFERENCES, any_weights=any_weights).cpu()
+    impacts, at = _by_row_and_position(by_sample, source, length)
     tokens = source.inputs() if kind == "text" else None
     contexts = top_contexts(impacts, N_SHOWN, tokens if impacts.shape[1] == length else None)
     at = at[contexts.rows, contexts.positions]
     raised, predicted = _moves(decomposition, model, source, contexts.rows, at, kl)
-    reader = Reader(view, source, kind, impacts, kl)
+    parts = DescriptionParts(view, source, kind, impacts, kl)
     return {
         "format": SUBNETWORKS_FORMAT,
         "kind": kind,
         "moved": "probability" if kl else "output",
         "n_rows": source.count,
-        "n_samples": len(found),
+        "n_samples": len(by_sample),
         "n_references": N_REFERENCES,
         "tensors": decomposition.parameter_names,
         "subnetworks": [
             {
                 "activation_rate": None if activation_rate is None else short(activation_rate[k]),
-                "impact": short(found[:, k].mean()),
+                "impact": short(by_sample[:, k].mean()),
                 "norms": [short(t.norm()) for t in decomposition.subnetwork(k).values()],
                 **({} if intervention_ratio is None else {"intervention_ratio": short(intervention_ratio[k])}),
-                **reader.moves(raised[k].mean(0)),
-                "top": reader.places(contexts, at[k], k, raised[k], predicted[k]),
+                **parts.moves(raised[k].mean(0)),
+                "top": parts.places(contexts, at[k], k, raised[k], predicted[k]),
             }
             for k in range(decomposition.n_subnetworks)
         ],
-        **reader.seen(),
+        **parts.mentioned(),
     }
 
 
-def _by_place(found: Tensor, source: ShownRows, length: int) -> tuple[Tensor, Tensor]:
-    """Lay impacts [n, K] out as [rows, positions, K], −inf at padding; and tell the positions in the output: [rows, P].
+def _by_row_and_position(by_sample: Tensor, source: ShownRows, length: int) -> tuple[Tensor, Tensor]:
+    """Reshape impacts [n, K] to [rows, P, K], −inf at padding; return them with the output positions [rows, P].
 
-    length: of a row of tokens, 1 for other rows.
+    length: number of tokens in a row, 1 for other kinds of rows. P is 1 where a row is one sample. Raises ValueError if
+    rows hold different numbers of samples.
     """
     mask = source.mask() if length > 1 else None
     last = torch.full((source.count,), length - 1)
     if mask is not None and mask.shape == (source.count, length):
         last = (mask * torch.arange(length)).amax(1)
-        if len(found) == int(mask.sum()) != source.count:
-            laid = found.new_full((source.count * length, found.shape[1]), -torch.inf)
-            laid[mask.flatten()] = found
-            return laid.unflatten(0, mask.shape), torch.arange(length).expand(mask.shape)
-    if len(found) % source.count:
-        raise ValueError(f"data: {len(found)} samples in {source.count} rows; rows of one length are needed")
-    impacts = found.unflatten(0, (source.count, -1))
+        if len(by_sample) == int(mask.sum()) != source.count:
+            padded = by_sample.new_full((source.count * length, by_sample.shape[1]), -torch.inf)
+            padded[mask.flatten()] = by_sample
+            return padded.unflatten(0, mask.shape), torch.arange(length).expand(mask.shape)
+    if len(by_sample) % source.count:
+        raise ValueError(f"data: expected rows of one length, got {len(by_sample)} samples in {source.count} rows")
+    impacts = by_sample.unflatten(0, (source.count, -1))
     n_positions = impacts.shape[1]
     return impacts, last[:, None] if n_positions == 1 else torch.arange(n_positions).expand(source.count, -1)
 
@@ -129,9 +131,9 @@ def _by_place(found: Tensor, source: ShownRows, length: int) -> tuple[Tensor, Te
 def _moves(
     d: Subnetworks, model: nn.Module, source: ShownRows, rows: Tensor, positions: Tensor, kl: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return, per subnetwork, how its first rows' outputs move, [m, V], and which entry each predicts, [m].
+    """Return per subnetwork the output derivatives at its first m rows, [m, V], and the predicted entries, [m].
 
-    rows, positions: [K, n].
+    rows, positions: [K, n], the samples of largest impact. kl: the derivatives are those of softmax(output).
     """
     device = next(model.parameters()).device
     m = min(N_MOVED, rows.shape[1])
@@ -148,7 +150,7 @@ def _moves(
         batches = to_device(source.batches([rows[k, :m].tolist() for k in chosen]), device)
         try:
             moved = move_many(model, directions, batches, method)
-        except RuntimeError:  # an operation without forward mode; what else is wrong, the other way says again
+        except RuntimeError:  # an operation has no forward mode; another error is raised again by the second way
             method = "double_backward"
             moved = move_many(model, directions, batches, method)
         for c, k in enumerate(chosen):
@@ -159,7 +161,7 @@ def _moves(
 
 
 def _at_positions(output: Tensor, positions: Tensor) -> Tensor:
-    """Pick each row's position from a language model's output [m, T, V]; other outputs have none."""
+    """Select each row's position from a language model's output [m, T, V]; return other outputs unchanged."""
     if output.ndim < 3:
         return output
     return output.flatten(1, -2)[torch.arange(len(output)), positions.to(output.device)]

@@ -1,4 +1,4 @@
-"""What a decomposition is worth: its error on data, how often each subnetwork acts, and on what."""
+"""Score a decomposition on data: reconstruction error, activation rates, and each subnetwork's impact per sample."""
 
 import copy
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from torch.utils.data import RandomSampler
 
 import l3d_kernels as lk
 from l3d.data.arguments import check_fraction
+from l3d.data.batch import to_device
 from l3d.data.batches import in_order, mix
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import energy, objective, residual_norms
@@ -20,29 +21,46 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
-from l3d.gradients.model import exact_pattern, to_device
+from l3d.gradients.model import exact_pattern
 from l3d.gradients.precision import own_precision
 from l3d.storage.identity import check_identity
-from l3d_kernels.reference import pieces
+from l3d_kernels.splitting import pieces
 
 SELECTIONS = ("batch", "threshold")
 
 
 class Evaluation(NamedTuple):
-    """A decomposition scored on data."""
+    """Scores of a decomposition on data."""
 
     error: float  # Σ‖g − ĝ‖² / Σ‖g‖² over all samples
     kept_per_sample: float  # mean number of subnetworks kept
     activation_rate: Tensor  # [K] P_act: fraction of samples for which each subnetwork is kept
     dead_fraction: float  # fraction of subnetworks never kept
-    n_samples: int  # in the data, however many references each was compared with
+    n_samples: int  # samples in the data; each counts once, also with several references
+
+    def __repr__(self) -> str:
+        """Return the scalar figures, and the number of subnetworks with their median activation rate."""
+        return (
+            f"Evaluation(error={self.error:.4g}, dead_fraction={self.dead_fraction:.4g}, "
+            f"kept_per_sample={self.kept_per_sample:.4g}, n_samples={self.n_samples}; "
+            f"{len(self.activation_rate)} subnetworks, median activation_rate {self.activation_rate.median():.4g})"
+        )
 
 
 class TopSamples(NamedTuple):
-    """The samples on which each subnetwork has the largest impact."""
+    """Each subnetwork's samples of largest impact."""
 
-    indices: Tensor  # [K, n] int64, sample numbers in the order of the data, in which padding is not counted
-    impacts: Tensor  # [K, n]
+    indices: Tensor  # [K, n] int64, sample numbers in the data's order; padding has no number
+    impacts: Tensor  # [K, n], descending
+
+    def __repr__(self) -> str:
+        """Return the sizes, and the median and largest impact of the subnetworks' first samples."""
+        n_subnetworks, n = self.impacts.shape
+        first = self.impacts[:, 0]
+        return (
+            f"TopSamples({n_subnetworks} subnetworks, {n} samples each; "
+            f"largest impact: median {first.median():.4g}, max {first.max():.4g})"
+        )
 
 
 def evaluate(
@@ -61,28 +79,29 @@ def evaluate(
     backend: str = "auto",
     any_weights: bool = False,
 ) -> Evaluation:
-    """Score a decomposition on data, as it was trained: its k, divergence, reference and size of batch.
+    """Score a decomposition on data, with the k, divergence, reference and batch size of its training.
 
     Args:
         decomposition: a trained decomposition.
         model: the model it belongs to.
         data: a tensor, Dataset or iterable of batches.
-        divergence, reference, batch_size, k: to score it otherwise; the first two are needed where it was trained
-            with a callable or a tensor, which are not saved.
-        selection: which coefficients are kept: "batch" for the k·S·K largest of a batch, "threshold" for those of
-            magnitude at least `decomposition.threshold`, each sample by itself; k is then not used.
-        refit: replace each sample's kept coefficients by those of least squares, min ‖g_s − Σ c_sk Vout_k‖² over the
-            kept k: what the choice of subnetworks is worth apart from the encoder's values.
-        n_references: how many times to draw references for each batch: more for less noise.
-        seed: of the draws; default the decomposition's.
+        divergence, reference, batch_size, k: replace the trained values. The first two are required if training used a
+            callable or a tensor, which are not saved.
+        selection: which coefficients are kept. "batch" keeps the k·S·K largest of a batch. "threshold" keeps those of
+            magnitude at least `decomposition.threshold`, each sample by itself, and does not use k.
+        refit: replace each sample's kept coefficients by least squares, min ‖g_s − Σ c_sk Vout_k‖² over the kept k.
+            This measures the choice of subnetworks apart from the encoder's values.
+        n_references: how many times references are drawn for each batch; more draws give less noise.
+        seed: seed of the draws; default the decomposition's.
         backend: "auto", "torch" or "triton".
-        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
+        any_weights: accept a model whose weights differ from the decomposed ones; otherwise that raises ValueError.
 
-    Batch top-k runs within each batch, so the size of the batch matters a little.
+    Batch top-k selects within each batch, so the batch size changes the figures a little. Raises ValueError for
+    arguments out of range, and for data whose gradients are all zero.
     """
     decomposition = _widened(decomposition)
     k = decomposition.settings.get("k", 0.1) if k is None else k
-    residual = norm = 0.0
+    total_residual = total_norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
     k = check_fraction("k", k)
@@ -92,16 +111,16 @@ def evaluate(
     seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
     with torch.no_grad():
         for gradients in _gradients(decomposition, model, data, divergence, reference, batch_size, seeds, any_weights):
-            kept, left = score(gradients, decomposition, k, selection, refit, backend)
-            residual += float(left.sum())
-            norm += float(gradients.squared_norm().sum())
+            kept, residual = score(gradients, decomposition, k, selection, refit, backend)
+            total_residual += float(residual.sum())
+            total_norm += float(gradients.squared_norm().sum())
             counts += kept.column_offsets.diff().cpu()
             n_samples += gradients.n_samples
             n_kept += kept.rows.numel()
-    if norm == 0:
+    if total_norm == 0:
         raise ValueError("data: every gradient is zero, so there is nothing to reconstruct; check params and data")
     return Evaluation(
-        error=residual / norm,
+        error=total_residual / total_norm,
         kept_per_sample=n_kept / n_samples,
         activation_rate=counts / n_samples,
         dead_fraction=float((counts == 0).float().mean()),
@@ -113,7 +132,7 @@ def evaluate(
 def score(
     gradients: Gradients, decomposition: Subnetworks, k: float, selection: str, refit: bool, backend: str
 ) -> tuple[lk.SparseCoefficients, Tensor]:
-    """Return a batch's kept coefficients and what they leave of each gradient, ‖g_s − ĝ_s‖²: [S]."""
+    """Return a batch's kept coefficients and each gradient's squared residual norm ‖g_s − ĝ_s‖²: [S]."""
     encoder, decoder = decomposition.encoder, decomposition.decoder
     if selection == "batch" and not refit:
         result = objective(gradients, encoder, decoder, k, Plan(backend))
@@ -133,14 +152,14 @@ def score(
 
 
 def least_squares(kept: lk.SparseCoefficients, overlaps: Tensor, gram: Tensor) -> Tensor:
-    """Return, in the place of the kept values, each sample's least-squares coefficients: [N].
+    """Return each sample's least-squares coefficients for its kept subnetworks, in the order of `kept.values`: [N].
 
-    The normal equations of the kept subnetworks, M c = o with M = <Vout_k, Vout_j> and o = <Vout_k, g_s>, by the
-    pseudo-inverse, since two directions may be the same. overlaps [S, K], gram [K, K].
+    Solves the normal equations M c = o, with M = <Vout_k, Vout_j> and o = <Vout_k, g_s>, in float64. It uses the
+    pseudo-inverse, because two directions may be equal. overlaps [S, K], gram [K, K].
     """
     counts = kept.row_offsets.diff()
     values = torch.zeros_like(kept.values)
-    cutoff = 1000 * torch.finfo(gram.dtype).eps  # what of the Gram matrix is rounding, its own dtype tells
+    cutoff = 1000 * torch.finfo(gram.dtype).eps  # below this share an eigenvalue is rounding of the Gram matrix's dtype
     for size in counts.unique().tolist():
         if size == 0:
             continue
@@ -168,20 +187,20 @@ def impact(
 ) -> Tensor:
     """Return every subnetwork's impact on every sample, the mean of |<Vin_k, g_s>| over drawn references: [n, K].
 
-    Samples are numbered in the order of the data, positions of a row one after another: all of them, also where
-    training drew a few, or the last where it took the last. Padding is no sample and has no number: with an
-    `attention_mask`, number s is the s-th of the positions where the mask is not 0. `divergence` and `reference`
-    replace the trained ones, and `any_weights` takes a model of other weights, as in `evaluate`. Raises ValueError for
-    a DataLoader that shuffles, whose samples have no order to be numbered in.
+    Samples are numbered in the data's order, the positions of a row one after another. If training drew a few
+    positions, all positions count here; if it took the last one, only the last counts. Padding is no sample: with an
+    `attention_mask`, sample s is the s-th position where the mask is not 0. `divergence` and `reference` replace the
+    trained ones, and `any_weights` accepts a model with other weights, as in `evaluate`. Raises ValueError for a
+    DataLoader that shuffles, because its samples have no fixed numbers.
     """
     if isinstance(getattr(data, "sampler", None), RandomSampler):
-        raise ValueError("data: this DataLoader shuffles, so that samples have no numbers; pass one with shuffle=False")
+        raise ValueError("data: this DataLoader shuffles, so samples have no numbers; pass one with shuffle=False")
     decomposition = _widened(decomposition)
     positions = "all" if isinstance(decomposition.settings.get("positions"), int) else None
     seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference, positions)
-    every = _gradients(decomposition, model, data, divergence, reference, None, seeds, any_weights, positions)
+    all_draws = _gradients(decomposition, model, data, divergence, reference, None, seeds, any_weights, positions)
     rows: list[Tensor] = []
-    for draw, gradients in zip(cycle(range(len(seeds))), every, strict=False):
+    for draw, gradients in zip(cycle(range(len(seeds))), all_draws, strict=False):
         found = decomposition.encode(gradients).abs()
         if draw == 0:
             rows.append(found)
@@ -212,7 +231,7 @@ def top_samples(
 
 
 def _widened(decomposition: Subnetworks) -> Subnetworks:
-    """Return a decomposition whose sums are at least float32: itself, or a wider copy."""
+    """Return the decomposition itself if its dtype is at least float32 wide, else a float32 copy."""
     if next(decomposition.parameters()).dtype.itemsize >= 4:
         return decomposition
     return copy.deepcopy(decomposition).float()
@@ -225,7 +244,7 @@ def _draws(
     reference: str | Tensor | None,
     positions: str | None = None,
 ) -> list[int]:
-    """Return the seeds of each batch's repeated draws; one where nothing is drawn."""
+    """Return one seed per repeated draw of a batch's references or positions; a single one if nothing is drawn."""
     if n_references < 1:
         raise ValueError(f"n_references: expected at least 1, got {n_references}")
     reference = decomposition.settings.get("reference", "sample") if reference is None else reference
@@ -245,15 +264,15 @@ def _gradients(
     any_weights: bool = False,
     positions: str | None = None,
 ) -> Iterator[Gradients]:
-    """Extract the gradients of all of the data by the decomposition's settings: each batch in order, for every seed."""
+    """Yield the gradients of all data by the decomposition's settings: each batch in order, once for every seed."""
     settings = decomposition.settings
     extractor = extractor_of(decomposition, model, divergence, reference, any_weights, positions)
     parameter = next(decomposition.parameters())
     for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
         if i == 1 and extractor.is_per_sample():
             raise ValueError(
-                "reference: a tensor with an output for every sample stands for one batch, and the data are more; "
-                "raise batch_size to all rows, or give one output for all"
+                "reference: this tensor has one output per sample of a single batch, but the data are several batches; "
+                "raise batch_size to the number of rows, or give one output for all samples"
             )
         inputs = to_device(batch, next(model.parameters()).device)
         for seed in seeds:
@@ -268,10 +287,10 @@ def extractor_of(
     any_weights: bool = False,
     positions: str | int | None = None,
 ) -> Extractor:
-    """Return the extractor of a decomposition's gradients, by its settings where nothing else is given.
+    """Return the extractor of a decomposition's gradients; its settings fill in arguments that are None.
 
-    Raises ValueError for a setting that was not saved, and where the model's parameters are of other shapes or, unless
-    `any_weights`, have other values than those decomposed.
+    Raises ValueError for a setting that was not saved, and if the model's parameters have other shapes or, unless
+    `any_weights`, other values than the decomposed ones.
     """
     settings = decomposition.settings
     chosen: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Fine-tuning along chosen subnetworks: W0 + Σ_k δ_k Vout_k, and only the δ are trained."""
+"""Fine-tune a model along chosen subnetworks: weights W0 + Σ_k δ_k Vout_k, of which only the δ are trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,40 @@ from torch.func import functional_call
 
 from l3d.analysis.intervention import intervene
 from l3d.data.arguments import check_whole
+from l3d.data.batch import to_device
 from l3d.data.batches import Batches
 from l3d.decomposition.subnetworks import Subnetworks
-from l3d.gradients.model import check_fixed, model_output, only_trainable, to_device
+from l3d.gradients.model import check_fixed, model_output, only_trainable
 from l3d.storage.store import write_tensors
 
 Loss = Callable[[Tensor, Any], Tensor]
 
-LR = 0.01  # Adam's step at the start, as a share of the norm of the decomposed weights
+LR = 0.01  # Adam's first step size, as a fraction of the norm of the decomposed weights
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What `finetune` learned; `l3d.intervene(model, decomposition, tuned.deltas)` applies it for a block."""
+    """Result of `finetune`; `l3d.intervene(model, decomposition, tuned.deltas)` applies it inside a block."""
 
     deltas: dict[int, float]  # subnetwork -> δ
-    losses: list[float]  # of every step's batch, before the step
-    model: nn.Module = field(repr=False)  # as it was before
-    decomposition: Subnetworks = field(repr=False)
-    any_weights: bool = field(default=False, repr=False)  # as it was given
+    losses: list[float]  # the loss of every step's batch, before the step
+    model: nn.Module  # with its original weights
+    decomposition: Subnetworks
+    any_weights: bool = False  # as passed to `finetune`
+
+    def __repr__(self) -> str:
+        """Return the numbers of subnetworks and steps, the first and last loss, and the largest |δ|."""
+        largest = max(map(abs, self.deltas.values()), default=0.0)
+        ends = f"loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}" if self.losses else "no loss"
+        return f"FineTuned({len(self.deltas)} subnetworks, {len(self.losses)} steps; {ends}; largest |δ| {largest:.4g})"
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state dict with the δ merged into its weights: copies, for `load_state_dict`."""
+        """Return a copy of the model's state dict with the δ merged into the weights, for `load_state_dict`."""
         with intervene(self.model, self.decomposition, self.deltas, any_weights=self.any_weights):
             return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def save(self, path: str | Path) -> Path:
-        """Write `state_dict()` into a safetensors file, and return its path."""
+        """Write `state_dict()` to a safetensors file, and return its path; missing folders are made."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, self.state_dict())
@@ -59,21 +66,21 @@ def finetune(
     seed: int = 0,
     any_weights: bool = False,
 ) -> FineTuned:
-    """Train how far to move the weights along chosen subnetworks, one number δ each, by Adam.
+    """Train one number δ per chosen subnetwork by Adam: how far the weights move along it.
 
     Args:
-        model: in evaluation mode; it is left as it was, after an exception too.
-        decomposition: of its parameters; left as it was.
-        data: a tensor, Dataset or iterable of batches. Rows are (input, target); a single input is its own target, so
-            that a language model's loss takes (logits, tokens).
+        model: in evaluation mode; it is unchanged afterwards, also after an exception.
+        decomposition: of the model's parameters; unchanged.
+        data: a tensor, Dataset or iterable of batches. Rows are (input, target). A single input is its own target, so
+            a language model's loss takes (logits, tokens).
         loss: f(output, target) -> scalar, such as torch.nn.functional.mse_loss; output is a tensor, or `.logits`.
-        subnetworks: indices of those to move along.
-        steps, batch_size, seed: of the training; rows are shuffled by the seed.
-        lr: Adam's step size at the start, which falls along a cosine; default `LR` times the norm of the decomposed
-            weights. The δ are distances, the directions being of unit norm.
-        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
+        subnetworks: indices of the subnetworks to move along.
+        steps, batch_size, seed: number of steps, rows in a batch, and the seed that shuffles the rows.
+        lr: Adam's first step size, which falls along a cosine; default `LR` times the norm of the decomposed weights.
+            The directions have unit norm, so each δ is a distance.
+        any_weights: accept a model whose weights differ from the decomposed ones; otherwise that raises ValueError.
 
-    Raises ValueError for arguments out of range and a loss that is not one finite number.
+    Raises ValueError for arguments out of range, and for a loss that is not one finite number.
 
     >>> from l3d.decomposition.subnetworks import Subnetworks
     >>> model = nn.Linear(3, 2)
@@ -90,7 +97,7 @@ def finetune(
     if lr is not None and not lr > 0:
         raise ValueError(f"lr: expected a positive number, got {lr!r}")
     check_fixed(model)
-    with intervene(model, decomposition, {}, any_weights=any_weights):  # is it the decomposition's model?
+    with intervene(model, decomposition, {}, any_weights=any_weights):  # checks that the decomposition fits the model
         weights = {name: model.get_parameter(name) for name in decomposition.shapes}
     home = next(iter(weights.values()))
     if lr is None:
@@ -107,8 +114,8 @@ def finetune(
             pair = isinstance(batch, (tuple, list)) and len(batch) == 2
             inputs, target = batch if pair else (batch, batch)
             moved = {
-                name: weights[name] + _sum(deltas, *factors[name]).view(weights[name].shape).to(weights[name])
-                for name in factors
+                name: weight + _weighted_sum(deltas, *factors[name]).view(weight.shape).to(weight)
+                for name, weight in weights.items()
             }
 
             def run(*args: Any, moved: dict[str, Tensor] = moved, **kwargs: Any) -> Any:
@@ -127,7 +134,7 @@ def finetune(
 
 @torch.no_grad()
 def _factors(decomposition: Subnetworks, chosen: list[int], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the chosen directions' factors by tensor: left [n, R, O], right [n, R, I]."""
+    """Return the chosen directions' factors by parameter name: left [n, R, O], right [n, R, I], at least float32."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     result = {}
     for name, piece in decomposition.decoder.items():
@@ -136,6 +143,6 @@ def _factors(decomposition: Subnetworks, chosen: list[int], like: Tensor) -> dic
     return result
 
 
-def _sum(deltas: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return Σ_k δ_k V_k as a matrix [O, rest]; no single V_k is formed."""
+def _weighted_sum(deltas: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_k δ_k V_k as a matrix [O, I] from the factors; no single V_k is formed."""
     return (left * deltas[:, None, None].to(left)).flatten(0, 1).mT @ right.flatten(0, 1)

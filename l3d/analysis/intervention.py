@@ -1,4 +1,4 @@
-"""Move a model's weights along its subnetworks, for as long as a block runs."""
+"""Move a model's weights along its subnetworks inside a block, and restore them on exit."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +20,16 @@ def intervene(
     *,
     any_weights: bool = False,
 ) -> Iterator[nn.Module]:
-    """Set the weights to W0 + Σ_k δ_k Vout_k within the block; the very same bits return on exit, come what may.
+    """Set the weights to W0 + Σ_k δ_k Vout_k inside the block; on exit they are restored bit by bit, errors included.
 
     Args:
         model: the decomposed model.
-        decomposition: of its parameters.
-        deltas: {subnetwork: δ}; directions have unit norm over all tensors together, so δ is a distance.
-        params: glob or globs of the parameters to move; None moves all that were decomposed.
-        any_weights: go on where the model's weights are others than those decomposed.
+        decomposition: of the model's parameters.
+        deltas: {subnetwork: δ}. A direction has unit norm over all tensors together, so δ is a distance.
+        params: glob or globs of the parameters to move; None moves all decomposed parameters.
+        any_weights: accept a model whose weights differ from the decomposed ones.
 
-    Raises ValueError where a subnetwork does not exist or the model has other parameters, or other weights.
+    Raises ValueError if a subnetwork does not exist, or the model has other parameters or other weights.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, shape in decomposition.shapes.items():
@@ -40,7 +40,7 @@ def intervene(
     chosen = set(decomposition.shapes if params is None else select_parameters(model, params))
     chosen &= set(decomposition.shapes)
     if not chosen:
-        raise ValueError(f"params: {params!r} matches none of the decomposed parameters")
+        raise ValueError(f"params: {params!r} matches no decomposed parameter")
     moves: dict[str, Tensor] = {}
     for index, delta in deltas.items():
         for name, direction in decomposition.subnetwork(index).items():
@@ -52,14 +52,14 @@ def intervene(
 
 @contextmanager
 def shifted(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[None]:
-    """Add moves {parameter name: tensor of its shape} to the weights within the block; the same bits return on exit."""
+    """Add moves {parameter name: tensor of its shape} to the weights inside the block; restore the bits on exit."""
     named = dict(model.named_parameters(remove_duplicate=False))
     before = {name: named[name].detach().clone() for name in moves}
     try:
         with torch.no_grad():
             for name, move in moves.items():
                 named[name].add_(move.to(named[name]))
-        torch.clear_autocast_cache()  # within torch.autocast copies of the weights are held
+        torch.clear_autocast_cache()  # torch.autocast caches casted copies of the weights
         with moving([named[name] for name in moves]):
             yield
     finally:

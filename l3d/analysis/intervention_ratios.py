@@ -1,7 +1,7 @@
-"""Interventions measured: does moving the weights along a subnetwork change the samples it acts on, and no others?
+"""Measure intervention ratios: how much more a subnetwork moves the samples it is active for than the other samples.
 
-pool of rows ─ gradients ─ batch top-k ─► samples each subnetwork is active for ─ W0 + δ V ─► output change on some of
-those and on some of the rest, for the subnetwork and for a random direction of the same form
+pool of rows ─ gradients ─ batch top-k ─► each subnetwork's active samples ─ W0 + δ V ─► output changes on some active
+and some inactive samples, along the subnetwork and along a random direction of the same ranks and norms (the control)
 """
 
 import math
@@ -16,60 +16,69 @@ import l3d_kernels as lk
 from l3d.analysis.evaluation import extractor_of
 from l3d.analysis.intervention import shifted
 from l3d.data.arguments import check_whole
+from l3d.data.batch import to_device
 from l3d.data.batches import count_rows, in_order, mix, take
 from l3d.decomposition.directions import Directions
 from l3d.decomposition.objective import n_kept
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
-from l3d.gradients.model import Params, check_fixed, model_output, select_parameters, to_device
+from l3d.gradients.model import Params, check_fixed, model_output, select_parameters
 from l3d.gradients.samples import Samples, padding_mask
 
-# Default δ, as shares of the norm of the decomposed weights: small, for a decomposition says what is so nearby. On
-# stories260k the largest moves outputs by .3 nats, the next (.01) would by 2, as far as another text's are.
+# Default δ, as fractions of the norm of the decomposed weights. They are small because a decomposition is local. On
+# stories260k the largest changes outputs by 0.3 nats; 0.01 would by 2 nats, as much as replacing the text.
 SWEEP = (-0.003, -0.001, -0.0003, 0.0003, 0.001, 0.003)
 
 
 class InterventionRatios(NamedTuple):
-    """Output changes under interventions, of n live subnetworks at D sizes δ."""
+    """Output changes under interventions, for n live subnetworks and D distances δ."""
 
     deltas: Tensor  # [D]
-    subnetworks: Tensor  # [n] int64: those active for enough of the pool's samples, and not for all
-    activation_rate: Tensor  # [n] share of the pool's samples each is active for
-    active: Tensor  # [n, D] mean output change on samples it is active for
-    rest: Tensor  # [n, D] the same on samples it is not
-    random_active: Tensor  # [n, D] the same samples, moved along a random direction
-    random_rest: Tensor  # [n, D]
+    subnetworks: Tensor  # [n] int64: indices of those with enough active and enough inactive samples
+    activation_rate: Tensor  # [n] fraction of the pool's samples that each is active for
+    active: Tensor  # [n, D] mean output change on active samples
+    rest: Tensor  # [n, D] mean output change on inactive samples
+    random_active: Tensor  # [n, D] as `active`, moved along a random direction
+    random_rest: Tensor  # [n, D] as `rest`, moved along the same random direction
+
+    def __repr__(self) -> str:
+        """Return the sizes, the median ratios and the share above random."""
+        return (
+            f"InterventionRatios({len(self.subnetworks)} subnetworks, {len(self.deltas)} deltas; "
+            f"median ratio {self.ratio.median():.4g}, random {self.random_ratio.median():.4g}; "
+            f"share_above_random {self.share_above_random:.4g})"
+        )
 
     @property
     def ratio(self) -> Tensor:
-        """active / rest, its geometric mean over the sweep: [n]."""
+        """Geometric mean of active / rest over the distances: [n]."""
         return _geometric_mean(self.active, self.rest)
 
     @property
     def random_ratio(self) -> Tensor:
-        """The same of the random directions: [n]."""
+        """Geometric mean of random_active / random_rest over the distances: [n]."""
         return _geometric_mean(self.random_active, self.random_rest)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all figures as json-able lists; what is not finite is None."""
+        """Return all figures as lists for json; values that are not finite become None."""
         fields = {name: _plain(value) for name, value in self._asdict().items()}
         ratios = {"ratio": _plain(self.ratio), "random_ratio": _plain(self.random_ratio)}
         return {"share_above_random": self.share_above_random, **ratios, **fields}
 
     @property
     def share_above_random(self) -> float:
-        """Share of the live subnetworks whose ratio is above that of their random direction."""
+        """Fraction of the live subnetworks with a ratio above their random direction's."""
         return float((self.ratio > self.random_ratio).double().mean())
 
 
 class Pool(NamedTuple):
-    """Rows of data, the places of their samples in the model's output, and which subnetworks are kept for each."""
+    """Rows of data, their samples' positions in the model's output, and the subnetworks kept for each sample."""
 
     rows: Any  # the model's inputs, rows first
     row: Tensor  # [S] the row of each sample
-    position: Tensor | None  # [S] its place among the row's outputs; None: a row is a sample
-    kept: Tensor  # [S, K] bool
+    position: Tensor | None  # [S] its position in the row's output; None if a row is a sample
+    kept: Tensor  # [S, K] bool: the subnetwork is active for the sample
 
 
 @torch.no_grad()
@@ -88,29 +97,29 @@ def intervention_ratios(
     seed: int | None = None,
     any_weights: bool = False,
 ) -> InterventionRatios:
-    """Measure how much more an intervention changes the samples a subnetwork is active for than the rest.
+    """Measure how much more an intervention changes a subnetwork's active samples than its inactive ones.
 
-    The output change is the divergence of the moved model's output from the unmoved one's: KL where the decomposition
-    is one of KL, else the mean squared difference; averaged over samples, for every δ of a sweep. The control is a
-    random direction of the same low ranks, with the same norm in each tensor, on the same samples.
+    The output change is the divergence between the moved and the unmoved model's outputs: KL if the decomposition used
+    KL, else the mean squared difference. It is averaged over samples, for every distance δ. The control is a random
+    direction of the same low ranks and the same norm in each tensor, measured on the same samples.
 
     Args:
         decomposition: a trained decomposition.
-        model: the model it belongs to; it comes back exactly as it was.
+        model: the model it belongs to; its weights are restored bit by bit.
         data: a tensor, Dataset or iterable of batches of rows that all have one shape.
         deltas: distances to move by; default `SWEEP` times the norm of the decomposed weights.
-        n_rows: of the data to look for samples in, evenly spaced.
-        n_samples: to average over, per subnetwork, of those it is active for, and as many of the rest.
-        min_active: samples of the pool a subnetwork must be active for, and not active for, to be measured: a mean over
-            fewer says little.
-        params: glob or globs of the parameters to move; None moves all that were decomposed.
-        divergence, reference: what the subnetworks are chosen by, in the place of the trained ones.
-        seed: of references, samples and random directions; default the decomposition's.
-        any_weights: go on where the model's weights are others than those decomposed.
+        n_rows: number of rows, evenly spaced in the data, that make up the pool of samples.
+        n_samples: number of active samples, and of inactive ones, to average over per subnetwork.
+        min_active: a subnetwork is measured if at least this many of the pool's samples are active, and at least as
+            many inactive; a mean over fewer is too noisy.
+        params: glob or globs of the parameters to move; None moves all decomposed parameters.
+        divergence, reference: replace the trained ones when active samples are selected.
+        seed: seed of references, samples and random directions; default the decomposition's.
+        any_weights: accept a model whose weights differ from the decomposed ones.
 
-    Cost: a forward pass of at most 2·n_samples rows per subnetwork, δ and direction. Warns of a model in bfloat16 or
-    float16, most of whose weights a small step leaves as they are.
-    Raises ValueError where no subnetwork can be measured, and for arguments out of range.
+    Cost: a forward pass of at most 2·n_samples rows per subnetwork, δ and direction. Warns for a model in bfloat16 or
+    float16, where rounding leaves most weights unchanged by a small step.
+    Raises ValueError if no subnetwork can be measured, and for arguments out of range.
     """
     for name, value in (("n_rows", n_rows), ("n_samples", n_samples), ("min_active", min_active)):
         check_whole(name, value)
@@ -125,7 +134,7 @@ def intervention_ratios(
     extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
     chosen = {name for name in select_parameters(model, params) if name in decomposition.shapes}
     if not chosen:
-        raise ValueError(f"params: {params!r} matches none of the decomposed parameters")
+        raise ValueError(f"params: {params!r} matches no decomposed parameter")
     if deltas is None:
         norm = float(torch.stack([p.double().square().sum() for p in extractor.parameters.values()]).sum().sqrt())
         deltas = [share * norm for share in SWEEP]
@@ -148,7 +157,7 @@ def intervention_ratios(
             where[torch.randperm(len(where), generator=generator)[:n_samples]]
             for where in (pool.kept[:, index].nonzero()[:, 0], (~pool.kept[:, index]).nonzero()[:, 0])
         )
-        change.look_at(torch.cat([active, rest]))
+        change.select(torch.cat([active, rest]))
         own = {name: v for name, v in decomposition.subnetwork(index).items() if name in chosen}
         for j, direction in enumerate((own, alike(own, decomposition, generator))):
             for column, delta in enumerate(deltas):
@@ -168,7 +177,7 @@ def alike(direction: Mapping[str, Tensor], decomposition: Subnetworks, generator
 
 
 def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_rows: int, seed: int) -> Pool:
-    """Look through at most `n_rows` of the data for what each subnetwork is active for, in batches as trained."""
+    """Find the subnetworks active for each sample of at most `n_rows` rows, in batches of the trained size."""
     count = count_rows(data)
     batch_size = decomposition.settings.get("batch_size", 16)
     if count is not None:
@@ -178,7 +187,7 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
             for start in range(0, n_rows, batch_size)
         ]
         if len(data) > 1 and n_rows % batch_size == 1:
-            data.pop()  # a single row has no other sample to refer to
+            data.pop()  # a batch of one row has no other sample as reference
     k = decomposition.settings.get("k", 0.1)
     model, like = extractor.model, next(decomposition.parameters())
     device = next(model.parameters()).device
@@ -213,21 +222,21 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
 
 
 class Change:
-    """Measure how far chosen samples' outputs move with the weights."""
+    """Output changes of selected samples under moves of the weights."""
 
     def __init__(self, model: nn.Module, pool: Pool, divergence: Divergence) -> None:
         check_fixed(model)
         self.model, self.pool, self.divergence = model, pool, divergence
 
-    def look_at(self, samples: Tensor) -> None:
-        """Choose samples [n] of the pool, and note their outputs."""
+    def select(self, samples: Tensor) -> None:
+        """Select samples [n] of the pool, and compute their outputs under the unmoved weights."""
         rows, self._row = self.pool.row[samples].unique(return_inverse=True)
         self._position = None if self.pool.position is None else self.pool.position[samples]
         self._inputs = _picked(self.pool.rows, rows)
         self._before = self._outputs()
 
     def by(self, moves: Mapping[str, Tensor]) -> Tensor:
-        """Return each chosen sample's output change under moves of the weights: [n]."""
+        """Return each selected sample's output change under moves of the weights: [n]."""
         with shifted(self.model, moves):
             return self.divergence(self._outputs(), self._before).cpu()
 
@@ -240,13 +249,13 @@ class Change:
 
 
 def _geometric_mean(active: Tensor, rest: Tensor) -> Tensor:
-    """Average active / rest over the sweep: infinite where nothing of the rest moves, 1 where nothing moves at all."""
+    """Return the geometric mean of active / rest over the distances: infinite for rest 0, 1 where both are 0."""
     logs = active.clamp_min(0).log() - rest.clamp_min(0).log()
     return logs.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).mean(1).exp()
 
 
 def _plain(values: Tensor) -> Any:
-    """Turn a tensor into lists, with None for what is not finite."""
+    """Turn a tensor into nested lists, with None for values that are not finite."""
     if values.ndim > 1:
         return [_plain(row) for row in values]
     return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -1,8 +1,8 @@
-"""How a subnetwork moves a model's output: the derivative along its direction, and the logits it moves most.
+"""Differentiate a model's output along a subnetwork's direction, and list the logits that change most.
 
     d f(x, W0 + δ Vout_i) / dδ  at δ = 0  =  J(x) Vout_i
 
-One product with the Jacobian, in forward mode: the output and its derivative come from a single forward pass.
+This is one Jacobian-vector product in forward mode: a single forward pass gives the output and its derivative.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l3d.gradients.model import check_fixed, model_output, to_device
+from l3d.data.batch import to_device
+from l3d.gradients.model import check_fixed, model_output
 from l3d.storage.identity import check_identity
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ METHODS = ("forward", "double_backward")
 class TopLogits(NamedTuple):
     """The entries of softmax(output) that a step along a subnetwork raises and lowers most.
 
-    For a language model every position has its own; values are derivatives per unit of δ.
+    A language model has its own entries at every position. Values are derivatives per unit of δ.
     """
 
     raised: Tensor  # [..., n] int64 entries (classes, tokens), most raised first
@@ -35,12 +36,22 @@ class TopLogits(NamedTuple):
     lowered: Tensor  # [..., n] int64 entries, most lowered first
     lowered_by: Tensor  # [..., n] their derivatives, ascending
 
+    def __repr__(self) -> str:
+        """Return the sizes, and the largest and smallest derivative."""
+        *samples, n = self.raised.shape
+        high, low = self.raised_by.max(), self.lowered_by.min()
+        return f"TopLogits(samples {samples}, {n} entries raised and lowered; derivatives from {low:.4g} to {high:.4g})"
+
 
 class Movement(NamedTuple):
     """A model's output and its derivative along a direction in parameter space."""
 
     output: Tensor  # [B, ...]
     derivative: Tensor  # [B, ...] per unit of δ
+
+    def __repr__(self) -> str:
+        """Return the output's shape and the largest |derivative|."""
+        return f"Movement(output {list(self.output.shape)}; largest |derivative| {self.derivative.abs().max():.4g})"
 
 
 def top_logits(
@@ -57,15 +68,15 @@ def top_logits(
 
     Args:
         model: the decomposed model, whose output is logits: [B, classes], or [B, T, vocabulary].
-        decomposition: of its parameters.
+        decomposition: of the model's parameters.
         index: of the subnetwork. Its sign is arbitrary, so both directions are returned.
         inputs: one batch, as the model takes it.
-        n: entries in each direction.
-        method: "forward" for forward-mode differentiation; "double_backward" for models that hold an operation
-            which has none: the derivative of a vector-Jacobian product by its vector, at some three times the cost.
-        any_weights: go on where the model's weights are others than those decomposed, which is refused otherwise.
+        n: number of entries in each direction.
+        method: "forward" for forward-mode differentiation. "double_backward" for a model with an operation that has no
+            forward mode: it differentiates a vector-Jacobian product by its vector, at about three times the cost.
+        any_weights: accept a model whose weights differ from the decomposed ones; otherwise that raises ValueError.
 
-    Raises ValueError for arguments out of range; RuntimeError where an operation has no forward mode, naming it.
+    Raises ValueError for arguments out of range, and RuntimeError that names the operation without forward mode.
 
     >>> from l3d.decomposition.subnetworks import Subnetworks
     >>> model = nn.Linear(4, 3)
@@ -99,7 +110,7 @@ def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method:
     def forward(changed: dict[str, Tensor]) -> Tensor:
         return functional_call(_Output(model), {f"model.{name}": p for name, p in changed.items()}, (inputs,))
 
-    # the fused attention kernels have neither forward mode nor a second derivative; plain products have both
+    # the fused attention kernels have neither forward mode nor second derivatives; the MATH backend has both
     with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
         if method == "double_backward":
             return _double_backward(forward, weights, tangents)
@@ -116,7 +127,7 @@ def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method:
 
 
 def softmax_movement(moved: Movement) -> Tensor:
-    """Return the derivative of softmax(output), p (o' − Σ p o') with o' the output's: [B, ..., V]."""
+    """Return the derivative of softmax(output), p (o' − Σ p o'), where o' is the output's derivative: [B, ..., V]."""
     p = moved.output.softmax(-1)
     return p * (moved.derivative - (p * moved.derivative).sum(-1, keepdim=True))
 
@@ -124,15 +135,15 @@ def softmax_movement(moved: Movement) -> Tensor:
 def move_many(model: nn.Module, directions: Mapping[str, Tensor], inputs: Any, method: str = "forward") -> Movement:
     """Return the outputs and derivatives of C batches, each along a direction of its own: [C, B, ...].
 
-    directions: {name: [C, *shape]}; inputs: a batch with one more dimension, [C, B, ...]. All C go through the model
-    together where it can be batched so, which takes a fraction of the time; else one after another.
+    directions: {name: [C, *shape]}; inputs: a batch with one more dimension, [C, B, ...]. If vmap can batch the model,
+    all C run together, in a fraction of the time; otherwise one after another.
     """
     if method == "forward":
         try:
             with torch.inference_mode(False):
                 return Movement(*vmap(lambda one, batch: tuple(move(model, one, batch)))(dict(directions), inputs))
         except (RuntimeError, ValueError, NotImplementedError):
-            pass  # control flow that looks at values cannot be batched; what is really wrong, the loop will say
+            pass  # vmap cannot batch control flow on values; any other error is raised again by the loop
     count = len(next(iter(directions.values())))
     each = [move(model, {n: d[c] for n, d in directions.items()}, _at(inputs, c), method) for c in range(count)]
     return Movement(*(torch.stack(parts) for parts in zip(*each, strict=True)))
@@ -143,7 +154,7 @@ def _at(inputs: Any, index: int) -> Any:
 
 
 class _Output(nn.Module):
-    """The model as a map from a batch to its output tensor, whatever it takes and returns."""
+    """Wrap a model as a function from one batch to one output tensor, whatever types it takes and returns."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -155,7 +166,7 @@ class _Output(nn.Module):
 
 
 def _double_backward(forward: Any, weights: dict[str, Tensor], tangents: dict[str, Tensor]) -> Movement:
-    """Return J V as the derivative by u of <uᵀJ, V>, which is linear in u."""
+    """Return J V as the gradient of <uᵀJ, V> with respect to u; it is linear in u, so u may be zero."""
     with torch.enable_grad():
         leaves = {name: p.clone().requires_grad_() for name, p in weights.items()}
         output = forward(leaves)

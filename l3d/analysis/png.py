@@ -1,4 +1,4 @@
-"""Small pictures as PNG, without an image library."""
+"""Encode images as PNG without an image library."""
 
 import struct
 import zlib
@@ -9,7 +9,7 @@ from torch import Tensor
 def encode_png(pixels: Tensor) -> bytes:
     """Return an image as the bytes of a PNG file.
 
-    pixels: uint8 [H, W, C], C 1 for grey or 3 for colour. Raises ValueError for anything else.
+    pixels: uint8 [H, W, C], with C 1 for grey or 3 for colour. Raises ValueError for another shape or dtype.
     """
     if pixels.dtype.is_floating_point or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.numel():
         raise ValueError(f"pixels: expected uint8 [H, W, 1 or 3], got {pixels.dtype} {list(pixels.shape)}")

@@ -1,4 +1,4 @@
-"""Some rows of whatever data there is, evenly spaced, and any of them again as a batch for the model."""
+"""Select evenly spaced rows from any kind of data, and collate chosen rows into batches for the model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from l3d.data.batches import count_rows, take
 
 
 class ShownRows:
-    """At most so many rows of a tensor, mapping of tensors, Dataset or list of batches.
+    """At most `most` rows of a tensor, mapping of tensors, Dataset or list of batches.
 
     Attributes:
-        data: the rows, as the decomposition's functions take them.
-        count: how many.
-        numbers: [count] of each row in the data it came from.
+        data: the selected rows, in a form that `impact` and `evaluate` take.
+        count: number of rows.
+        numbers: [count] index of each row in the original data.
     """
 
     def __init__(self, data: Any, most: int) -> None:
         count = count_rows(data)
-        if count is None:  # a stream, of which the caller has taken some batches
+        if count is None:  # a list of batches that the caller took from a stream
             batches = list(data)
             sizes = [len(plain_inputs(batch)) for batch in batches]
             self._row = lambda i: _row_of(batches, sizes, i)
@@ -37,11 +37,11 @@ class ShownRows:
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """Number of selected rows."""
         return len(self.numbers)
 
     def limit(self, most: int) -> None:
-        """Keep so many of the rows only, evenly spaced again, if there are more; a list of batches is kept whole."""
+        """Keep at most `most` of the rows, again evenly spaced; a list of batches is kept whole."""
         if not isinstance(self.data, list) and self.count > most:
             self._keep([self.numbers[i * self.count // most] for i in range(most)])
 
@@ -51,15 +51,15 @@ class ShownRows:
         self.data = Subset(self._all, numbers) if by_row else take(self._all, numbers)
 
     def batch(self, rows: Sequence[int]) -> Any:
-        """Return rows (numbers below `count`) as the model takes them; labels and contrasts are left out."""
+        """Return rows (numbers below `count`) as one batch for the model, without labels and contrasts."""
         try:
             batch = default_collate([self._row(self.numbers[row]) for row in rows])
         except RuntimeError as error:
-            raise ValueError(f"data: rows differ in shape, and cannot be shown together ({error})") from error
+            raise ValueError(f"data: rows differ in shape, so they cannot form a batch ({error})") from error
         return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Any:
-        """Return C batches of m rows stacked: [C, m, ...]."""
+        """Return C batches of m rows each, stacked: [C, m, ...]."""
         flat = self.batch([row for each in rows for row in each])
         shape = (len(rows), len(rows[0]))
         if isinstance(flat, Mapping):
@@ -67,11 +67,11 @@ class ShownRows:
         return flat.unflatten(0, shape)
 
     def inputs(self, rows: Sequence[int] | None = None) -> Tensor:
-        """Return what a person would look at of some rows, or of all: [n, ...]."""
+        """Return the input tensor of some rows, or of all, for display: [n, ...]."""
         return plain_inputs(self.batch(range(self.count) if rows is None else rows))
 
     def mask(self) -> Tensor | None:
-        """Return where rows of tokens are no padding, bool [count, T], from an `attention_mask`; None without one."""
+        """Return the rows' `attention_mask` as bool [count, T], False at padding; None if the data have none."""
         if not isinstance(self.batch([0]), Mapping) or "attention_mask" not in self.batch([0]):
             return None
         return self.batch(range(self.count))["attention_mask"] != 0

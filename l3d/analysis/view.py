@@ -1,4 +1,4 @@
-"""How a person sees a model's inputs and outputs: tokens as text, images as thumbnails, outputs by name."""
+"""Convert a model's inputs and outputs for display: tokens to text, images to thumbnails, outputs to names."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KINDS = ("text", "image", "point", "row")
 
 @dataclass(frozen=True)
 class View:
-    """What turns numbers into something to look at; each part may be missing.
+    """How inputs and outputs are displayed; each part may be missing.
 
     Attributes:
-        tokens: token ids -> their texts, one each.
-        classes: the outputs' names.
-        mean, std: per channel, what was subtracted from and divided out of images in [0, 1].
+        tokens: function from token ids to their texts, one text per id.
+        classes: names of the outputs.
+        mean, std: per channel, the mean and deviation that normalised images in [0, 1]; thumbnails undo it.
     """
 
     tokens: Callable[[Sequence[int]], list[str]] | None = None
@@ -39,7 +39,7 @@ class View:
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Tell what a batch of inputs [n, ...] can be shown as: one of `KINDS`."""
+    """Return how a batch of inputs [n, ...] is displayed: one of `KINDS`."""
     if inputs.ndim == 2 and not inputs.is_floating_point():
         return "text"
     if inputs.ndim == 4 and inputs.shape[1] in (1, 3):
@@ -48,7 +48,7 @@ def kind_of(inputs: Tensor) -> str:
 
 
 def plain_inputs(batch: Any) -> Tensor:
-    """Take the tensor that a person would look at out of a batch: (input, label), {"input_ids": ..}, or a tensor."""
+    """Return the input tensor of a batch, which is a tensor, (input, label) or {"input_ids": ..}."""
     if isinstance(batch, (tuple, list)):
         batch = batch[0]
     if isinstance(batch, Mapping):
@@ -59,18 +59,18 @@ def plain_inputs(batch: Any) -> Tensor:
 
 
 def token_texts(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """Return a function from token ids to their texts, spaces and line breaks as they stand in a text."""
+    """Return a function from token ids to their texts, with the spaces and line breaks that they have in a text."""
 
-    def read(ids: Sequence[int]) -> list[str]:
+    def texts(ids: Sequence[int]) -> list[str]:
         pieces = tokenizer.convert_ids_to_tokens(list(ids))
         return [_piece(tokenizer, token, piece) for token, piece in zip(ids, pieces, strict=True)]
 
-    return read
+    return texts
 
 
 def _piece(tokenizer: Any, token: int, piece: str | None) -> str:
     if piece is None:
-        return f"#{token}"  # a row of the vocabulary that the tokenizer does not use
+        return f"#{token}"  # an unused row of the vocabulary
     if "\u2581" in piece:  # SentencePiece's space, which decoding a lone token drops
         return piece.replace("\u2581", " ")
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
@@ -82,13 +82,14 @@ def _piece(tokenizer: Any, token: int, piece: str | None) -> str:
 def thumbnails(images: Tensor, view: View) -> list[str]:
     """Return images [n, 1 or 3, H, W] as small PNGs in base64.
 
-    Where the view does not know how they were normalised, each image is stretched from its least value to its largest.
+    If the view does not know the normalisation, and values lie outside [0, 1], each image is scaled from its smallest
+    value to its largest.
     """
     x = images.detach().float().cpu()
     if view.mean is not None or view.std is not None:
-        for values, put_back in ((view.std, torch.mul), (view.mean, torch.add)):
+        for values, undo in ((view.std, torch.mul), (view.mean, torch.add)):
             if values is not None:
-                x = put_back(x, torch.tensor(values)[:, None, None])
+                x = undo(x, torch.tensor(values)[:, None, None])
     elif x.min() < 0 or x.max() > 1:
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
         x = (x - low) / (high - low).clamp_min(1e-12)
@@ -101,10 +102,10 @@ def thumbnails(images: Tensor, view: View) -> list[str]:
 
 
 def load_view(data_spec: str | None, model_spec: str | None, arguments: Mapping[str, Any], data: Any) -> View:
-    """Return how rows of the data that a description names are shown; see `l3d.data.sources` for descriptions.
+    """Return the view for a data source and a model, both given by specs such as "npz:FILE"; see `l3d.data.sources`.
 
-    Tokens are read by the tokenizer of the arguments or of an "hf:" model. An archive of images may hold the outputs'
-    names as an array `classes`; data loaded otherwise may have an attribute `classes`.
+    The tokenizer is that of `arguments`, else that of an "hf:" model. An npz archive of images may hold the outputs'
+    names in an array `classes`; other data may have an attribute `classes`.
     """
     mean, std = arguments.get("mean"), arguments.get("std")
     scheme, _, target = (data_spec or "").partition(":")
@@ -119,7 +120,7 @@ def load_view(data_spec: str | None, model_spec: str | None, arguments: Mapping[
 
 
 def _load_tokens(model_spec: str | None, tokenizer: str | None) -> Callable[[Sequence[int]], list[str]] | None:
-    """Return the reader of a tokenizer by name, or of an "hf:" model's; None where there is none to be had."""
+    """Return `token_texts` of a tokenizer by name, or of an "hf:" model's; None if none can be loaded."""
     name = tokenizer or (model_spec if (model_spec or "").startswith("hf:") else None)
     if name is None:
         return None
@@ -128,5 +129,5 @@ def _load_tokens(model_spec: str | None, tokenizer: str | None) -> Callable[[Seq
 
         found = AutoTokenizer.from_pretrained(str(Path(name.removeprefix("hf:")).expanduser()))
     except (ImportError, OSError, ValueError, KeyError, TypeError):
-        return None  # a text source has had its tokenizer by now: these data came as numbers, and are shown so
+        return None  # a text source would have failed earlier; these data are token ids, and are shown as numbers
     return token_texts(found)

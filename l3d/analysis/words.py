@@ -1,4 +1,4 @@
-"""Put numbers about rows and outputs into words, for `l3d.analysis.description`: compact, json-able, each text once."""
+"""Build the JSON parts of a description: shown rows, output changes and token texts, each text stored once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from l3d.analysis.contexts import Contexts
 from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, thumbnails
 
-N_ENTRIES = 6  # of the output in each direction, over all shown rows
-N_HERE = 3  # the same at one row
-WINDOW = (20, 6)  # tokens shown before and after the marked one
+N_ENTRIES = 6  # output entries in each direction, averaged over the shown rows
+N_HERE = 3  # output entries in each direction, at one row
+WINDOW = (20, 6)  # number of tokens shown before and after the marked one
 
 
-class Reader:
-    """What the rows and the outputs look like; remembers which of them were named.
+class DescriptionParts:
+    """Builds a description's parts, and records the rows, tokens and output entries they mention by number.
 
     Args:
-        view: how tokens, classes and images are shown.
+        view: how tokens, classes and images are displayed.
         source: the rows.
-        kind: what they are, one of `l3d.analysis.view.KINDS`.
+        kind: the kind of rows, one of `l3d.analysis.view.KINDS`.
         impacts: [rows, positions, K].
-        kl: whether outputs are probabilities, of classes or tokens.
+        kl: whether outputs are logits of classes or tokens; an entry then is a class or a token.
     """
 
     def __init__(self, view: View, source: ShownRows, kind: str, impacts: Tensor, kl: bool) -> None:
@@ -36,18 +36,21 @@ class Reader:
         self.entries: set[int] = set()
 
     def moves(self, movement: Tensor, n: int = N_ENTRIES) -> dict[str, list[list[float]]]:
-        """Return the n entries of the output that rise and fall most: [entry, derivative] each. movement: [V]."""
+        """Return the n output entries that rise and fall most, as [entry, derivative]. movement: [V] derivatives."""
         n = min(n, len(movement))
-        found = {}
+        moved = {}
         for name, sign in (("raised", 1), ("lowered", -1)):
             best = (sign * movement).topk(n)
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            found[name] = [[entry, short(sign * value)] for entry, value in pairs if value > 0]
-            self.entries |= {int(entry) for entry, _ in found[name]}
-        return found
+            moved[name] = [[entry, short(sign * value)] for entry, value in pairs if value > 0]
+            self.entries |= {int(entry) for entry, _ in moved[name]}
+        return moved
 
     def places(self, contexts: Contexts, at: Tensor, k: int, moved: Tensor, predicted: Tensor) -> list[dict[str, Any]]:
-        """Return the rows that subnetwork k acts on most; at: [n] the output's positions, moved: [m, V]."""
+        """Return subnetwork k's rows of largest impact.
+
+        at: [n] positions in the output. moved: [m, V] output derivatives at the first m rows, predicted: [m] entries.
+        """
         shown = []
         largest = max(float(contexts.impacts[k, 0]), 1e-30)
         for i, (row, impact) in enumerate(zip(contexts.rows[k].tolist(), contexts.impacts[k].tolist(), strict=True)):
@@ -61,7 +64,7 @@ class Reader:
                 ids = self.tokens[row, first:last].tolist()
                 self.ids |= set(ids)
                 place |= {"position": position, "first": first, "tokens": ids}
-                if self.impacts.shape[1] > 1:  # percent of the largest impact shown
+                if self.impacts.shape[1] > 1:  # in percent of the largest impact shown
                     shares = 100 * self.impacts[row, first:last, k] / largest
                     place["shares"] = shares.clamp(0, 100).round().int().tolist()
             if i < len(moved):
@@ -71,8 +74,8 @@ class Reader:
             shown.append(place)
         return shown
 
-    def seen(self) -> dict[str, Any]:
-        """Return the rows and the names of everything that was mentioned, once each."""
+    def mentioned(self) -> dict[str, Any]:
+        """Return the content of every mentioned row, and the text of every mentioned token and class, once each."""
         rows = sorted(self.rows)
         found: dict[str, Any] = {"rows": {str(row): {"number": self.source.numbers[row]} for row in rows}}
         if self.kind == "text":
@@ -100,7 +103,7 @@ class Reader:
 
 
 def short(value: Any) -> float | None:
-    """Return a number with four significant figures; None for one that is missing or not finite."""
+    """Return a number rounded to four significant figures; None for a missing number or one that is not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{float(value):.4g}")

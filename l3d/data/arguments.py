@@ -1,4 +1,4 @@
-"""Arguments that count something, or are a share of it."""
+"""Check arguments that are a count or a fraction."""
 
 import operator
 from typing import Any
@@ -7,14 +7,16 @@ import numpy as np
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> int:
-    """Return a whole number as an int, whoever's integer it is; raises ValueError for anything else, or less.
+    """Return an integer of any kind (int, numpy, one-element tensor) as an int.
+
+    Raises ValueError for anything else, bool included, and for numbers below `least`.
 
     >>> check_whole("steps", np.int64(3))
     3
     """
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError):  # the latter for a tensor of several
+    except (TypeError, ValueError):  # ValueError: a tensor of several entries
         number = least - 1
     if number < least:
         wanted = "a positive whole number" if least == 1 else f"a whole number from {least}"
@@ -23,7 +25,7 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Return a number above 0 and up to 1 as it is, numpy's as a float; raises ValueError for anything else.
+    """Return a number in (0, 1]; a numpy number becomes a float. Raises ValueError for anything else.
 
     >>> check_fraction("k", 0.1)
     0.1

@@ -1,8 +1,8 @@
-"""Batches from whatever the user has: a tensor, tensors by name, a Dataset, a DataLoader, any iterable of batches.
+"""Make batches from the user's data: a tensor, a mapping of tensors, a Dataset, a DataLoader, any iterable of batches.
 
-The first three are read by row: shuffled anew every epoch, by a permutation that depends on the seed and the epoch
-alone, so that a run can be resumed at any step. Everything else yields batches as they are and is started over when it
-ends.
+Tensors, mappings and Datasets are read by row. Every epoch shuffles their rows by a permutation that depends on the
+seed and the epoch only, so a run can be resumed at any step. Anything else yields batches, which are passed on
+unchanged; an iterable that ends is started again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,17 +17,19 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from l3d.data.arguments import check_whole
 from l3d.data.batch import describe, join, rows_in
 
-ENDED = object()  # stands for the batch after the last
+ENDED = object()  # marks the end of a stream of batches
 
 
 class Batches:
     """A source of training batches, by step number.
 
     Args:
-        data: a tensor [n, ...], a mapping of such, a Dataset of rows, or an iterable of batches.
-        batch_size: rows per batch, but for iterables; the last batch of an epoch may be smaller. A last one of a single
-            row, which has no other to refer to, is left out.
-        seed: of the order of the rows.
+        data: a tensor [n, ...], a mapping of such tensors, a Dataset of rows, or an iterable of batches.
+        batch_size: rows per batch; an iterable decides for itself. The last batch of an epoch may be smaller. If it
+            would be a single row, it is dropped: reference="sample" needs a second row.
+        seed: seeds the order of the rows.
+
+    Raises ValueError for data without rows or of another type, and for a batch_size that is not positive.
     """
 
     def __init__(self, data: Any, batch_size: int, seed: int) -> None:
@@ -42,12 +44,12 @@ class Batches:
         self._order = torch.empty(0, dtype=torch.int64)
         self._stream: Iterator[Any] | None = None
         self._streamed = 0
-        self._first: Any = None  # of a stream, fetched ahead
-        self._following: Any = ENDED  # batch of the stream, looked at already
-        self._largest = 0  # rows in a batch of the stream so far
+        self._first: Any = None  # first batch of a stream, fetched by `peek`
+        self._following: Any = ENDED  # next batch of the stream, if it has been read already
+        self._largest = 0  # most rows seen in a batch of the stream
 
     def peek(self) -> Any:
-        """Return the first batch, which step 0 will return again."""
+        """Return the first batch without consuming it: step 0 returns it again."""
         if self.per_epoch is not None:
             return self[0]
         if self._streamed == 0:
@@ -55,11 +57,11 @@ class Batches:
         return self._first
 
     def __getitem__(self, step: int) -> Any:
-        """Return the batch of a step; iterables must be asked for their steps in order."""
+        """Return the batch of a step. Steps of an iterable must be asked for in increasing order."""
         if self.per_epoch is None:
             if step == 0 and self._streamed == 1:
                 return self.peek()
-            while self._streamed < step:  # a resumed run skips what was seen
+            while self._streamed < step:  # a resumed run skips the batches it has trained on
                 self._next()
             return self._next()
         epoch, index = divmod(step, self.per_epoch)
@@ -71,6 +73,7 @@ class Batches:
         return take(self.data, self._order[index * self.batch_size : (index + 1) * self.batch_size])
 
     def _next(self) -> Any:
+        """Read the stream's next batch, starting the iterable again once if it has ended."""
         for _ in range(2):
             if self._stream is None:
                 self._stream = iter(self.data)
@@ -78,7 +81,7 @@ class Batches:
             self._following = ENDED
             if batch is not ENDED and rows_in(batch) == 1 < self._largest:
                 self._following = next(self._stream, ENDED)
-                if self._following is ENDED:  # the single row that an epoch leaves over: see `batches_per_epoch`
+                if self._following is ENDED:  # drop an epoch's last batch of a single row, as `batches_per_epoch` does
                     batch = ENDED
             if batch is ENDED:
                 self._stream = None
@@ -90,7 +93,7 @@ class Batches:
 
 
 def batches_per_epoch(n_rows: int, batch_size: int) -> int:
-    """Count the batches that n_rows make; a last one of a single row, which has no other to refer to, is left out.
+    """Count an epoch's batches. A last batch of a single row is dropped: it has no second row as its reference.
 
     >>> batches_per_epoch(66, 32), batches_per_epoch(65, 32)
     (3, 2)
@@ -100,7 +103,10 @@ def batches_per_epoch(n_rows: int, batch_size: int) -> int:
 
 
 def count_rows(data: Any) -> int | None:
-    """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for a stream of batches."""
+    """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for an iterable of batches.
+
+    Raises ValueError for a numpy array, and for a mapping whose values are not tensors of one length.
+    """
     if isinstance(data, np.ndarray):
         raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):
@@ -111,14 +117,14 @@ def count_rows(data: Any) -> int | None:
             held = ", ".join(f"{key} {describe(value)}" for key, value in data.items())
             raise ValueError(f"data: expected a mapping of tensors with one row for each sample, got {held or 'none'}")
         return lengths.pop()
-    by_row = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # which a dataset of Hugging Face has
+    by_row = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # Hugging Face datasets have it
     if by_row and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         return len(data)
     return None
 
 
 def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
-    """Collect rows of a tensor or Dataset into a batch."""
+    """Collect rows of a tensor, mapping or Dataset into a batch. Raises ValueError if rows differ in shape."""
     if isinstance(data, Tensor):
         return data[rows.start : rows.stop] if isinstance(rows, range) else data[rows]
     if isinstance(data, Mapping):
@@ -127,12 +133,15 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
         return default_collate([data[int(row)] for row in rows])
     except RuntimeError as error:
         raise ValueError(
-            f"data: rows differ in shape; make them alike, and tell padding by an attention_mask ({error})"
+            f"data: rows differ in shape; pad them to one shape and mark the padding in an attention_mask ({error})"
         ) from error
 
 
 def in_order(data: Any, batch_size: int) -> Iterator[Any]:
-    """Yield all of the data once, in order; raises ValueError where there is none."""
+    """Yield all of the data once, in order. Raises ValueError if there is none.
+
+    A last batch of a single row is joined to the batch before: reference="sample" needs a second row.
+    """
     check_whole("batch_size", batch_size)
     n_rows = count_rows(data)
     if n_rows is None:
@@ -142,12 +151,13 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
         raise ValueError("data: expected at least one sample, got none")
     edges = [*range(0, n_rows, batch_size), n_rows]
     if len(edges) > 2 and edges[-1] - edges[-2] == 1:
-        del edges[-2]  # a single row has no other sample to refer to: it joins the batch before
+        del edges[-2]  # join a single last row to the batch before
     for start, stop in pairwise(edges):
         yield take(data, range(start, stop))
 
 
 def _stream_in_order(data: Any) -> Iterator[Any]:
+    """Yield an iterable's batches once; a last batch of a single row is joined to the batch before."""
     before = last = ENDED
     for batch in data:
         if before is not ENDED:
@@ -157,11 +167,11 @@ def _stream_in_order(data: Any) -> Iterator[Any]:
         spent = iter(data) is data
         raise ValueError(
             "data: expected at least one batch, got none"
-            + ("; an iterator gives its batches once: pass a list or a DataLoader" if spent else "")
+            + ("; an iterator can be read only once: pass a list or a DataLoader" if spent else "")
         )
     if before is not ENDED:
         joined = join([before, last]) if rows_in(last) == 1 < (rows_in(before) or 0) else None
-        if joined is not None:  # as `in_order` does
+        if joined is not None:  # as in `in_order`
             yield joined
             return
         yield before

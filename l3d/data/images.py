@@ -1,4 +1,4 @@
-"""Images as a network takes them: scaled, resized and normalised rows."""
+"""Scale, resize and normalise uint8 images into the rows a network takes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch.utils.data import Dataset
 
 
 class ImageRows(Dataset):
-    """Images that are resized when they are read, as a whole set of large ones would fill the memory.
+    """Resize images as they are read: a whole set at the larger size could fill the memory.
 
     Args:
         images: uint8 [n, C, H, W].
-        size: height and width to resize to, bilinearly, smoothed where that shrinks.
-        mean, std: [C, 1, 1], of the images over 255.
-    Rows are float32 [C, *size].
+        size: height and width to resize to; bilinear, antialiased when it shrinks.
+        mean, std: [C, 1, 1], of the images divided by 255.
+
+    A row is float32 [C, *size].
     """
 
     def __init__(self, images: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> None:
@@ -36,10 +37,14 @@ class ImageRows(Dataset):
 def array_rows(
     array: np.ndarray, mean: list[float] | None, std: list[float] | None, size: int | list[int] | None = None
 ) -> Tensor | ImageRows:
-    """Turn uint8 images [n, H, W, C] into float32 [n, C, H, W] / 255, less mean, over std; resized where size is given.
+    """Turn uint8 images [n, H, W, C] into float32 rows (image / 255 - mean) / std [n, C, H, W].
 
-    mean, std: one number per channel. size: pixels of a side, or height and width. Arrays of other numbers are returned
-    as they are.
+    Args:
+        array: the images; an array of another dtype is returned unchanged, as a tensor.
+        mean, std: one number per channel; None for 0 and 1.
+        size: pixels of a side, or [height, width]; rows are then resized as they are read. None: not resized.
+
+    Raises ValueError for arguments that do not fit the array.
     """
     rows = torch.from_numpy(np.ascontiguousarray(array))
     if rows.dtype != torch.uint8:
@@ -60,6 +65,7 @@ def array_rows(
 
 
 def _height_and_width(size: Any) -> tuple[int, int]:
+    """Return (height, width) for a number of pixels or a pair; raises ValueError for anything else."""
     both = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(both) != 2 or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in both):
         raise ValueError(f"size: expected a number of pixels, or [height, width], got {size!r}")
@@ -67,6 +73,7 @@ def _height_and_width(size: Any) -> tuple[int, int]:
 
 
 def _per_channel(name: str, values: list[float] | None, channels: int, default: float) -> Tensor:
+    """Return one number per channel as a tensor [C, 1, 1]; raises ValueError if their number differs."""
     if values is None:
         return torch.full((channels, 1, 1), default)
     try:

@@ -1,4 +1,4 @@
-"""Load what transformers loads, from a folder or the hub; whatever goes wrong becomes one line that says what."""
+"""Load models, configurations and tokenizers through transformers, from a folder or the hub; errors are one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 
 def source_of(spec: str, target: str, needed: str | None = "config.json") -> str:
-    """Return the folder or hub ID that `target` means, having checked a folder for the file it needs."""
+    """Return the folder or hub ID that `target` names.
+
+    needed: a file that a folder must hold; None for none. Raises ValueError for a folder without it and for a file,
+    FileNotFoundError for a path that does not exist.
+    """
     path = Path(target).expanduser()
     if path.is_dir():
         if needed is not None and not (path / needed).is_file():
@@ -23,8 +27,8 @@ def source_of(spec: str, target: str, needed: str | None = "config.json") -> str
 def from_pretrained(spec: str, class_name: str, source: str, **arguments: Any) -> Any:
     """Call transformers.CLASS.from_pretrained(source).
 
-    Raises ImportError without transformers, ValueError for whatever it or the hub refuses: nothing there, no
-    network, no permission, a file cut short.
+    Raises ImportError if transformers is not installed, and ValueError if it or the hub fails: nothing found, no
+    network, no permission, a truncated file.
     """
     try:
         import transformers
@@ -32,25 +36,25 @@ def from_pretrained(spec: str, class_name: str, source: str, **arguments: Any) -
         raise ImportError(f"{spec}: transformers is not installed: pip install 'l3d[hf]'") from error
     try:
         return getattr(transformers, class_name).from_pretrained(source, **arguments)
-    except Exception as error:  # of transformers, the hub's client, its HTTP library or safetensors, by version
+    except Exception as error:  # its class varies with the versions of transformers, hub client, HTTP library
         raise ValueError(f"{spec}: transformers cannot load it: {first_line(error)}") from error
 
 
 def causal_lm(spec: str, source: str, **arguments: Any) -> Any:
-    """Load a causal language model, whole: one whose file lacks weights would get random ones instead."""
+    """Load a causal language model. Raises ValueError for a file that lacks weights: they would be random."""
     model, loading = from_pretrained(spec, "AutoModelForCausalLM", source, output_loading_info=True, **arguments)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(
             f"{spec}: its file lacks {len(missing)} of the model's tensors, {missing[0]!r} first: it holds another "
-            "kind of model, or not all of this one"
+            "kind of model, or only a part of this one"
         )
-    model.config.use_cache = False  # a cache of keys and values is of no use here and holds the graph
+    model.config.use_cache = False  # a cache of keys and values is not used here, and would keep the graph in memory
     return model
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line: such a message can fill a screen, its first line says what was wrong.
+    """Return the first line of an error's message; the rest can fill a screen.
 
     >>> first_line(OSError("no such model\\n\\nIf this is a private repository, ..."))
     'no such model'

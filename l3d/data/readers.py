@@ -1,6 +1,6 @@
-"""Read files: texts as rows of token ids, and arrays.
+"""Read text files as rows of token ids, and .npy and .npz files as arrays.
 
-Errors are ValueErrors that name the argument at fault; `l3d.data.sources` puts the file's name before them.
+Errors are ValueErrors that name the wrong argument; `l3d.data.sources` puts the description before them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-_TEXTS_AT_ONCE = 256  # handed to the tokenizer together: enough to be quick, few enough to stop early
+_TEXTS_AT_ONCE = 256  # texts per call of the tokenizer: enough to be fast, few enough to stop soon at max_rows
 
 
 def read_texts(path: Path, separator: str | None) -> list[str]:
-    """Read the non-empty texts of a UTF-8 file, or of all *.txt files below a folder, ordered by name."""
+    """Read the non-empty texts of a UTF-8 file, or of all *.txt files below a folder, ordered by name.
+
+    separator: splits a file into texts; None: a file is one text. Raises FileNotFoundError for a missing path,
+    ValueError for a file that is not UTF-8 or if there is no text.
+    """
     if not path.exists():
         raise FileNotFoundError("no such file or folder")
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
@@ -38,7 +42,7 @@ def read_texts(path: Path, separator: str | None) -> list[str]:
 
 
 class TokenRows(Dataset):
-    """Rows of token ids, some padded: each a mapping of input_ids and attention_mask, int64 [length]."""
+    """Hold rows of token ids, some padded. A row is a mapping of input_ids and attention_mask, each int64 [length]."""
 
     def __init__(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
         self.ids = ids  # [n, length]
@@ -51,14 +55,25 @@ class TokenRows(Dataset):
         return {"input_ids": self.ids[row], "attention_mask": self.mask[row]}
 
 
+TokenData = torch.Tensor | TokenRows
+
+
 def token_rows(
     texts: Iterable[Any], encoder: Any, length: int, max_rows: int | None, start: str, short: str = "drop"
-) -> torch.Tensor | TokenRows:
-    """Cut texts into rows of `length` token ids -> int64 [n, length], or `TokenRows` where some are padded.
+) -> TokenData:
+    """Cut texts into rows of `length` token ids: int64 [n, length], or `TokenRows` if some are padded.
 
-    encoder: a tokenizer of transformers; None where the texts are lists of ids. Each row is its BOS, if it has one,
-    and then consecutive tokens of one text. start: "every" window of a text or its "first". short: a tail too short for
-    a row is dropped ("drop") or padded ("pad").
+    A row is the tokenizer's BOS, if it has one, then consecutive tokens of one text.
+
+    Args:
+        texts: strings, or lists of ids.
+        encoder: a tokenizer of transformers; None if the texts are lists of ids.
+        length: tokens per row, BOS included.
+        max_rows: the most rows to return; None for no limit.
+        start: "every" takes all windows of a text, "first" its first.
+        short: what to do with a tail shorter than a row: "drop" it or "pad" it.
+
+    Raises ValueError if no text fills a row.
     """
     prefix = [] if encoder is None or encoder.bos_token_id is None else [encoder.bos_token_id]
     rows: list[list[int]] = []
@@ -78,16 +93,18 @@ def token_rows(
 
 
 def _encode(encoder: Any, texts: Iterable[Any]) -> Iterator[list[int]]:
+    """Yield each text's token ids, without special tokens."""
     if encoder is None:
         yield from texts
         return
-    rest = iter(texts)
-    while some := list(islice(rest, _TEXTS_AT_ONCE)):
-        # verbose=False: a whole text may be longer than the model takes, its windows are not.
-        yield from encoder(some, add_special_tokens=False, verbose=False)["input_ids"]
+    remaining = iter(texts)
+    while group := list(islice(remaining, _TEXTS_AT_ONCE)):
+        # verbose=False: no warning that a text is longer than the model takes; its windows are not
+        yield from encoder(group, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _windows(ids: list[int], size: int, start: str, tails: bool) -> Iterator[list[int]]:
+    """Cut a text's ids into consecutive windows of `size`; with `tails`, the last may be shorter."""
     for first in range(0, len(ids) if start == "every" else min(1, len(ids)), size):
         window = ids[first : first + size]
         if len(window) == size or tails:
@@ -95,9 +112,10 @@ def _windows(ids: list[int], size: int, start: str, tails: bool) -> Iterator[lis
 
 
 def read_array(path: Path, key: str | None, default: str = "images") -> np.ndarray:
-    """Read an array of numbers from an .npy file, or of an .npz file `key`, else `default`, else the only one.
+    """Read an array of numbers from an .npy file, or from an .npz file.
 
-    Nothing is ever unpickled.
+    Of an .npz file it is the array named `key`; without a key the one named `default`, else the only one. Pickled
+    arrays are refused. Raises FileNotFoundError for a missing file, ValueError for one that cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError("no such file")
@@ -120,7 +138,7 @@ def read_array(path: Path, key: str | None, default: str = "images") -> np.ndarr
 
 
 def array_names(path: Path) -> list[str]:
-    """List the arrays of an .npz file; none for an .npy file, which has one without a name."""
+    """List the names of an .npz file's arrays; an empty list for an .npy file, whose array has no name."""
     if path.suffix == ".npy":
         return []
     with np.load(path, allow_pickle=False) as archive:
@@ -128,6 +146,7 @@ def array_names(path: Path) -> list[str]:
 
 
 def _read(name: str, load: Callable[[], Any]) -> Any:
+    """Return load(); raises ValueError with the array's name if the file is damaged or holds pickled objects."""
     try:
         return load()
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,6 +1,6 @@
 """Load models and data from one-line descriptions such as "hf:DIR", "text:FILE" or "python:module:factory".
 
-A "python:" description imports and calls code: load only those you trust.
+A "python:" description imports and runs code: load only descriptions you trust.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def load_model(spec: str, **arguments: Any) -> nn.Module:
     spec: "hf:DIR_OR_ID", a causal language model of transformers; the arguments (dtype, revision, ...)
     go to its from_pretrained. Or "python:pkg.module:factory", where factory(**arguments) returns the
     module; the working directory is searched too.
-    Raises ValueError for a description that names nothing usable, FileNotFoundError for a missing
-    folder, ImportError where transformers is not installed.
+    Raises ValueError for a description that does not name a model, FileNotFoundError for a missing
+    folder, ImportError if transformers is not installed.
     """
     scheme, target = _split(spec, {"hf": "DIR_OR_ID", "python": "pkg.module:factory"}, "model")
     if scheme == "python":
@@ -51,28 +51,28 @@ def load_model(spec: str, **arguments: Any) -> nn.Module:
 
 
 def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = None, **arguments: Any) -> Data:
-    """Load the data that `spec` names: a tensor whose rows are the model's inputs, or what a factory returns.
+    """Load the data that `spec` names: rows that are the model's inputs, or what a factory returns.
 
     spec and its arguments:
     * "text:FILE_OR_FOLDER" -> token ids, int64 [n, length]. A folder gives all its *.txt files. Texts end
-      at separator="<|endoftext|>". Each is cut into windows of length=16 ids, the first of which is the
+      at separator="<|endoftext|>". Each is cut into windows of length=16 ids, of which the first is the
       tokenizer's BOS if it has one; shorter tails are dropped. start="every" takes all windows of a
       text, "first" its first. tokenizer: folder or hub ID (default: that of model_spec, an "hf:" one).
-      short="pad" keeps the tails, padded: then rows are mappings of input_ids and attention_mask, and padding
-      is no sample.
-    * "dataset:FOLDER_OR_FILE_OR_ID" -> the same of a Hugging Face dataset's column (default: "text", else the only
-      one of texts; lists of token ids are taken as they are). split="train", name (of the configuration), revision.
+      short="pad" pads the tails instead: rows are then mappings of input_ids and attention_mask, and padded
+      positions are not samples.
+    * "dataset:FOLDER_OR_FILE_OR_ID" -> the same from a column of a Hugging Face dataset (default: "text", else the
+      only column of texts; lists of token ids are used directly). split="train", name (of the configuration), revision.
       A folder may hold parquet, json lines or csv, or what save_to_disk wrote; an ID is streamed from the hub.
     * "tokens:FILE" -> whole numbers [n, length] of an .npy file, or of an .npz file the array `key` (default:
       "input_ids", else the only one), with padding where its array "attention_mask" is 0.
     * "npz:FILE" -> the array `key` (default: "images", else the only one). Images, uint8 [n, H, W, C],
-      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel where those are given; with size=224
-      (or [height, width]) they are resized as they are read. Other numbers are taken as they are.
+      become float32 [n, C, H, W] / 255, then (x - mean) / std per channel if those are given; with size=224
+      (or [height, width]) they are resized as they are read. Arrays of another dtype are not changed.
     * "python:pkg.module:factory" -> what factory(**arguments) returns: tensor, mapping of tensors, Dataset or iterable.
 
-    max_rows (all but python): take only the first so many rows.
-    rows: "START:STOP" then keeps a slice, as x[START:STOP] does: "-200:" is the last 200 rows.
-    Raises ValueError for what does not fit together, FileNotFoundError for a missing file.
+    max_rows (all but python): take only the first max_rows rows.
+    rows: "START:STOP" then keeps the slice x[START:STOP]: "-200:" is the last 200 rows.
+    Raises ValueError for arguments that do not fit the data, FileNotFoundError for a missing file.
     """
     scheme, target = _split(spec, {name: form for name, (form, _) in _LOADERS.items()}, "data")
     load = _LOADERS[scheme][1]
@@ -92,7 +92,7 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
         except ValueError as error:
             raise ValueError(f"{spec}: {error}") from error
     if isinstance(data, Mapping):
-        count_rows(data)  # says what is wrong with it
+        count_rows(data)  # raises ValueError if its tensors differ in length
         data = dict(data)
     scalar = isinstance(data, (str, bytes)) or (isinstance(data, torch.Tensor) and data.ndim == 0)
     if scalar or not isinstance(data, (torch.Tensor, Dataset, Iterable)):
@@ -105,7 +105,7 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
 
 
 def take_rows(data: Data, rows: slice | list[int], name: str = "data") -> Data:
-    """Take some rows of a tensor, a mapping of tensors or a Dataset; raise ValueError for what can only be iterated."""
+    """Take some rows of a tensor, a mapping of tensors or a Dataset. Raises ValueError for any other iterable."""
     if isinstance(data, torch.Tensor):
         return data[rows]
     if isinstance(data, Mapping):
@@ -117,16 +117,16 @@ def take_rows(data: Data, rows: slice | list[int], name: str = "data") -> Data:
 
 
 def absolute(spec: str) -> str:
-    """Write a description's path out in full, so that it holds in any working directory."""
+    """Make a description's path absolute, so that it is valid in any working directory."""
     scheme, _, target = spec.partition(":")
     path = Path(target).expanduser()
     return f"{scheme}:{path.resolve()}" if scheme in ("hf", *_LOADERS) and path.exists() else spec
 
 
 def absolute_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Write out in full the paths of files among arguments, so that they hold in any working directory.
+    """Make the paths of files among the arguments absolute, so that they are valid in any working directory.
 
-    A file is what has an ending and is there: "weights.pt", but no "main" beside a folder of that name.
+    A value counts as a file if it has a suffix and exists: "weights.pt" does, a revision "main" does not.
     """
     return {
         name: str(Path(value).resolve())
@@ -137,6 +137,7 @@ def absolute_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
+    """Split "scheme:target". Raises ValueError for an unknown scheme or an empty target."""
     scheme, _, target = spec.partition(":")
     if scheme not in schemes or not target:
         known = ", ".join(f"{name}:{form}" for name, form in schemes.items())
@@ -145,7 +146,8 @@ def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
 
 
 def _parse_rows(spec: str, rows: Any) -> slice:
-    # YAML reads an unquoted 10:20 as the number 620: anything but a string is refused, never guessed at.
+    """Read "START:STOP" as a slice. Raises ValueError for anything else."""
+    # YAML reads an unquoted 10:20 as the number 620, so anything but a string is refused.
     match = _SLICE.fullmatch(rows) if isinstance(rows, str) else None
     if match is None:
         raise ValueError(f'{spec}: rows: expected "START:STOP" (with the quotes in YAML), got {rows!r}')
@@ -153,10 +155,10 @@ def _parse_rows(spec: str, rows: Any) -> slice:
 
 
 def _check_arguments(function: Factory, known: dict[str, Any], arguments: dict[str, Any], spec: str) -> None:
-    """Raise a ValueError that lists what the function takes, before it is called."""
+    """Raise ValueError, listing the function's parameters, if the arguments do not match them."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in callables do not tell their parameters
+    except (TypeError, ValueError):  # some built-in callables have no signature
         return
     try:
         signature.bind(**known, **arguments)
@@ -166,11 +168,12 @@ def _check_arguments(function: Factory, known: dict[str, Any], arguments: dict[s
 
 
 def _call_factory(spec: str, target: str, arguments: dict[str, Any]) -> Any:
+    """Call the factory of "pkg.module:factory", with the working directory on sys.path meanwhile."""
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ValueError(f"{spec}: expected python:pkg.module:factory")
     here = os.getcwd()
-    added = here not in sys.path  # a console script, unlike `python -m`, does not look here
+    added = here not in sys.path  # a console script, unlike `python -m`, does not search it
     if added:
         sys.path.append(here)
     try:
@@ -183,12 +186,13 @@ def _call_factory(spec: str, target: str, arguments: dict[str, Any]) -> Any:
 
 
 def _find_factory(spec: str, module_name: str, name: str) -> Factory:
+    """Import the module and look the factory up. Raises ValueError if either is missing or is not callable."""
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
-            raise  # the module is there; something that it imports is not
+            raise  # the module exists; a module that it imports does not
         raise ValueError(f"{spec}: no module named {missing!r}") from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -207,12 +211,13 @@ def _load_npz(
     max_rows: int | None = None,
     size: int | list[int] | None = None,
 ) -> torch.Tensor | Dataset:
+    """Read an array of rows or images; see `load_data`."""
     if max_rows is not None:
         check_whole("max_rows", max_rows)
     return array_rows(read_array(path, key)[:max_rows], mean, std, size)
 
 
-# scheme: (the form of its description, its loader; None for a factory)
+# scheme: (form of its target, loader; None: call the factory)
 _LOADERS: dict[str, tuple[str, Factory | None]] = {
     "text": ("FILE_OR_FOLDER", load_text),
     "dataset": ("FOLDER_OR_FILE_OR_ID", load_dataset),

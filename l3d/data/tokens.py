@@ -1,8 +1,9 @@
-"""Language models' data: rows of token ids, from texts, from a Hugging Face dataset or from an array of ids."""
+"""Load rows of token ids for language models: from texts, a Hugging Face dataset or an array of ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import torch
 
 from l3d.data.arguments import check_whole
 from l3d.data.pretrained import first_line, from_pretrained, source_of
-from l3d.data.readers import TokenRows, array_names, read_array, read_texts, token_rows
+from l3d.data.readers import TokenData, TokenRows, array_names, read_array, read_texts, token_rows
 
-Rows = torch.Tensor | TokenRows
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -26,7 +26,7 @@ def load_text(
     tokenizer: str | None = None,
     start: str = "every",
     short: str = "drop",
-) -> Rows:
+) -> TokenData:
     """Read a text file, or all *.txt files of a folder; see `l3d.data.sources.load_data`."""
     config = _check_choices(model_spec, length, max_rows, start, short)
     texts = read_texts(path, separator)
@@ -45,21 +45,21 @@ def load_dataset(
     tokenizer: str | None = None,
     start: str = "every",
     short: str = "drop",
-) -> Rows:
+) -> TokenData:
     """Read a column of a Hugging Face dataset: texts, or lists of token ids; see `l3d.data.sources.load_data`."""
     config = _check_choices(model_spec, length, max_rows, start, short)
     try:
         values = _column(_open(source, split, name, revision), column)
         return _rows(values, model_spec, config, length, max_rows, tokenizer, start, short)
-    except (ValueError, ImportError):  # Arrow's are ValueErrors
+    except (ValueError, ImportError):  # Arrow raises ValueErrors
         raise
     except StopIteration as error:
         raise ValueError("holds no text: the dataset has no rows") from error
-    except Exception as error:  # of datasets, the hub's client, its HTTP library or Arrow, by version
+    except Exception as error:  # its class varies with the versions of datasets, hub client, HTTP library, Arrow
         raise ValueError(f"datasets cannot read it: {first_line(error)}") from error
 
 
-def load_tokens(path: Path, model_spec: str | None, key: str | None = None, max_rows: int | None = None) -> Rows:
+def load_tokens(path: Path, model_spec: str | None, key: str | None = None, max_rows: int | None = None) -> TokenData:
     """Read rows of token ids from an .npy or .npz file; see `l3d.data.sources.load_data`."""
     if max_rows is not None:
         check_whole("max_rows", max_rows)
@@ -88,8 +88,8 @@ def _rows(
     tokenizer: str | None,
     start: str,
     short: str,
-) -> Rows:
-    """Cut texts, or lists of ids, into rows, and hold them against the model's vocabulary."""
+) -> TokenData:
+    """Cut texts, or lists of ids, into rows. Raises ValueError for ids outside the model's vocabulary."""
     texts = iter(texts)
     first = next(texts, None)
     if first is None:
@@ -98,19 +98,14 @@ def _rows(
         chosen, encoder = _tokenizer(model_spec, tokenizer)
     else:
         chosen, encoder = "the data", None
-    data = token_rows(_chain(first, texts), encoder, length, max_rows, start, short)
+    data = token_rows(chain([first], texts), encoder, length, max_rows, start, short)
     ids = data.ids if isinstance(data, TokenRows) else data
     _check_vocabulary(config, int(ids.max()), chosen)
     return data
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
 def _check_choices(model_spec: str | None, length: int, max_rows: int | None, start: str, short: str) -> Any:
-    """Check arguments and return the model's configuration, None where there is none."""
+    """Check the arguments and return the model's configuration; None if the model is not an "hf:" one."""
     check_whole("length", length, 2)
     if max_rows is not None:
         check_whole("max_rows", max_rows)
@@ -123,6 +118,7 @@ def _check_choices(model_spec: str | None, length: int, max_rows: int | None, st
 
 
 def _model_config(model_spec: str | None) -> Any:
+    """Load the configuration of an "hf:" model; None for any other."""
     model = _hf_name(model_spec)
     return (
         None if model is None else from_pretrained(f"model {model}", "AutoConfig", source_of(f"model {model}", model))
@@ -130,16 +126,19 @@ def _model_config(model_spec: str | None) -> Any:
 
 
 def _hf_name(model_spec: str | None) -> str | None:
+    """Return the folder or hub ID of an "hf:" description; None for any other."""
     return model_spec.removeprefix("hf:") if model_spec and model_spec.startswith("hf:") else None
 
 
 def _check_length(config: Any, length: int) -> None:
+    """Raise ValueError if rows are longer than the model takes."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ValueError(f"length: the model takes at most {longest} tokens, got {length}")
 
 
 def _check_vocabulary(config: Any, largest: int, source: str) -> None:
+    """Raise ValueError if the largest id is outside the model's vocabulary."""
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
@@ -149,6 +148,7 @@ def _check_vocabulary(config: Any, largest: int, source: str) -> None:
 
 
 def _tokenizer(model_spec: str | None, tokenizer: str | None) -> tuple[str, Any]:
+    """Load the given tokenizer, by default the model's, and return it after its folder or hub ID."""
     chosen = tokenizer.removeprefix("hf:") if tokenizer else _hf_name(model_spec)
     if chosen is None:
         raise ValueError("tokenizer: needed (a folder or hub ID), because the model is not an hf: one")
@@ -157,7 +157,7 @@ def _tokenizer(model_spec: str | None, tokenizer: str | None) -> tuple[str, Any]
 
 
 def _open(source: str, split: str, name: str | None, revision: str | None) -> Any:
-    """Open a dataset without loading it whole: a folder, a file of rows, or an ID of the hub."""
+    """Open a dataset without reading all of it: a folder, a file of rows, or a hub ID, which is streamed."""
     try:
         import datasets
     except ImportError as error:
@@ -183,7 +183,7 @@ def _open(source: str, split: str, name: str | None, revision: str | None) -> An
 
 
 def _column(dataset: Any, column: str | None) -> Iterator[Any]:
-    """Choose a column, and yield its values: texts that hold something, or lists of ids."""
+    """Return an iterator over the values of a column: non-empty texts or lists of ids. Raises ValueError if unclear."""
     rows = iter(dataset)
     first = next(rows, None)
     if first is None:
@@ -196,4 +196,4 @@ def _column(dataset: Any, column: str | None) -> Iterator[Any]:
     ids = isinstance(first[chosen], (list, tuple)) and all(isinstance(each, int) for each in first[chosen])
     if not (ids or isinstance(first[chosen], str)):
         raise ValueError(f"column: {chosen!r} holds neither texts nor lists of token ids")
-    return (row[chosen] for row in _chain(first, rows) if row[chosen] and (ids or row[chosen].strip()))
+    return (row[chosen] for row in chain([first], rows) if row[chosen] and (ids or row[chosen].strip()))

@@ -21,8 +21,8 @@ from l3d.decomposition.objective import Objective, at_pairs, energy, everywhere,
 from l3d.decomposition.project import project
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.chunks import Chunks
+from l3d_kernels.ops import batch_topk_over_columns
 from l3d_kernels.sparse import sparse_coefficients
-from l3d_kernels.topk import batch_topk_over_columns
 
 
 def objective_in_chunks(

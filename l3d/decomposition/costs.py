@@ -12,7 +12,7 @@ from l3d.decomposition.directions import Directions, Whole
 from l3d.decomposition.flat import is_small
 from l3d.gradients.factors import Gradients, Rows, matrix_shape
 from l3d_kernels import SparseCoefficients
-from l3d_kernels.reference import energy_costs
+from l3d_kernels.splitting import energy_costs
 
 # Multiply-adds that one gathered element costs on a CPU. Measured on 2 cores for one tensor (K=100, S=256, T=16, 10 %
 # kept; ms for factored, factored and sampled, materialised, materialised and sampled):

@@ -50,7 +50,7 @@ def multiplied_out(directions: Directions) -> Tensor:
     return torch.cat(rows, 1)
 
 
-def pulled_back(by_direction: Tensor, directions: Directions) -> list[Tensor]:
+def by_factors(by_direction: Tensor, directions: Directions) -> list[Tensor]:
     """Return the derivatives by the factors, in the directions' order, from those by the directions: [K, P].
 
     No tensor may be held as a Tucker product.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from l3d.gradients.factors import Gradients, Rows, matrix_shape
-from l3d_kernels.reference import pieces
+from l3d_kernels.splitting import pieces
 
 
 def truncated(tensors: Tensor, ranks: Sequence[int]) -> list[Tensor]:

@@ -19,7 +19,8 @@ from l3d.decomposition.directions import Directions, Whole
 from l3d.decomposition.flat import flat_residual
 from l3d.decomposition.project import project, project_at, project_topk
 from l3d.gradients.factors import Gradients
-from l3d_kernels import reference
+from l3d_kernels import cpu
+from l3d_kernels.splitting import energy_costs
 
 
 class Objective(NamedTuple):
@@ -137,7 +138,7 @@ def energy(kept: lk.SparseCoefficients, decoder: Directions, plan: Plan) -> Tens
     if not coactive:
         coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in (kept.values, *decoder.parameters()))
-        by_gram, by_tiles = reference.energy_costs(kept.shape, decoder.sizes(), trains)
+        by_gram, by_tiles = energy_costs(kept.shape, decoder.sizes(), trains)
         if n_groups == 1 and by_tiles < by_gram and backend != "triton":  # which has no kernel for it
             return _energy_by_tiles(coefficients[0], decoder)[:, None]
         return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
@@ -159,5 +160,5 @@ def _energy_by_tiles(coefficients: Tensor, decoder: Directions) -> Tensor:
         if isinstance(piece, Whole):
             total = total + (coefficients @ piece.vector).square().sum(1)
         else:
-            total = total + reference.energy_by_tiles(coefficients, *piece.factors())
+            total = total + cpu.energy_by_tiles(coefficients, *piece.factors())
     return total

@@ -1,21 +1,21 @@
-"""Several processes that train one decomposition: what each owns, and what they exchange.
+"""Split one decomposition's training over P processes (ranks) and exchange tensors between them.
 
-One scheme serves both ends. A batch's *rows* are split over the ranks to extract their gradients, the costly passes
-through the model; its *subnetworks* are split for everything after: a rank owns the encoder and decoder directions of
-its K/P subnetworks, their gradients and Adam's moments, from the first step to the last. So neither parameters nor
-optimiser exist whole on any device, and K may grow with the number of devices. Per step there travel
+Two things are split. A batch's *rows* are split over the ranks to extract their gradients, which takes the costly
+passes through the model. The *subnetworks* are split for everything after: a rank owns the encoder and decoder
+directions of its K/P subnetworks, their gradients and Adam's moments, from the first step to the last. So no device
+holds all directions or all of the optimiser's state, and K may grow with the number of devices. Sent per step:
 
-* outputs of the model, where references are drawn from the whole batch: S · (size of an output);
-* the gradients' factors, to everybody: Σ S·T·O + B·T·I, far less than the directions' gradients, which data-parallel
-  training would sum: 2·K·R·Σ(I+O), and which here never travel;
+* the model's outputs, if references are drawn from the whole batch: S · (size of an output);
+* the gradients' factors, to every rank: Σ S·T·O + B·T·I numbers. Data-parallel training would instead sum the
+  directions' gradients, which are far larger, 2·K·R·Σ(I+O), and are never sent here;
 * histograms of magnitudes, for a batch top-k that is exact over all ranks (`batch_topk_over_columns`);
 * for ‖ĝ‖² = Σ_pq c_pᵀ M_pq c_q, the decoder directions that some sample has kept, one rank's at a time: a rank holds
-  its own and one visitor's. What a rank needs of the derivative is that of c_pᵀ M_pp c_p + 2 Σ_{q≠p} c_pᵀ M_pq c_q by
-  its own c_p and V_p, the visitors' taken as constants: the backward pass exchanges nothing.
+  its own and those of one visiting rank. A rank differentiates c_pᵀ M_pp c_p + 2 Σ_{q≠p} c_pᵀ M_pq c_q by its own c_p
+  and V_p, with the visiting directions as constants: the backward pass exchanges nothing.
 
-Whole replicas that sum gradients (DDP) would be simpler still, but hold everything everywhere; splitting the tensors
-instead of the subnetworks would need a sum over ranks inside every product. What is summed over ranks is gathered and
-added in the order of the ranks, so that all of them go on with the same bits.
+Full replicas that sum gradients (DDP) would be simpler, but each would hold all directions. Splitting the tensors
+instead of the subnetworks would need a sum over ranks inside every product. Sums over ranks are gathered and added in
+the order of the ranks, so that every rank continues with the same bits.
 """
 
 import gc
@@ -29,31 +29,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Longer than whatever one rank may have the others wait for, a checkpoint say; a rank that ends is noticed otherwise.
+# Longer than any wait for one rank, such as its writing a checkpoint; `watch` notices a rank that has ended.
 TIMEOUT = timedelta(hours=2)
 
 T = TypeVar("T")
 
 
 class ProcessGroup:
-    """This process among several."""
+    """This process among several, and what it exchanges with the others.
+
+    Attributes: rank (this process's number, from 0), size (the number of processes, P).
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @staticmethod
     def current() -> "ProcessGroup | None":
-        """Return the processes of torch.distributed's default group; None where there is but one."""
+        """Return torch.distributed's default group; None if there is none or it has one process."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return ProcessGroup()
         return None
 
     def share(self, n: int) -> slice:
-        """Return which of n items this rank owns: neighbours, as many for each rank as can be."""
+        """Return the slice of n items that this rank owns: contiguous, sizes differing by at most one between ranks."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def stacked(self, tensor: Tensor) -> Tensor:
-        """Stack every rank's tensor, all of one shape: [P, ...]."""
+        """Stack every rank's tensor in the order of the ranks, all of one shape and dtype: [P, ...]."""
         flat = _bytes(tensor)
         gathered = [torch.empty_like(flat) for _ in range(self.size)]
         dist.all_gather(gathered, flat)
@@ -64,7 +67,7 @@ class ProcessGroup:
         return self.stacked(tensor).sum(0)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Append every rank's tensor [n, ...], of as many rows as each has: [Σ n, ...]."""
+        """Append every rank's tensor [n, ...], where n may differ between ranks: [Σ n, ...]."""
         lengths = self.stacked(torch.tensor(len(tensor), device=tensor.device)).tolist()
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
@@ -72,7 +75,7 @@ class ProcessGroup:
         return torch.cat([each[:length] for each, length in zip(stacked, lengths, strict=True)])
 
     def collect(self, tensor: Tensor) -> Tensor | None:
-        """Append every rank's tensor [n, ...] on the CPU of rank 0, as `gather` does; None on the others."""
+        """Append every rank's tensor [n, ...] as `gather` does, on the CPU of rank 0; None on the others."""
         lengths = self.stacked(torch.tensor(len(tensor), device=tensor.device)).tolist()
         padded = torch.zeros(max(lengths), *tensor.shape[1:], dtype=tensor.dtype)
         padded[: len(tensor)] = tensor.detach()
@@ -85,7 +88,7 @@ class ProcessGroup:
         return torch.cat([each[:length] for each, length in zip(parts, lengths, strict=True)])
 
     def root_mean_squares(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the root mean square entry of every tensor [n, ...] over all ranks, to multiply the tensor by."""
+        """Return each tensor's root mean square over all its entries on all ranks, one number shaped to broadcast."""
         found = []
         for tensor in tensors:
             square = tensor.detach().square().sum()
@@ -95,7 +98,7 @@ class ProcessGroup:
         return found
 
     def visitors(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield the other ranks' tensors [n, ...], one rank's at a time; n may differ, and 0 is passed over."""
+        """Yield the other ranks' tensors [n, ...], one rank at a time; n may differ, ranks with n = 0 are skipped."""
         like = tensors[0]
         lengths = self.stacked(torch.tensor(len(like), device=like.device)).tolist()
         for rank, length in enumerate(lengths):
@@ -111,7 +114,7 @@ class ProcessGroup:
                 yield visiting
 
     def agreed(self, decide: Callable[[], T]) -> T:
-        """Decide on rank 0 for all, or raise there what all of them then raise."""
+        """Call `decide` on rank 0 and return its result on every rank; if it raises, every rank raises its error."""
         found: list[tuple[T | None, Exception | None]] = [(None, None)]
         if self.rank == 0:
             try:
@@ -126,12 +129,15 @@ class ProcessGroup:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Read a tensor as bytes, which every backend can send whatever the dtype."""
+    """View a tensor as bytes [nbytes], which every backend can send, whatever the dtype."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def start() -> ProcessGroup | None:
-    """Join the processes that torchrun has started beside this one; None where it has not."""
+    """Join the processes that torchrun has started; None if it has started at most one.
+
+    Raises ValueError if torch was built without torch.distributed.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     if not dist.is_available():
@@ -145,12 +151,15 @@ def start() -> ProcessGroup | None:
 
 
 def leave() -> None:
-    """Leave the processes that `start` has joined; all of them must. The first leaves last: with it the store goes."""
-    gc.collect()  # a run that is no longer used refers to the group, whose threads must not outlive the interpreter
+    """Leave the group that `start` has joined; every process must call this.
+
+    Rank 0 leaves last, after the others or 10 s: it holds the store, which they still use.
+    """
+    gc.collect()  # unused runs refer to the group, whose threads must not outlive the interpreter
     store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     dist.barrier()
     if rank == 0:
-        with suppress(RuntimeError):  # one that has ended meanwhile needs no waiting for
+        with suppress(RuntimeError):  # a rank that has ended in the meantime
             store.wait([f"l3d/left/{other}" for other in range(1, size)], timedelta(seconds=10))
         dist.destroy_process_group()
     else:

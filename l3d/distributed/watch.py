@@ -1,9 +1,9 @@
-"""Notice that another process of the run has ended, and end with a message instead of waiting for it forever.
+"""Watch the other processes of a run; when one ends, print how to resume and exit instead of waiting forever.
 
-A rank that dies leaves the others in a collective operation. With gloo it raises, soon; with NCCL, or where a process
-hangs, nothing happens before a timeout of hours; and torchrun sends SIGTERM, which Python cannot act on while it waits
-inside a library. So a thread counts a heartbeat up in torch.distributed's store, looks at the others', and answers
-signals: in each case it prints where to go on, and ends the process.
+When a rank dies, the others are waiting for it in a collective operation. With gloo the operation soon raises. With
+NCCL, or if a process hangs, nothing happens before a timeout of hours. torchrun sends SIGTERM, which Python cannot
+handle while it waits inside a library. So one thread increments a heartbeat in torch.distributed's store and reads the
+others', and another receives signals; either prints how to resume and ends the process.
 """
 
 import os
@@ -22,7 +22,7 @@ from l3d.distributed import process_group as processes
 from l3d.distributed.process_group import ProcessGroup
 
 BEAT = 1.0  # seconds between heartbeats
-SILENCE = 20.0  # seconds without one after which a rank counts as dead
+SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as dead
 STATUS = 3  # the exit status of a process that ends because another has
 
 
@@ -33,9 +33,10 @@ def is_first() -> bool:
 
 @contextmanager
 def together(advice: Callable[[str], str]) -> Iterator[None]:
-    """Where torchrun has started several processes, join them while the block runs, and end when one of them does.
+    """Join the processes that torchrun has started while the block runs; end this one if another ends.
 
-    advice: what to say then, given the command that goes on.
+    A single process runs the block as it is. advice: returns the message to print then, given the command that resumes
+    the run.
     """
     joined = processes.start()
     if joined is None:
@@ -49,30 +50,31 @@ def together(advice: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
-    """While the block runs, end this process when another one has ended or SIGTERM comes; say `advice()` then.
+    """While the block runs, print `advice()` and exit when another process has ended or SIGTERM arrives.
 
-    A failing collective operation, which is how gloo tells, ends in the same way.
+    A collective operation that fails, which is how gloo reports a dead process, ends this process too.
     """
 
     def end(reason: str, status: int) -> None:
         print(f"l3d: rank {group.rank}: {reason}; {advice()}", file=sys.stderr, flush=True)
-        os._exit(status)  # not sys.exit: the main thread may wait in a collective operation forever
+        os._exit(status)  # not sys.exit: the main thread may be waiting in a collective operation
 
     done = threading.Event()
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)  # the descriptor below tells the thread
-    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    # an empty handler: the thread reads the signal from the socket
+    terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     threads = [
-        threading.Thread(target=_answer_signals, args=(reader, end), daemon=True),
+        threading.Thread(target=_answer_signals, args=(receiver, end), daemon=True),
         threading.Thread(target=_beat, args=(group, done, end), daemon=True),
     ]
     for thread in threads:
         thread.start()
     try:
         yield
-        dist.barrier()  # the store lies with one of them: nobody leaves before all are done
-    except RuntimeError as error:  # dist.DistError is one
+        dist.barrier()  # rank 0 holds the store: no process leaves before all are done
+    except RuntimeError as error:  # dist.DistError is a subclass
         if not _is_lost_connection(error):
             raise
         end(f"another process has ended ({str(error).splitlines()[0]})", STATUS)
@@ -80,32 +82,35 @@ def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
         done.set()
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, terminate)
-        writer.close()
-        threads[1].join()  # before the store may go away
+        sender.close()
+        threads[1].join()  # it uses the store, which rank 0 may close next
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
+    """Tell whether an error of a collective operation means that another process has gone."""
     return isinstance(error, dist.DistError) or any(
         word in str(error) for word in ("Connection", "connection", "gloo", "NCCL", "Gloo", "Broken pipe")
     )
 
 
-def _answer_signals(reader: socket.socket, end: Callable[[str, int], None]) -> None:
-    while received := reader.recv(1):
+def _answer_signals(receiver: socket.socket, end: Callable[[str, int], None]) -> None:
+    """Read signal numbers from the socket, one byte each, and end the process on SIGTERM."""
+    while received := receiver.recv(1):
         if received[0] == signal.SIGTERM:
-            end("told to end (SIGTERM), as torchrun does when another process has ended", STATUS)
+            end("received SIGTERM, which torchrun sends when another process has ended", STATUS)
 
 
 def _beat(group: ProcessGroup, done: threading.Event, end: Callable[[str, int], None]) -> None:
-    """Count this rank's heartbeat up and watch the others', until `done`."""
+    """Increment this rank's heartbeat every `BEAT` seconds and check the others', until `done` is set."""
     try:
+        # a connection of its own: the default one may be blocked
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=SILENCE),
-        )  # a connection of its own: another may be blocked
+        )
         last = {rank: (0, time.monotonic()) for rank in range(group.size) if rank != group.rank}
         while not done.wait(BEAT):
             store.add(f"l3d/beat/{group.rank}", 1)
@@ -114,7 +119,7 @@ def _beat(group: ProcessGroup, done: threading.Event, end: Callable[[str, int], 
                 if found != count:
                     last[rank] = (found, time.monotonic())
                 elif time.monotonic() - since > SILENCE and not store.check([f"l3d/done/{rank}"]):
-                    end(f"rank {rank} has given no sign of life for {SILENCE:.0f} s", STATUS)
+                    end(f"rank {rank} has sent no heartbeat for {SILENCE:.0f} s", STATUS)
         store.set(f"l3d/done/{group.rank}", "1")
     except (RuntimeError, OSError) as error:
         if not done.is_set():

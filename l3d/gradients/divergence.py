@@ -1,6 +1,7 @@
-"""What is differentiated: a scalar divergence per sample between the model's output and a reference output.
+"""Compute the divergence per sample between the model's output and a reference output, and its gradient.
 
-Built in: "mse", "mse_published" and "kl"; or any callable f(output [S, ...], reference [S, ...]) -> [S].
+Built in are "mse", "mse_published" and "kl"; the user may pass any callable
+f(output [S, ...], reference [S, ...]) -> [S].
 """
 
 import math
@@ -24,9 +25,9 @@ def mse(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def mse_published(output: Tensor, reference: Tensor) -> Tensor:
-    """The published toy code's divergence, mean of f·(f − y): its gradient is (2f − y)/n, not the MSE's. [S]
+    """The published toy code's divergence, the mean of f·(f − y): [S]. Its gradient is (2f − y)/n, not the MSE's.
 
-    Kept for comparison with published figures; never compare errors across the two.
+    Kept for comparison with published figures; errors under the two divergences cannot be compared.
     """
     return (output * (output - reference.detach())).reshape(output.shape[0], -1).mean(1)
 
@@ -50,13 +51,13 @@ def _kl_gradient(output: Tensor, reference: Tensor) -> Tensor:
 
 
 BY_NAME: dict[str, Divergence] = {"mse": mse, "mse_published": mse_published, "kl": kl}
-# their gradients to the output, written out: autograd would cost a toy's step more than its forward pass
+# gradients with respect to the output, by formula: on a toy, autograd would cost more than the forward pass
 GRADIENTS = ((mse, _mse_gradient), (mse_published, _mse_published_gradient), (kl, _kl_gradient))
 REFERENCES = ("sample", "mean", "uniform", "pair")
 
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
-    """Look a divergence up by name, or take a callable as it is."""
+    """Return the divergence with this name, or the callable itself. Raises ValueError for anything else."""
     if callable(divergence):
         return divergence
     if not isinstance(divergence, str) or divergence not in BY_NAME:
@@ -65,7 +66,7 @@ def resolve_divergence(divergence: str | Divergence) -> Divergence:
 
 
 def check_reference(reference: str | Tensor) -> str | Tensor:
-    """Refuse a reference that is neither a known name nor a tensor."""
+    """Return the reference if it is a known name or a tensor; raise ValueError if not."""
     if isinstance(reference, Tensor) or (isinstance(reference, str) and reference in REFERENCES):
         return reference
     raise ValueError(f"reference: expected {', '.join(REFERENCES)} or a tensor, got {reference!r}")
@@ -82,14 +83,16 @@ def reference_outputs(
     """Return the reference output of every sample: [S, ...].
 
     Args:
-        reference: "sample" (another sample's output, drawn at random), "mean" (kl: of the probabilities),
-            "uniform" (kl: equal logits; else zeros), "pair" (the contrast's outputs), or a tensor [S, ...],
-            [B, samples per row, ...], of the whole output's shape, or of one sample's, for all.
+        reference: "sample" (another sample's output, drawn at random), "mean" (the mean output; for kl, the mean of
+            the probabilities), "uniform" (equal logits for kl, else zeros), "pair" (the contrast's outputs), or a
+            tensor: [S, ...], [B, samples per row, ...], the model output's shape, or one sample's shape for all.
         outputs: [S, ...] the model's own outputs, detached.
-        contrast: [S, ...] the contrasting inputs' outputs, for "pair".
+        contrast: [S, ...] the contrast inputs' outputs, for "pair".
         is_kl: whether outputs are logits of a KL divergence.
-        generator: draws for "sample".
-        samples: which entries of the model's output the samples are, where a tensor may be given by row.
+        generator: CPU generator that draws for "sample".
+        samples: which entries of the model's output are samples; needed for a tensor given by row.
+
+    Raises ValueError for a tensor of another shape, and for "sample" with a single sample.
     """
     n_samples = outputs.shape[0]
     if isinstance(reference, Tensor):
@@ -128,7 +131,8 @@ def reference_outputs(
 def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor) -> Tensor:
     """Return ∂D_s/∂f_s of every sample: [S, ...], the shape of `outputs`.
 
-    Raises ValueError where the divergence does not return one scalar per sample, or is not finite.
+    Raises ValueError if the divergence does not return one number per sample, or if the references or the gradient are
+    not finite.
     """
     if not torch.isfinite(references).all():
         raise ValueError("reference: holds NaN or infinity")

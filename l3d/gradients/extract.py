@@ -1,13 +1,13 @@
-"""Per-sample gradients of a model: one forward pass, one backward pass of the whole batch per target position.
+"""Extract per-sample gradients: one forward pass, then one backward pass of the whole batch per target position.
 
-No weight gradient of a layer with a rule is computed. Backward passes start at the output (for language models below
-the last layer's attention, since above it one pass serves all positions), stop at the first decomposed layer, and on
-their way leave behind, at each layer that uses a chosen parameter, what came back. With what the layer saw, that is the
-gradient in factors.
+A backward pass starts at the output and stops at the first decomposed layer. For language models one pass serves all
+positions down to the last layer's attention, and the passes per position start below it. At each layer that uses a
+chosen parameter the pass records the output gradient dy; with the layer input x, dy gives the per-sample gradient as
+factors. No weight gradient of a layer with a rule is computed.
 
-The uses of a parameter are read off the autograd graph (`graph`); a rule per layer kind turns each into a part
-(`rules`). Whatever has no rule is pulled back sample by sample, exactly: through its own node if the batch can
-be told apart there, else from the output.
+The uses of a parameter are read from the autograd graph (`graph`); a rule per kind of layer turns each use into a part
+(`rules`). A use without a rule is differentiated exactly, sample by sample: at its own node if the batch's rows can be
+separated there, else by a backward pass from the output.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from l3d.data.batch import check_logits, check_tokens, count_rows_of, join, without_label
+from l3d.data.batch import count_rows_of, join, without_label
 from l3d.gradients import divergence as div
+from l3d.gradients.checks import check_logits, check_tokens
 from l3d.gradients.factors import Dense, Gradients, Part, combine, compact
 from l3d.gradients.graph.graph import Use, n_outputs, no_gradient, output_shape, read_graph
 from l3d.gradients.graph.layout import Layout, find_layouts
@@ -28,7 +29,7 @@ from l3d.gradients.graph.positions import last_apart, positionwise_head
 from l3d.gradients.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.gradients.precision import own_precision
 from l3d.gradients.rules import has_rule, part_of
-from l3d.gradients.samples import Samples, Share, check_same_padding, padding_mask
+from l3d.gradients.samples import BatchPart, Samples, check_same_padding, padding_mask
 
 
 def extract_gradients(
@@ -40,23 +41,23 @@ def extract_gradients(
     positions: str | int = "all",
     generator: torch.Generator | None = None,
 ) -> Gradients:
-    """Return every sample's gradient g_s = ∇_W D(f(x_s, W), y_s), in factors.
+    """Return every sample's gradient g_s = ∇_W D(f(x_s, W), y_s), as factors.
 
     Args:
-        model: in evaluation mode; it comes back exactly as it was.
+        model: in evaluation mode; its state is unchanged afterwards.
         inputs: a batch of B rows: a tensor, or a mapping (passed as keyword arguments). Of a tuple such as (input,
-            label) the first counts, except that reference="pair" takes (inputs, contrasting inputs). Where a mapping
-            holds an `attention_mask` [B, T], positions that it hides are no samples, nor references of any.
+            label) the first entry is used, except that reference="pair" takes (inputs, contrast inputs). If a mapping
+            holds an `attention_mask` [B, T], positions where it is 0 are not samples, nor references of samples.
         divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
         reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...], or one
             output for all samples.
         params: glob, list of globs, or None for all parameters.
-        positions: "all", "last", or how many to draw per row, where the divergence is "kl" or a callable and the
+        positions: "all", "last", or how many to draw per row. Applies if the divergence is "kl" or a callable and the
             output has three or more dimensions: then every chosen position of every row is a sample, row by row.
             Otherwise a row is a sample.
-        generator: a CPU generator for drawn references and positions.
+        generator: a CPU generator that draws references and positions.
 
-    Raises ValueError on bad arguments, a model in training mode whose dropout or batch norm would act, and
+    Raises ValueError for invalid arguments, for a model whose dropout or batch norm is in training mode, and for
     outputs that are not finite.
 
     >>> model = nn.Linear(3, 2)
@@ -68,7 +69,7 @@ def extract_gradients(
 
 
 class Extractor:
-    """Extract gradients of many batches with one set of choices; arguments as in `extract_gradients`."""
+    """Extract the gradients of many batches with the same settings; arguments as in `extract_gradients`."""
 
     def __init__(
         self,
@@ -90,11 +91,13 @@ class Extractor:
         self.parameters = select_parameters(model, params)
         self._output_width: tuple[int, ...] | None = None
         self._batches = 0
-        self.rows_stay = False  # of the last batch: that its rows are independent was seen in the graph alone
-        self.graph_bytes = 0  # that its graph held, about
+        self.rows_stay = False  # whether the last batch's graph alone shows that its rows are independent
+        self.graph_bytes = 0  # about what the last batch's graph held
 
-    def __call__(self, inputs: Any, generator: torch.Generator | None = None, share: Share | None = None) -> Gradients:
-        """Return the gradients of one batch, or of the rows of a larger one: then `share` says which they are."""
+    def __call__(
+        self, inputs: Any, generator: torch.Generator | None = None, batch_part: BatchPart | None = None
+    ) -> Gradients:
+        """Return the gradients of one batch, or of some rows of a larger one, at the place that `batch_part` gives."""
         contrast_inputs = None
         if isinstance(self.reference, str) and self.reference == "pair":
             if not (isinstance(inputs, (tuple, list)) and len(inputs) == 2):
@@ -110,10 +113,10 @@ class Extractor:
                 with torch.no_grad():
                     contrast_output = run_fixed(self.model, contrast_inputs)
             with own_precision():
-                samples = Samples(output, self.positions, self.is_kl, generator, mask, share)
+                samples = Samples(output, self.positions, self.is_kl, generator, mask, batch_part)
                 outputs = self._outputs_of(samples, output)
                 contrast = None if contrast_output is None else samples.gather(contrast_output)
-                references = self._references(outputs, contrast, samples, generator, share)
+                references = self._references(outputs, contrast, samples, generator, batch_part)
                 d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
                 gradients = self._gradients(output, samples, d_out)
         return gradients if samples.kept is None else gradients.select(samples.kept)
@@ -121,11 +124,11 @@ class Extractor:
     def several(
         self, batches: Sequence[Any], generators: Sequence[torch.Generator]
     ) -> tuple[Gradients, list[int]] | None:
-        """Return the gradients of several batches, as one by one but for rounding, from one pass over their rows.
+        """Return the gradients of several batches from one pass over all their rows, equal up to rounding.
 
-        All samples one after the other, and how many each batch has. None where the batches cannot be joined: they are
-        pairs, have padding, or differ in more than their rows. What comes is wrong for a model that mixes rows:
-        `rows_stay` must have been seen True.
+        Returns (gradients of all samples in the order of the batches, number of samples per batch). Returns None if
+        the batches cannot be joined: they are pairs, have padding, differ in more than their rows, or the reference is
+        a tensor. The result is wrong for a model that mixes rows: call only after `rows_stay` was True.
         """
         rows = [without_label(batch) for batch in batches]
         masks = [mask for batch in rows if (mask := padding_mask(batch, self.model)) is not None]
@@ -150,13 +153,13 @@ class Extractor:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """Record the uses of the chosen parameters, whatever mode the caller is in."""
+        """Let autograd record the uses of the chosen parameters, even if the caller has turned it off."""
         check_fixed(self.model)
         with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
             yield
 
     def _outputs_of(self, samples: Samples, output: Tensor) -> Tensor:
-        """Return the samples' outputs, checked: [S, ...]."""
+        """Check the samples' outputs and return them: [S, ...]."""
         self._check_width(samples)
         outputs = samples.gather(output.detach())
         if self.is_kl and self._batches == 0:
@@ -165,7 +168,7 @@ class Extractor:
         return outputs
 
     def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:
-        """Turn the gradient at the outputs into gradients of the parameters, padding included."""
+        """Return the parameters' gradients, padding included, from the gradient at the outputs, d_out [B·P, ...]."""
         with torch.no_grad():
             parts = self._backward(output, samples, d_out)
         shapes = {name: p.shape for name, p in self.parameters.items()}
@@ -175,15 +178,15 @@ class Extractor:
         return Gradients(compacted, shapes, samples.count, dtype, output.device)
 
     @torch.no_grad()
-    def outputs(self, inputs: Any, generator: torch.Generator | None, share: Share) -> Tensor:
-        """Return the samples' outputs alone, of the rows of a larger batch: [s, ...]."""
+    def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart) -> Tensor:
+        """Return only the samples' outputs, for some rows of a larger batch: [s, ...]."""
         inputs = without_label(inputs)
         output = run_fixed(self.model, inputs)
         mask = padding_mask(inputs, self.model)
-        return Samples(output, self.positions, self.is_kl, generator, mask, share).gather(output)
+        return Samples(output, self.positions, self.is_kl, generator, mask, batch_part).gather(output)
 
     def is_per_sample(self) -> bool:
-        """Tell whether the reference is a tensor with an output for every sample, which stands for one batch's rows."""
+        """Tell whether the reference is a tensor with one output per sample, which is valid for one batch only."""
         return isinstance(self.reference, Tensor) and self.reference.shape != self._output_width
 
     def needs_whole(self) -> bool:
@@ -196,19 +199,19 @@ class Extractor:
         contrast: Tensor | None,
         samples: Samples,
         generator: torch.Generator | None,
-        share: Share | None,
+        batch_part: BatchPart | None,
     ) -> Tensor:
-        """Return the reference outputs of the samples at hand: [s, ...]."""
+        """Return these samples' reference outputs: [s, ...]."""
         reference = self.reference
-        if share is None:
+        if batch_part is None:
             return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
         if self.needs_whole():
-            whole = div.reference_outputs(reference, share.whole(outputs), None, self.is_kl, generator)
-            first = share.start * samples.per_row
+            whole = div.reference_outputs(reference, batch_part.whole(outputs), None, self.is_kl, generator)
+            first = batch_part.start * samples.per_row
             return whole[first : first + samples.count]
         if isinstance(reference, Tensor) and reference.shape != samples.width:
-            per_row = reference.shape[0] // share.n_rows  # by sample or by row
-            reference = reference[share.start * per_row : (share.start + samples.n_rows) * per_row]
+            per_row = reference.shape[0] // batch_part.n_rows  # 1 or P: the reference is given by row or by sample
+            reference = reference[batch_part.start * per_row : (batch_part.start + samples.n_rows) * per_row]
         return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
 
     def _forward(self, inputs: Any) -> Tensor:
@@ -229,7 +232,7 @@ class Extractor:
         return output
 
     def _check_is_batch(self, inputs: Any, output: Tensor) -> None:
-        """Refuse a single row where a batch is expected: its entries would pass for rows, the output's for samples."""
+        """Raise ValueError for a single row instead of a batch: its entries would be taken as rows and samples."""
         if not (isinstance(inputs, Tensor) and inputs.ndim == 1 and len(inputs) > 1):
             return
         with torch.no_grad():
@@ -244,6 +247,7 @@ class Extractor:
             )
 
     def _check_width(self, samples: Samples) -> None:
+        """Raise ValueError if a sample's output has another shape than in earlier batches."""
         width = tuple(samples.width)
         if self._output_width not in (None, width):
             raise ValueError(
@@ -252,17 +256,18 @@ class Extractor:
         self._output_width = width
 
     def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
-        """Turn the gradient at the outputs [B·P, ...] into the parts of every parameter's gradient."""
+        """Return the parts of every parameter's gradient from the gradient at the outputs, d_out [B·P, ...]."""
         assert output.grad_fn is not None
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
         uses, layouts = graph.uses, find_layouts(output, graph)
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
-        late = {use.name for use in uses if layouts[use.node] is None}
-        late |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
-        late |= {name for name, p in self.parameters.items() if p._backward_hooks}  # which only the engine calls
-        if graph.opaque:  # what looks unused may be used where the graph does not tell
-            late |= set(self.parameters)
-        uses = [use for use in uses if use.name not in late]
+        from_output = {use.name for use in uses if layouts[use.node] is None}
+        from_output |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
+        # only autograd's engine calls a parameter's hooks
+        from_output |= {name for name, p in self.parameters.items() if p._backward_hooks}
+        if graph.opaque:  # the graph may lack uses of any parameter
+            from_output |= set(self.parameters)
+        uses = [use for use in uses if use.name not in from_output]
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
 
         starts: list[Any] = [output]
@@ -276,23 +281,23 @@ class Extractor:
                 if edge is not None:
                     edge = last_apart(edge, samples.n_rows, samples.n_positions)
                 edges = [GradientEdge(node, 0)] + ([] if edge is None else [edge])
-                returned = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
-                starts, grad_outputs = [edge], samples.one_by_one(returned[-1])
-                for use in at_head:  # one row per sample: its own position's
-                    dy = samples.own_rows(returned[0])
+                at_edges = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
+                starts, grad_outputs = [edge], samples.one_by_one(at_edges[-1])
+                for use in at_head:  # a sample's only row is that of its own position
+                    dy = samples.own_rows(at_edges[0])
                     part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
                     parts[use.name].append(part)
-        dys = self._returned(starts, grad_outputs, samples.per_row, uses, layouts)
+        dys = self._output_gradients(starts, grad_outputs, samples.per_row, uses, layouts)
         for use in uses:
             layout = layouts[use.node]
             assert layout is not None
             parts[use.name].append(part_of(use, layout, dys[use.node], self.parameters[use.name]))
-        for name, part in self._from_output(output, samples, d_out, sorted(late)).items():
+        for name, part in self._from_output(output, samples, d_out, sorted(from_output)).items():
             parts[name] = [part]
         return parts
 
     @staticmethod
-    def _returned(
+    def _output_gradients(
         starts: list[Any],
         grad_outputs: Iterable[Tensor],
         per_row: int,
@@ -304,7 +309,7 @@ class Extractor:
         if not nodes:
             return {}
         edges = [GradientEdge(node, 0) for node in nodes]
-        collected: dict[Node, Tensor] = {}  # [B, P, m, *rest], sequence-major; each pass is put in its place at once
+        collected: dict[Node, Tensor] = {}  # [B, P, m, *rest], sequence-major; each pass fills one position
         for position, grad_output in enumerate(grad_outputs):
             grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
             for node, grad in zip(nodes, grads, strict=True):
@@ -320,7 +325,7 @@ class Extractor:
         return {node: rows.flatten(0, 1) for node, rows in collected.items()}
 
     def _from_output(self, output: Tensor, samples: Samples, d_out: Tensor, names: list[str]) -> dict[str, Part]:
-        """The last resort, exact for anything autograd can do: a backward pass from the output per sample."""
+        """Compute dense gradients by a backward pass from the output per sample: slow, exact wherever autograd is."""
         if not names:
             return {}
         grads: dict[str, list[Tensor]] = {name: [] for name in names}

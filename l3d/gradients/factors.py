@@ -1,12 +1,12 @@
-"""The data format of per-sample gradients: short sums of outer products, or small dense arrays.
+"""Define the data format of per-sample gradients: short sums of outer products, or small dense arrays.
 
-For a parameter stored as a tensor [d0, d1, ...], read as a matrix [d0, d1*...], sample s's gradient is the sum of
-its parts' contributions. A part is one of
+A parameter stored as a tensor [d0, d1, ...] is read as a matrix [d0, d1*...]. The gradient of sample s is the sum of
+its parts. A part is one of
 
-* `Rows`: what a layer saw and what came back, G_s = Σ_t dy[s, t] (x) x[s // (S // B), t], never multiplied out;
+* `Rows`: the layer inputs x and output gradients dy, G_s = Σ_t dy[s, t] ⊗ x[s // (S // B), t], not multiplied out;
 * `Dense`: the gradient itself, for vectors and wherever it is smaller than its factors.
 
-A parameter that the output does not depend on has no parts. Letters: B sequences, S samples (sequence-major),
+A parameter on which the output does not depend has no parts. Letters: B sequences, S samples (sequence-major),
 T positions that share the weight, I and O the widths of x and dy.
 """
 
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels import reference
+from l3d_kernels import splitting
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A gradient as rows: G_s = Σ_t dy[s, t] (x) x[s // (S // B), t], or its transpose."""
+    """A gradient as layer inputs and output gradients, G_s = Σ_t dy[s, t] ⊗ x[s // (S // B), t], or its transpose."""
 
-    x: Tensor  # [B, T, I], or int64 [B, T]: indices that stand for one-hot rows
+    x: Tensor  # [B, T, I], or int64 [B, T]: indices of one-hot rows
     dy: Tensor  # [S, T, O]
     x_axis: int  # 1: x runs along the stored matrix's columns (Linear); 0: along its rows (Conv1D of GPT-2, Embedding)
 
     def materialize(self, shape: tuple[int, int]) -> Tensor:
         """Multiply out: [S, *shape] for a parameter stored as the matrix `shape`."""
-        grad = reference.outer(self.x, self.dy, shape[self.x_axis])
+        grad = splitting.outer(self.x, self.dy, shape[self.x_axis])
         return grad if self.x_axis == 1 else grad.mT
 
     def squared_norm(self, backend: str = "auto") -> Tensor:
@@ -38,24 +38,24 @@ class Rows:
         return lk.squared_gradient_norm(self.x, self.dy, backend=backend)
 
     def side(self, axis: int) -> Tensor:
-        """Return the rows along the stored matrix's `axis`, one set per sample: [S, T, D] or indices [S, T]."""
+        """Return each sample's rows along the stored matrix's `axis`: [S, T, D], or indices [S, T]."""
         if axis != self.x_axis:
             return self.dy
         return self.x.repeat_interleave(self.dy.shape[0] // self.x.shape[0], 0)
 
     def select(self, samples: Tensor) -> "Rows":
-        """Take some samples [n], each then with a sequence of its own."""
+        """Return the given samples, int64 [n]; each then has its own copy of its sequence's rows of x."""
         return Rows(self.x[samples // (self.dy.shape[0] // self.x.shape[0])], self.dy[samples], self.x_axis)
 
     def to(self, like: Tensor) -> "Rows":
-        """Move to another tensor's device, and the floating tensors to its dtype."""
+        """Move to the device of `like`, and the floating-point tensors to its dtype."""
         x = self.x.to(like) if self.x.is_floating_point() else self.x.to(like.device)
         return Rows(x, self.dy.to(like), self.x_axis)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A gradient as it is."""
+    """A gradient in full, one tensor per sample."""
 
     grad: Tensor  # [S, *shape of the parameter]
 
@@ -64,15 +64,15 @@ class Dense:
         return self.grad.reshape(-1, *shape)
 
     def squared_norm(self, backend: str = "auto") -> Tensor:
-        """Return ‖G_s‖²: [S]; torch alone computes it."""
+        """Return ‖G_s‖²: [S]. `backend` has no effect: there is no kernel for it."""
         return self.grad.reshape(self.grad.shape[0], -1).square().sum(1)
 
     def select(self, samples: Tensor) -> "Dense":
-        """Take some samples [n]."""
+        """Return the given samples, int64 [n]."""
         return Dense(self.grad[samples])
 
     def to(self, like: Tensor) -> "Dense":
-        """Move to another tensor's device and dtype."""
+        """Move to the device and dtype of `like`."""
         return Dense(self.grad.to(like))
 
 
@@ -80,15 +80,20 @@ Part = Rows | Dense
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Read a parameter's shape as a matrix: axis 0, and all the rest. A scalar or vector is a single column."""
+    """Read a parameter's shape as a matrix: axis 0, and all other axes. A scalar or vector is a single column."""
     return (shape[0] if shape else 1), shape[1:].numel()
 
 
-@dataclass
+@dataclass(repr=False)
 class Gradients:
     """Per-sample gradients of the chosen parameters, for S samples.
 
-    `parts[name]` holds the parts whose sum is the gradient; `shapes[name]` is the parameter's shape.
+    Attributes:
+        parts: by parameter, the parts whose sum is its gradient; none if it is zero.
+        shapes: by parameter, its shape.
+        n_samples: S.
+        dtype: of the gradients and of all sums over them; the factors may be held in a narrower one.
+        device: of the factors.
     """
 
     parts: dict[str, list[Part]]
@@ -96,12 +101,21 @@ class Gradients:
     n_samples: int
     dtype: torch.dtype
     device: torch.device
-    _matrices: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
-    _within: tuple["Gradients", int, int] | None = field(default=None, repr=False)  # of more samples: from, to
+    _matrices: dict[str, Tensor] = field(default_factory=dict)
+    _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    _within: tuple["Gradients", int, int] | None = None  # (whole, start, stop) if `between` cut these samples
+
+    def __repr__(self) -> str:
+        """Describe the gradients without their numbers: one line in all, then one line per parameter."""
+        first = (
+            f"Gradients: {self.n_samples} samples, {len(self.shapes)} tensors, {self.dtype}, {self.device}, "
+            f"{self.nbytes()} bytes"
+        )
+        held = {name: " + ".join(map(_describe, self.parts[name])) or "zero" for name in self.shapes}
+        return "\n".join([first, *(f"  {name} {list(shape)}: {held[name]}" for name, shape in self.shapes.items())])
 
     def matrix(self, name: str) -> Tensor:
-        """Return one parameter's gradients multiplied out as matrices [S, d0, rest], remembered for the batch."""
+        """Return one parameter's gradients multiplied out as matrices [S, d0, d1*...]; the result is cached."""
         if name not in self._matrices:
             shape = matrix_shape(self.shapes[name])
             total: Tensor | None = None
@@ -114,24 +128,24 @@ class Gradients:
         return self._matrices[name]
 
     def flat(self, names: Sequence[str]) -> Tensor:
-        """Return all gradients multiplied out, parameter by parameter as listed: [S, all entries], remembered."""
+        """Return all gradients multiplied out, in the order of `names`: [S, all entries]; the result is cached."""
         key = tuple(names)
         if key not in self._flat:
             n_entries = sum(shape.numel() for shape in self.shapes.values())
-            if self._within is not None and self._within[0].n_samples * n_entries <= reference.CHUNK:
+            if self._within is not None and self._within[0].n_samples * n_entries <= splitting.CHUNK:
                 whole, start, stop = self._within
-                self._flat[key] = whole.flat(key)[start:stop]  # once for all neighbours, while that is little
+                self._flat[key] = whole.flat(key)[start:stop]  # small: multiply out once for all slices of the whole
             else:
                 self._flat[key] = torch.cat([self.matrix(name).flatten(1) for name in key], 1)
         return self._flat[key]
 
     def fits_whole(self, name: str) -> bool:
-        """Tell whether one parameter's gradients may be held multiplied out: no more than their factors, or small."""
+        """Tell whether one parameter's gradients, multiplied out, are no larger than their factors, or small."""
         held = sum(tensor.numel() for owner, tensor in self.tensors() if owner == name)
-        return self.n_samples * self.shapes[name].numel() <= max(held, reference.CHUNK)
+        return self.n_samples * self.shapes[name].numel() <= max(held, splitting.CHUNK)
 
     def materialize(self) -> dict[str, Tensor]:
-        """Multiply everything out: {name: [S, *shape]}. As the model has them; training uses `matrix` and `flat`."""
+        """Multiply everything out: {name: [S, *shape]}. Training uses `matrix` and `flat`, which keep results."""
         return {name: self.matrix(name).reshape(-1, *shape) for name, shape in self.shapes.items()}
 
     def squared_norm(self, backend: str = "auto") -> Tensor:
@@ -142,8 +156,9 @@ class Gradients:
         return total
 
     def _squared_norm_of(self, name: str, backend: str) -> Tensor:
+        """Return ‖G_s‖² of one parameter, [S], from its matrices if they are cached, else from its parts."""
         if name in self._matrices:
-            return torch.linalg.vector_norm(self._matrices[name], dim=(1, 2)).square()  # squares are never held
+            return torch.linalg.vector_norm(self._matrices[name], dim=(1, 2)).square()  # without a tensor of squares
         parts = self.widened(name)
         if any(isinstance(part, Dense) for part in parts) and len(parts) > 1:
             return self.matrix(name).square().sum((1, 2))
@@ -155,54 +170,54 @@ class Gradients:
         return total
 
     def select(self, samples: Tensor) -> "Gradients":
-        """Take some samples [n], in that order."""
+        """Return the gradients of the given samples, int64 [n], in that order; repeats are allowed."""
         samples = samples.to(self.device)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         parts = {name: [part.select(samples).to(like) for part in parts] for name, parts in self.parts.items()}
         return Gradients(parts, self.shapes, len(samples), self.dtype, self.device)
 
     def held_in(self, dtype: torch.dtype) -> "Gradients":
-        """Hold the factors in a narrower dtype; widened again where they are multiplied, tensor by tensor."""
+        """Return these gradients with factors in a narrower dtype; each is widened again where it is multiplied."""
         like = torch.empty(0, dtype=dtype, device=self.device)
         parts = {name: [part.to(like) for part in parts] for name, parts in self.parts.items()}
         return Gradients(parts, self.shapes, self.n_samples, self.dtype, self.device)
 
     def widened(self, name: str) -> list[Part]:
-        """Return one parameter's parts in the dtype of the sums."""
+        """Return one parameter's parts in the gradients' dtype."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return [part.to(like) for part in self.parts[name]]
 
     def per_sequence(self) -> int:
-        """Return how many samples share a sequence: S / B; 1 where nothing tells."""
+        """Return the number of samples per sequence, S / B; 1 if no part has rows."""
         rows = [part for parts in self.parts.values() for part in parts if isinstance(part, Rows) and len(part.x)]
         return max((part.dy.shape[0] // part.x.shape[0] for part in rows), default=1)
 
     def between(self, start: int, stop: int) -> "Gradients":
-        """Take neighbouring samples, without a copy; both ends lie between sequences."""
+        """Return samples start to stop as views, without a copy; both must be multiples of `per_sequence()`."""
 
         def cut(part: Part) -> Part:
             if isinstance(part, Dense):
                 return Dense(part.grad[start:stop])
-            share = part.dy.shape[0] // part.x.shape[0]
-            return Rows(part.x[start // share : stop // share], part.dy[start:stop], part.x_axis)
+            per_sequence = part.dy.shape[0] // part.x.shape[0]
+            return Rows(part.x[start // per_sequence : stop // per_sequence], part.dy[start:stop], part.x_axis)
 
         parts = {name: [cut(part) for part in parts] for name, parts in self.parts.items()}
         within = (self, start, stop)
         return Gradients(parts, self.shapes, stop - start, self.dtype, self.device, _within=within)
 
     def to(self, like: Tensor) -> "Gradients":
-        """Move to another tensor's device and floating dtype; itself where that changes nothing."""
+        """Move to the device and floating-point dtype of `like`; returns self if nothing changes."""
         if (like.dtype, like.device) == (self.dtype, self.device):
             return self
         parts = {name: [part.to(like) for part in parts] for name, parts in self.parts.items()}
         return Gradients(parts, self.shapes, self.n_samples, like.dtype, like.device)
 
     def nbytes(self) -> int:
-        """Count the bytes the factors hold."""
+        """Count the bytes of the factors, without cached matrices."""
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Walk over (parameter name, tensor) of all parts."""
+        """Yield (parameter name, tensor) for the tensors of all parts."""
         for name, parts in self.parts.items():
             for part in parts:
                 if isinstance(part, Dense):
@@ -216,19 +231,19 @@ Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def place_of(tensor: Tensor) -> Place:
-    """Tell tensors apart by the memory they are views of, as layers with the same input (q, k and v) share theirs."""
+    """Identify a tensor by the memory it views: layers with the same input (q, k and v) share one tensor."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def concatenate(batches: Sequence[Gradients]) -> Gradients:
     """Append the samples of several batches of the same parameters.
 
-    Raises ValueError where a parameter's parts are not of the same kinds.
+    Raises ValueError if the parts of a parameter differ in kind between batches.
     """
     first = batches[0]
     if len(batches) == 1:
         return first
-    joined: dict[tuple[Place, ...], Tensor] = {}  # by what is joined: a tensor that parts share stays one
+    joined: dict[tuple[Place, ...], Tensor] = {}  # by the tensors joined: one that parts share is joined once
 
     def append(tensors: list[Tensor]) -> Tensor:
         key = tuple(map(place_of, tensors))
@@ -250,14 +265,22 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
     return Gradients(parts, first.shapes, sum(batch.n_samples for batch in batches), first.dtype, first.device)
 
 
+def _describe(part: Part) -> str:
+    """Say how a part is held, for `Gradients.__repr__`."""
+    if isinstance(part, Dense):
+        return "dense"
+    return f"{'rows' if part.x.is_floating_point() else 'indices'} T={part.dy.shape[1]}"
+
+
 def _kind(part: Part) -> tuple[object, ...]:
+    """Return the properties in which parts must agree to be appended along their samples."""
     if isinstance(part, Dense):
         return ("dense",)
     return part.x_axis, part.x.dtype, part.x.shape[1:], part.dy.shape[1:], part.dy.shape[0] // part.x.shape[0]
 
 
 def combine(parts: list[Part]) -> list[Part]:
-    """Merge parts that can be one: rows of the same kind are appended along T, dense arrays added."""
+    """Merge parts of one kind: rows are appended along T, dense arrays are added."""
     merged: list[Part] = []
     for part in parts:
         for i, other in enumerate(merged):
@@ -271,6 +294,7 @@ def combine(parts: list[Part]) -> list[Part]:
 
 
 def _join(a: Part, b: Part) -> Part | None:
+    """Return the sum of two parts as one part; None if they differ in kind, axis or sequences."""
     if isinstance(a, Dense) and isinstance(b, Dense):
         return Dense(a.grad + b.grad)
     if (
@@ -285,7 +309,7 @@ def _join(a: Part, b: Part) -> Part | None:
 
 
 def compact(part: Part, shape: torch.Size) -> Part:
-    """Multiply rows out where the gradient is smaller than its factors (convolutions: T is large)."""
+    """Multiply rows out if the gradient is no larger than its factors, as for convolutions, where T is large."""
     if isinstance(part, Dense) or not part.x.is_floating_point():
         return part
     if part.dy.shape[0] * shape.numel() > part.x.numel() + part.dy.numel():
@@ -294,7 +318,7 @@ def compact(part: Part, shape: torch.Size) -> Part:
 
 
 def _inner(a: Part, b: Part) -> Tensor:
-    """Inner product of two row parts of one parameter, Σ_tt' (a0_t . b0_t')(a1_t . b1_t'): [S]."""
+    """Inner product of two row parts of one parameter, Σ_tt' (a0_t · b0_t')(a1_t · b1_t'): [S]."""
     assert isinstance(a, Rows)
     assert isinstance(b, Rows)
     return (_side_inner(a.side(0), b.side(0)) * _side_inner(a.side(1), b.side(1))).sum((1, 2))
@@ -306,6 +330,6 @@ def _side_inner(u: Tensor, v: Tensor) -> Tensor:
         return u @ v.mT
     if u.is_floating_point():
         return _side_inner(v, u).mT
-    if v.is_floating_point():  # one-hot rows pick entries: v[s, t', u[s, t]]
+    if v.is_floating_point():  # a one-hot row selects an entry: v[s, t', u[s, t]]
         return v.gather(2, u[:, None, :].expand(-1, v.shape[1], -1)).mT
     return u[:, :, None] == v[:, None, :]

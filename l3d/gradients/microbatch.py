@@ -1,33 +1,33 @@
-"""Extract one batch's gradients some rows at a time, and over ranks: the same gradients, in less memory.
+"""Extract a batch's gradients in chunks of rows, and split over ranks: the same gradients with less memory.
 
-What ties the rows of a batch together are the references (another sample's output, or the mean) and what is drawn
-for all. So where there is more than one chunk the outputs of the whole batch are computed first, without autograd, and
-every chunk is then told which rows of it it is (`l3d.gradients.samples.Share`).
+A sample's reference may depend on the other rows (another sample's output, or the mean), and random draws are made for
+the whole batch. So if there is more than one chunk, the outputs of the whole batch are computed first, without
+autograd; each chunk then gets them with its own place in the batch (`l3d.gradients.samples.BatchPart`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from l3d.data.batch import count_rows_of, without_label
+from l3d.data.batch import count_rows_of, rows_of, without_label
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
-from l3d.gradients.samples import Share, padding_mask
+from l3d.gradients.samples import BatchPart, padding_mask
 
 
 class Microbatches:
-    """A batch in chunks of at most `size` rows, each extracted by all ranks together when it is asked for.
+    """A batch in chunks of at most `size` rows; all ranks together extract a chunk when it is asked for.
 
     Args:
-        extractor: of the model.
-        batch: of data, B rows.
-        generator: makes the generator that draws positions and references, in the same state each time.
-        size: rows in a chunk; None for all.
-        ranks: the processes that share the work; every one must ask for the same chunks in the same order.
+        extractor: extracts the model's gradients.
+        batch: B rows of data.
+        generator: returns the generator that draws positions and references, in the same state on every call.
+        size: rows per chunk; None for all.
+        group: the processes that split each chunk's rows; all must ask for the same chunks in the same order.
     """
 
     def __init__(
@@ -44,47 +44,49 @@ class Microbatches:
         self.size = self.n_rows if size is None else size
         mask = None if self.whole else padding_mask(without_label(batch), extractor.model)
         self.padded = mask is not None and bool((mask == 0).any())
-        self.outputs: Tensor | None = None  # the samples' outputs of the whole batch, where they are needed
+        self.outputs: Tensor | None = None  # outputs of all samples, [S, ...], if references need them
         if len(self) > 1 and extractor.needs_whole():
             self.outputs = torch.cat([self._outputs(i) for i in range(len(self))])
 
     def __len__(self) -> int:
-        """Count the chunks."""
+        """Return the number of chunks."""
         return max(1, -(-self.n_rows // self.size))
 
     def __call__(self, index: int) -> Gradients:
-        """Extract a chunk."""
+        """Return the gradients of a chunk, the same on every rank."""
         if self.whole:
             return self.extractor(self.batch, self.generator())
         rows, split = self._rows(index)
-        gradients = self.extractor(rows_of(self.batch, rows), self.generator(), self._share(rows, split))
+        gradients = self.extractor(rows_of(self.batch, rows), self.generator(), self._batch_part(rows, split))
         return gather_gradients(self.group, gradients) if self.group is not None and split else gradients
 
     def _outputs(self, index: int) -> Tensor:
+        """Return the outputs of a chunk's samples, on every rank: [s, ...]."""
         rows, split = self._rows(index)
-        share = Share(rows.start, self.n_rows, lambda own: own, self.padded)
-        outputs = self.extractor.outputs(rows_of(self.batch, rows), self.generator(), share)
+        part = BatchPart(rows.start, self.n_rows, lambda own: own, self.padded)
+        outputs = self.extractor.outputs(rows_of(self.batch, rows), self.generator(), part)
         return self.group.gather(outputs) if self.group is not None and split else outputs
 
     def _rows(self, index: int) -> tuple[slice, bool]:
-        """Return which rows this rank extracts of a chunk, and whether the others extract others."""
+        """Return the rows of a chunk that this rank extracts, and whether the chunk is split over the ranks."""
         start, stop = index * self.size, min(self.n_rows, (index + 1) * self.size)
-        if self.group is None or stop - start < self.group.size:  # too few to split: every rank extracts them all
+        if self.group is None or stop - start < self.group.size:  # fewer rows than ranks: each extracts all
             return slice(start, stop), False
         own = self.group.share(stop - start)
         return slice(start + own.start, start + own.stop), True
 
-    def _share(self, rows: slice, split: bool) -> Share | None:
+    def _batch_part(self, rows: slice, split: bool) -> BatchPart | None:
+        """Return the place of these rows in the batch; None if they are all of it."""
         if self.outputs is not None:
             outputs = self.outputs
-            return Share(rows.start, self.n_rows, lambda own: outputs, self.padded)
+            return BatchPart(rows.start, self.n_rows, lambda own: outputs, self.padded)
         if self.group is not None and split:
-            return Share(rows.start, self.n_rows, self.group.gather, self.padded)
-        return None if len(self) == 1 else Share(rows.start, self.n_rows, lambda own: own, self.padded)
+            return BatchPart(rows.start, self.n_rows, self.group.gather, self.padded)
+        return None if len(self) == 1 else BatchPart(rows.start, self.n_rows, lambda own: own, self.padded)
 
 
 def gather_gradients(group: ProcessGroup, own: Gradients) -> Gradients:
-    """Append every rank's samples; a tensor that parts share travels once."""
+    """Append every rank's samples; a tensor that several parts share is sent once."""
     done: dict[Place, Tensor] = {}
 
     def gathered(tensor: Tensor) -> Tensor:
@@ -104,21 +106,10 @@ def gather_gradients(group: ProcessGroup, own: Gradients) -> Gradients:
 
 
 def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients], Gradients]) -> Chunks:
-    """Return a batch's gradients in chunks, as `held` makes them: extracted once and kept, or anew each time."""
+    """Return a batch's gradients in chunks: extracted once and kept, or (keep=False) again in every iteration.
+
+    held: is applied to each extracted chunk, for example to hold it in a narrower dtype.
+    """
     if keep:
         return Chunks.held([held(microbatches(i)) for i in range(len(microbatches))])
     return Chunks(lambda i: held(microbatches(i)), len(microbatches))
-
-
-def rows_of(batch: Any, rows: slice) -> Any:
-    """Take neighbouring rows of a tensor, of a mapping's tensors, or of a tuple's."""
-    n_rows = count_rows_of(batch)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(each) for key, each in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(cut(each) for each in value)
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
-
-    return batch if rows == slice(0, n_rows) else cut(batch)

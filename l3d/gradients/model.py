@@ -1,4 +1,4 @@
-"""What the package asks of a user's model: names of parameters, an output tensor, and to be left as it was."""
+"""Select a user's parameters by name and run the model as a fixed function, leaving its state unchanged."""
 
 import contextlib
 import difflib
@@ -17,10 +17,11 @@ Params = str | Sequence[str] | None
 
 
 def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:
-    """Return the parameters whose names match a glob, a list of globs, or all of them (None), in model order.
+    """Return the parameters whose names match a glob or a list of globs, or all (None), in the model's order.
 
-    A tied parameter appears once, under the first of its names, whichever of them matched. Raises ValueError for
-    a pattern that matches nothing, with near matches.
+    A tied parameter appears once, under its first name, whichever name matched; parameters without entries are left
+    out. Raises ValueError for a pattern that matches nothing, listing near matches, for a parameter that is not
+    floating-point, and for two parameters in the same memory.
     """
     every = list(model.named_parameters(remove_duplicate=False))
     if not every:
@@ -42,7 +43,7 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
         if not p.is_floating_point():
             raise ValueError(f"params: {name!r} is {p.dtype}; only real floating-point parameters have gradients")
         other = held.setdefault(p.data_ptr(), name) if p.device.type in ("cpu", "cuda") else name
-        if other != name:  # a move of the one would move the other
+        if other != name:  # a change of one would change the other
             raise ValueError(
                 f"params: {other!r} and {name!r} are two parameters in the same memory; make them one (assign the "
                 "parameter, not its .data), or choose one of them"
@@ -53,10 +54,10 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
 def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`.
 
-    The model is given copies, since some write into what they are given (a first nn.ReLU(inplace=True)), and attention
-    in its plain form: torch's fast path, taken where nothing is differentiated, gives other values at padding.
+    The model gets copies, since some models change their inputs in place (a first nn.ReLU(inplace=True)). torch's fast
+    path for attention is off: torch takes it only without autograd, and its values at padding differ.
 
-    Raises ValueError for keys that the model does not take, or lacks.
+    Raises ValueError for keys that the model does not take or needs, and for an output that is no tensor.
     """
     inputs, fast = _copied(inputs), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -73,6 +74,7 @@ def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
 
 
 def _called_by_keys(model: Callable[..., Any], inputs: Mapping[Any, Any]) -> Any:
+    """Call the model with keyword arguments; a TypeError about the keys becomes a ValueError that names them."""
     keys = ", ".join(map(str, inputs))
     try:
         return model(**inputs)
@@ -94,7 +96,7 @@ def _called_by_keys(model: Callable[..., Any], inputs: Mapping[Any, Any]) -> Any
 
 
 def exact_pattern(name: str) -> str:
-    """Return a glob that matches this parameter's name and no other.
+    """Return a glob that matches only this parameter's name.
 
     >>> exact_pattern("layers[0].*")
     'layers[[]0].[*]'
@@ -103,30 +105,32 @@ def exact_pattern(name: str) -> str:
 
 
 def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
-    """Run the model as a fixed function: a forward pass that draws no random number and changes no tensor of its.
+    """Run the model's forward pass and check that it is a fixed function; return its output tensor.
 
-    Random state is put back in any case. Raises ValueError otherwise, and where the output is not finite.
+    Raises ValueError if the pass draws random numbers, changes a parameter or buffer in place, fails on the inputs'
+    shape or type, or gives an output that is not finite. The random state is restored in every case.
     """
     states = _random_states(model)
     tensors = [(name, t, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())]
     try:
         with warnings.catch_warnings():
-            # reentrant checkpointing without a differentiable input drops the gradients of all it holds
+            # reentrant checkpointing without a differentiable input drops its parameters' gradients
             warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
             output = model_output(model, inputs)
         drawn = not all(map(torch.equal, states, _random_states(model)))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, AttributeError) as error:
-        if isinstance(inputs, (Tensor, Mapping)):  # then it is the model's own
+        if isinstance(inputs, (Tensor, Mapping)):  # the error is the model's own
             raise
         got = type(inputs).__name__
         raise ValueError(f"data: expected batches that are a tensor or a mapping of tensors, got {got}") from error
-    except (RuntimeError, IndexError) as error:  # sizes that do not fit, an index beyond a table
+    except (RuntimeError, IndexError) as error:  # sizes that do not fit, an index outside a table
         reason = " ".join(str(error).split())
         raise ValueError(f"data: the model failed on inputs of shape {describe(inputs)}: {reason}") from error
     except UserWarning as warning:
-        if "None of the inputs have requires_grad" not in str(warning):  # one of the user's, whose filters raise it
+        # another warning, which the user's own filters turn into an error
+        if "None of the inputs have requires_grad" not in str(warning):
             raise
         raise ValueError(f"model: {warning} Use checkpointing with use_reentrant=False, or none") from warning
     finally:
@@ -147,7 +151,7 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _random_states(model: nn.Module) -> list[Tensor]:
-    """Return the state of the CPU's generator, and of that of the GPU that the model is on."""
+    """Return the states of the CPU's random generator and of the model's GPU, if it is on one."""
     states = [torch.get_rng_state()]
     if (device := _device_of(model)).type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -155,12 +159,13 @@ def _random_states(model: nn.Module) -> list[Tensor]:
 
 
 def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU if it has none."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def _copied(inputs: Any) -> Any:
-    """Copy a batch's tensors; copies of those made in inference mode, which autograd refuses, it takes."""
+    """Copy a batch's tensors. autograd refuses tensors made in inference mode; it accepts copies of them."""
     if isinstance(inputs, Tensor):
         return inputs.clone()
     if isinstance(inputs, Mapping):
@@ -169,7 +174,10 @@ def _copied(inputs: Any) -> Any:
 
 
 def check_fixed(model: nn.Module) -> None:
-    """Refuse a model that is not a fixed function: dropout or batch norm in training mode, embeddings with max_norm."""
+    """Raise ValueError for dropout or batch norm in training mode and for embeddings with max_norm.
+
+    Such a model is not a fixed function: its output is random, or a forward pass changes it.
+    """
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(f"model: {name or 'the model'!r} has max_norm, which changes its weights as it runs")
@@ -188,7 +196,7 @@ def check_fixed(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def only_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let autograd record the chosen parameters only; every flag is put back on exit."""
+    """Set requires_grad for the given parameters only while the block runs; every flag is restored on exit."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     wanted = {id(p) for p in parameters.values()}
     try:
@@ -200,14 +208,3 @@ def only_trainable(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterat
         for p, flag in before:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a batch (tensor, mapping, tuple) to a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(to_device(value, device) for value in inputs)
-    return inputs

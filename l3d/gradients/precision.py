@@ -1,4 +1,4 @@
-"""The caller's modes stay the caller's: what of them the package's own sums take no part in."""
+"""Turn autocast off around the package's own arithmetic; it is meant for the user's model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Keep sums in the dtypes they are given, though the caller be in `torch.autocast`: that is for the model."""
+    """Compute in the tensors' own dtypes while the block runs, even inside `torch.autocast`; its flags are restored."""
     on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     for kind in on:
         torch.set_autocast_enabled(kind, False)

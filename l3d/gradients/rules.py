@@ -1,10 +1,11 @@
-"""One rule per kind of layer: from a node of the autograd graph and what came back, a part of the gradient.
+"""Compute a parameter's part of the gradient at one node of the autograd graph, by one rule per kind of layer.
 
-A rule is registered for an operation and an input slot (as autograd numbers them). It gets the use, the
-layout of the batch, and dy: what came back at the node's output, [S, m, *rest] (see `Layout`). It returns the
-part, or None where it does not fit; then `pulled_back` does the work for that node, exactly but slowly.
+A rule is registered for an operation and an input slot, as autograd numbers them. It gets the parameter's use, the
+batch's layout, the output gradient dy [S, m, *rest] at the node (see `Layout`), and the parameter's shape. It returns
+the part, or None if the rule does not apply; then `vector_jacobian_product` computes the part, exactly but slowly.
 
-To add a layer kind, write a function here and register it; tests/test_layers.py then holds it against torch.func.
+To add a layer kind, write a function here, register it, and add a case to tests/gradients/test_rules.py, which compares
+it with torch.func.
 """
 
 from collections.abc import Callable
@@ -34,9 +35,9 @@ def rule(*keys: tuple[str, int]) -> Callable[[Rule], Rule]:
 
 
 def per_sample(values: Tensor, dy: Tensor) -> Tensor:
-    """Give every sample its sequence's values: [B, ...] -> [S, ...]."""
-    share = dy.shape[0] // values.shape[0]
-    return values if share == 1 else values.repeat_interleave(share, 0)
+    """Repeat each sequence's values for its samples: [B, ...] -> [S, ...]."""
+    per_sequence = dy.shape[0] // values.shape[0]
+    return values if per_sequence == 1 else values.repeat_interleave(per_sequence, 0)
 
 
 # --- matrices ---------------------------------------------------------------------------------------------------
@@ -44,11 +45,11 @@ def per_sample(values: Tensor, dy: Tensor) -> Tensor:
 
 @rule(("Mm", 1), ("Addmm", 2))
 def matrix(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A weight on the right of a matrix product: Linear sees it transposed, the Conv1D of GPT-2 as it is."""
+    """Weight on the right of a matrix product; transposed in Linear, untransposed in the Conv1D of GPT-2."""
     if use.transposed is None:
         return None
     node: Any = use.node
-    if layout.kind == "dim1":  # the batch runs along the product's columns
+    if layout.kind == "dim1":  # the batch is the product's columns
         return None
     x = layout.split(node._saved_self if operation(node) == "Mm" else node._saved_mat1)
     alpha = getattr(node, "_saved_alpha", 1)
@@ -57,7 +58,7 @@ def matrix(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | No
 
 @rule(("Addmm", 0))
 def matrix_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """The vector added to a matrix product."""
+    """Bias vector added to a matrix product."""
     if use.transposed is not False or layout.kind == "dim1" or len(shape) != 1 or shape[0] != dy.shape[-1]:
         return None
     node: Any = use.node
@@ -66,7 +67,7 @@ def matrix_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
 
 @rule(("Embedding", 0))
 def embedding(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A table of rows looked up by index; the padding row gets nothing."""
+    """Table of rows looked up by index; the gradient of the padding row is zero."""
     node: Any = use.node
     if use.transposed is not False or not layout.fits(node._saved_indices.shape):
         return None
@@ -75,9 +76,9 @@ def embedding(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part |
 
 
 def _looked_up(index: Tensor, dy: Tensor, node: Any, shape: torch.Size) -> Part:
-    """Rows of a table by index [B, T], less its padding row; dy [S, T, D]."""
+    """Return the part of a table looked up at index [B, T], with zeros for its padding row; dy [S, T, D]."""
     padding = node._saved_padding_idx
-    if 0 <= padding < shape[0]:  # autograd stores "none" as a huge or negative number
+    if 0 <= padding < shape[0]:  # autograd stores "none" as a negative or very large number
         dy = dy.masked_fill(per_sample(index, dy)[..., None] == padding, 0)
     return Rows(index, dy, x_axis=0)
 
@@ -87,9 +88,10 @@ def _looked_up(index: Tensor, dy: Tensor, node: Any, shape: torch.Size) -> Part:
 
 @rule(("Convolution", 1))
 def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A convolution in one, two or three dimensions: its positions T are the output's pixels.
+    """Weight of a convolution in one, two or three dimensions; its positions T are the output's pixels.
 
-    Groups are multiplied out at once, all groups in one batched product: their gradient is the small side.
+    With several groups the gradient is multiplied out, all groups in one batched product: it is smaller than its
+    factors.
     """
     node: Any = use.node
     x = node._saved_input
@@ -102,15 +104,15 @@ def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
     groups = node._saved_groups
     if groups == 1:
         return Rows(patches.flatten(2), dy, x_axis=1)
-    by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
-    returned = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
-    share = dy.shape[0] // by_group.shape[0]
-    grad = returned.unflatten(0, (-1, share)) @ by_group[:, None]  # [B, P, g, O/g, I]
+    x_by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
+    dy_by_group = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
+    per_sequence = dy.shape[0] // x_by_group.shape[0]
+    grad = dy_by_group.unflatten(0, (-1, per_sequence)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
     return Dense(grad.reshape(-1, *shape))
 
 
 def _unfold(x: Tensor, shape: torch.Size, node: Any) -> Tensor:
-    """Cut an image [n, C, *spatial] into the patches every output pixel sees: [n, pixels, C, kernel]."""
+    """Cut images [n, C, *spatial] into the input patch of every output pixel: [n, pixels, C, kernel]."""
     dims = x.ndim - 2
     padding = [amount for size in reversed(node._saved_padding) for amount in (size, size)]
     x = torch.nn.functional.pad(x, padding)
@@ -125,7 +127,7 @@ def _unfold(x: Tensor, shape: torch.Size, node: Any) -> Tensor:
 
 @rule(("Convolution", 2))
 def convolution_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A convolution's bias, one number per output channel."""
+    """Bias of a convolution, one number per output channel."""
     if use.transposed is not False or layout.kind == "dim1":
         return None
     return Dense(dy.flatten(3).sum((1, 3)))
@@ -136,12 +138,12 @@ def convolution_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) ->
 
 @rule(("NativeLayerNorm", 1), ("NativeLayerNorm", 2))
 def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale and shift of LayerNorm, over the trailing dimensions."""
+    """Scale and shift of LayerNorm over the trailing dimensions."""
     if use.transposed is not False:
         return None
     node: Any = use.node
     dims = len(node._saved_normalized_shape)
-    if dy.ndim < dims + 2:  # the norm ran along the batch
+    if dy.ndim < dims + 2:  # the norm includes the batch dimension
         return None
     if use.slot == 1:
         normal = (node._saved_input - node._saved_result1) * node._saved_result2
@@ -151,7 +153,7 @@ def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
 
 @rule(("FusedRmsNorm", 1))
 def rms_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale of RMSNorm over the trailing dimensions, as torch computes it on GPUs: elsewhere it is a product."""
+    """Scale of RMSNorm over the trailing dimensions: torch's fused node on GPUs; elsewhere `scale` applies."""
     node: Any = use.node
     dims = len(node._saved_normalized_shape)
     if use.transposed is not False or dy.ndim < dims + 2:
@@ -177,7 +179,7 @@ def group_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
 
 @rule(*((f"{kind}BatchNorm", slot) for kind in ("Native", "Cudnn", "Miopen") for slot in (1, 2)))
 def batch_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale and shift of BatchNorm in evaluation mode, where it treats every sample by itself."""
+    """Scale and shift of BatchNorm in evaluation mode, in which samples are independent."""
     node: Any = use.node
     if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3 or getattr(node, "_saved_training", True):
         return None
@@ -195,7 +197,7 @@ def batch_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
 
 @rule(("Mul", 0), ("Mul", 1))
 def scale(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A parameter that multiplies, broadcast over the batch: the weight of a hand-written RMSNorm."""
+    """Factor broadcast over the batch, such as the weight of a hand-written RMSNorm."""
     node: Any = use.node
     other = node._saved_other if use.slot == 0 else node._saved_self
     if use.transposed is not False or not isinstance(other, Tensor):  # None, or a number
@@ -207,11 +209,11 @@ def scale(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | Non
 
 @rule(("Add", 0), ("Add", 1))
 def shift(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """A parameter that is added, or rows of a table of them, broadcast over the batch."""
+    """Summand broadcast over the batch: a parameter, or rows of a table such as learned positions."""
     node: Any = use.node
     if use.slot == 1 and node._saved_alpha != 1:
         dy = dy * node._saved_alpha
-    if use.chain == ("Embedding",):  # learned positions: one look-up, added to every row of the batch
+    if use.chain == ("Embedding",):  # learned positions: looked up once, added to every row of the batch
         table: Any = node.next_functions[use.slot][0]
         index = table._saved_indices
         if dy.ndim != 4 or index.shape != (1, dy.shape[2]) or layout.kind == "dim1":
@@ -221,13 +223,16 @@ def shift(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | Non
 
 
 def _reduced(values: Tensor, layout: Layout, shape: torch.Size) -> Part | None:
-    """Sum [S, m, *rest] over all that a parameter of this shape was broadcast over: [S, *shape]."""
+    """Sum [S, m, *rest] over the dimensions that a parameter of this shape was broadcast over: [S, *shape].
+
+    Returns None if one of the parameter's dimensions is the batch.
+    """
     trimmed = list(shape)
     while trimmed and trimmed[0] == 1:
         trimmed.pop(0)
     rest = values.shape[2:]
     if len(trimmed) > len(rest):
-        return None  # the parameter runs along the batch
+        return None  # one of the parameter's dimensions is the batch
     values = values.flatten(1, values.ndim - len(trimmed) - 1).sum(1) if len(rest) >= len(trimmed) else values
     for dim, size in enumerate(trimmed, start=1):
         if size == 1 and values.shape[dim] != 1:
@@ -238,26 +243,28 @@ def _reduced(values: Tensor, layout: Layout, shape: torch.Size) -> Part | None:
 # --- anything else ----------------------------------------------------------------------------------------------
 
 
-def pulled_back(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
-    """Pull each sample's share of dy through the node by itself: exact for any operation, S node backwards.
+def vector_jacobian_product(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
+    """Multiply each sample's dy by the node's Jacobian, one backward call of the node per sample (S calls).
 
-    The node is called directly, so that only this use's slot counts, even where the parameter was used before.
+    Exact for any operation. The node is called directly, so only this use's slot contributes, even if the parameter has
+    other uses.
     """
     node: Any = use.node
     edge = GradientEdge(*node.next_functions[use.slot])
-    seen: Any = edge.node  # where the node reads the parameter, after the chain
-    shape = seen._input_metadata[edge.output_nr].shape
-    share = dy.shape[0] // layout.n_rows
+    source: Any = edge.node  # the node's input at this slot: the parameter after its chain of operations
+    shape = source._input_metadata[edge.output_nr].shape
+    per_sequence = dy.shape[0] // layout.n_rows
     grads = []
     for sample, row in enumerate(dy):
         alone = torch.zeros(layout.n_rows, *row.shape, dtype=row.dtype, device=row.device)
-        alone[sample // share] = row
+        alone[sample // per_sequence] = row
         result = node(layout.join(alone), *[None] * (n_outputs(node) - 1))
         grad = result[use.slot] if isinstance(result, tuple) else result
-        grad = grad.to_dense()  # an embedding's may be sparse
+        grad = grad.to_dense()  # an embedding's gradient may be sparse
         if grad.is_complex() and not use.chain and not parameter.is_complex():
             grad = grad.real
-        grad = grad.sum_to_size(shape)  # autograd's engine undoes broadcasting, a node by itself does not
+        # autograd's engine sums over broadcast dimensions, a node called directly does not
+        grad = grad.sum_to_size(shape)
         if use.chain:
             (grad,) = torch.autograd.grad([edge], [parameter], [grad], retain_graph=True)
         grads.append(grad.reshape(parameter.shape))
@@ -265,7 +272,7 @@ def pulled_back(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part
 
 
 def has_rule(use: Use) -> bool:
-    """Tell whether a rule may claim this use."""
+    """Tell whether a rule is registered for this use."""
     return (operation(use.node), use.slot) in RULES
 
 
@@ -273,4 +280,4 @@ def part_of(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
     """Return the part of the parameter's gradient that comes from one use; dy [S, m, *rest]."""
     apply = RULES.get((operation(use.node), use.slot))
     part = apply(use, layout, dy, parameter.shape) if apply and not dy.is_complex() else None
-    return part if part is not None else pulled_back(use, layout, dy, parameter)
+    return part if part is not None else vector_jacobian_product(use, layout, dy, parameter)

@@ -1,4 +1,4 @@
-"""Which entries of a model's output are samples: its rows, or chosen positions of every row."""
+"""Choose which entries of a model's output are samples: its rows, or positions of every row."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,28 +10,32 @@ from torch import Tensor
 from l3d.gradients.graph.layout import Layout
 
 
-class Share(NamedTuple):
-    """Which rows of a whole batch the rows at hand are; what is drawn is drawn for the whole, and cut to them."""
+class BatchPart(NamedTuple):
+    """The place of some rows in a larger batch. Random draws are made for the larger batch and cut to the rows."""
 
-    start: int  # the first of them
-    n_rows: int  # of the whole batch
-    whole: Callable[[Tensor], Tensor]  # their samples' outputs [s, ...] -> those of the whole batch [S, ...]
-    padded: bool = False  # whether there is padding anywhere in the whole batch: then all processes refuse it alike
+    start: int  # index of the first row in the larger batch
+    n_rows: int  # rows of the larger batch
+    whole: Callable[[Tensor], Tensor]  # these samples' outputs [s, ...] -> outputs of the larger batch [S, ...]
+    padded: bool = False  # padding anywhere in the larger batch: then every process raises ValueError
 
 
 class Samples:
     """The samples of one batch, sequence-major: without padding, sample s is position s % P of row s // P.
 
-    Gradients are extracted for all B·P chosen positions, so that the rows' factors are shared; `of` drops padding.
+    Gradients are extracted for all B·P chosen positions, so that the samples of a row share its factors; `of` then
+    drops those at padding.
 
     Args:
         output: [B, ...] the model's output.
         positions: None (a row is a sample), "all", "last", or how many to draw per row.
         is_kl: all dimensions but the first and last are positions; else dimension 1 is.
         generator: draws positions.
-        mask: [B, T] of ones, and zeros at padding, which is no sample: "all" are all others, "last" is the last
-            other, and of a row with fewer than are to be drawn all are. `kept` then lists what is a sample.
-        share: of which larger batch the rows are a part; there may be no padding in it.
+        mask: [B, T], 1 at tokens and 0 at padding. Padding is never a sample: "all" takes all tokens, "last" the last
+            token, and a row with fewer tokens than are to be drawn gives all of them. `kept` lists the samples.
+        part: the place of these rows in a larger batch, which must have no padding; None if they are all.
+
+    Raises ValueError for a mask of another shape or other values, for more positions than the output has, and for
+    padding in a batch that is split.
     """
 
     def __init__(
@@ -41,24 +45,24 @@ class Samples:
         is_kl: bool,
         generator: torch.Generator | None,
         mask: Tensor | None = None,
-        share: Share | None = None,
+        part: BatchPart | None = None,
     ) -> None:
         self.shape = output.shape
         self.n_rows = output.shape[0]
         self.positions: Tensor | None = None  # [B, P] positions, flat
-        self.kept: Tensor | None = None  # of the B·P chosen positions those that are no padding; None: all
+        self.kept: Tensor | None = None  # indices among the B·P chosen positions that are not padding; None: all
         self.per_row = 1
         self.width = output.shape[1:]  # the shape of one sample's output
         if positions is not None and output.ndim >= 3:
             self.width = output.shape[-1:] if is_kl else output.shape[2:]
             self.n_positions = output.shape[1:].numel() // self.width.numel()
             real = None if mask is None else self._real(mask)
-            if share is not None and (real is not None or share.padded):
+            if part is not None and (real is not None or part.padded):
                 raise ValueError(
                     "attention_mask: a batch with padding cannot be split over micro-batches or processes; "
                     "cut texts to one length"
                 )
-            chosen = self._choose(positions, generator, real, share)
+            chosen = self._choose(positions, generator, real, part)
             self.positions = chosen.to(output.device)
             self.per_row = chosen.shape[1]
             self._row = torch.arange(self.n_rows, device=output.device)[:, None]
@@ -68,7 +72,7 @@ class Samples:
 
     @classmethod
     def joined(cls, output: Tensor, each: Sequence["Samples"]) -> "Samples":
-        """Put the samples of batches together whose rows, one batch after the other, make up `output`; no padding."""
+        """Join the samples of batches, without padding, whose rows appended in this order are the rows of `output`."""
         whole = cls(output, None, False, None)
         if each[0].positions is not None:
             whole.positions = torch.cat([samples.positions for samples in each if samples.positions is not None])
@@ -78,7 +82,7 @@ class Samples:
         return whole
 
     def _real(self, mask: Tensor) -> Tensor | None:
-        """Return where the positions are no padding, bool [B, T] on the CPU; None: everywhere."""
+        """Return True where a position is not padding, bool [B, T] on the CPU; None if there is no padding."""
         if mask.shape != (self.n_rows, self.n_positions):
             raise ValueError(
                 f"attention_mask: expected the shape [{self.n_rows}, {self.n_positions}] of rows and output positions, "
@@ -92,8 +96,9 @@ class Samples:
         return None if real.all() else real
 
     def _choose(
-        self, positions: str | int, generator: torch.Generator | None, real: Tensor | None, share: Share | None
+        self, positions: str | int, generator: torch.Generator | None, real: Tensor | None, part: BatchPart | None
     ) -> Tensor:
+        """Choose each row's positions, in increasing order: int64 [B, P] on the CPU."""
         if positions == "all":
             return torch.arange(self.n_positions).expand(self.n_rows, -1)
         if positions == "last":
@@ -102,24 +107,27 @@ class Samples:
         assert isinstance(positions, int)
         if positions > self.n_positions:
             raise ValueError(f"positions: expected at most the output's {self.n_positions}, got {positions}")
-        start, n_rows = (0, self.n_rows) if share is None else share[:2]
+        start, n_rows = (0, self.n_rows) if part is None else part[:2]
         draws = torch.rand(n_rows, self.n_positions, generator=generator)[start : start + self.n_rows]
         if real is not None:
-            draws += ~real  # padding comes last
+            draws += ~real  # draws are below 1, so padding comes last
         return draws.argsort(1)[:, :positions].sort(1).values
 
     def of(self, values: Tensor) -> Tensor:
-        """Take the samples out of values for all chosen positions, padding included: [B·P, ...] -> [S, ...]."""
+        """Drop the chosen positions that are padding: [B·P, ...] -> [S, ...]."""
         return values if self.kept is None else values[self.kept]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Undo `of`, with zeros at padding: [S, ...] -> [B·P, ...]."""
+        """Invert `of`, with zeros at padding: [S, ...] -> [B·P, ...]."""
         if self.kept is None:
             return values
         return values.new_zeros(self.count, *values.shape[1:]).index_copy_(0, self.kept, values)
 
     def gather(self, output: Tensor) -> Tensor:
-        """Pick the samples' outputs, without padding: [B, ...] -> [S, *width]."""
+        """Return the samples' outputs, without padding: [B, ...] -> [S, *width].
+
+        Raises ValueError if `output`, which may be the contrast's, differs in shape from the model's output.
+        """
         if output.shape != self.shape:
             raise ValueError(
                 f"data: the contrast's output has shape {list(output.shape)}, the input's {list(self.shape)}"
@@ -130,7 +138,7 @@ class Samples:
         return self.of(rows[self._row, self.positions].flatten(0, 1))
 
     def scatter(self, d_out: Tensor) -> Tensor:
-        """Put gradients [B·P, *width], padding included, where their outputs are, zeros elsewhere: [B, ...]."""
+        """Place gradients [B·P, *width], padding included, at their outputs' positions, zeros elsewhere: [B, ...]."""
         if self.positions is None:
             return d_out
         whole = d_out.new_zeros(self.n_rows, self.n_positions, *self.width)
@@ -138,9 +146,9 @@ class Samples:
         return whole.view(self.shape)
 
     def one_by_one(self, whole: Tensor) -> Iterator[Tensor]:
-        """Yield `whole` with all but one sample per row zeroed: the first of every row, then the second, ..
+        """Yield `whole` with zeros except at one sample per row: first every row's first sample, then the second, ...
 
-        `whole` is laid out by row and position in its leading dimensions, [B, T, ...] or [B*T, ...].
+        The leading dimensions of `whole` are rows and positions, [B, T, ...] or [B*T, ...].
         """
         if self.positions is None:
             yield whole
@@ -153,20 +161,21 @@ class Samples:
             yield alone.view(whole.shape)
 
     def own_rows(self, values: Tensor) -> Tensor:
-        """Pick each sample's own row from [B*T, D]: [S, 1, D]."""
+        """Select the row of each sample's own position from [B*T, D]: [S, 1, D]."""
         assert self.positions is not None
         picked = values.reshape(self.n_rows, self.n_positions, -1)[self._row, self.positions]
         return picked.flatten(0, 1)[:, None]
 
     def own_layout(self) -> Layout:
-        """Return the layout in which every sample keeps only its own row."""
+        """Return the layout in which a sample has only the row of its own position."""
         return OwnRows("major", self.count, self.own_rows)
 
 
 def padding_mask(inputs: Any, model: object) -> Tensor | None:
-    """Return the mask [B, T] of the model's output positions, where a batch is a mapping and has one.
+    """Return the mask [B, T] of the model's output positions from a batch that is a mapping; None if it has none.
 
-    That is `attention_mask`; of an encoder and a decoder, whose outputs are the decoder's, `decoder_attention_mask`.
+    The key is `attention_mask`, or for an encoder-decoder model, whose outputs are the decoder's positions,
+    `decoder_attention_mask`. Raises ValueError if the mask is not a tensor of two dimensions.
     """
     if not isinstance(inputs, Mapping):
         return None
@@ -175,26 +184,26 @@ def padding_mask(inputs: Any, model: object) -> Tensor | None:
     mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected a tensor [rows, positions] that tells padding, got {got}")
+        raise ValueError(f"attention_mask: expected a tensor [rows, positions] with 0 at padding, got {got}")
     return mask
 
 
 def check_same_padding(mask: Tensor | None, other: Tensor | None) -> None:
-    """Refuse pairs of which one has padding where the other has none: a sample would lack its contrast."""
+    """Raise ValueError if an input and its contrast are padded differently: a sample would lack its contrast."""
     given = mask if mask is not None else other
     if given is None:
         return
     one, two = (torch.ones_like(given) if each is None else each for each in (mask, other))
     if one.shape != two.shape or not torch.equal(one != 0, two != 0):
-        raise ValueError("attention_mask: expected the contrast's padding to be where the input's is")
+        raise ValueError("attention_mask: expected the contrast to be padded at the same positions as the input")
 
 
 @dataclass(frozen=True)
 class OwnRows(Layout):
-    """A language model's head: of each sequence's rows a sample needs only its own position's."""
+    """The layout at a language model's head, where a sample's gradient needs only the row of its own position."""
 
     pick: Callable[[Tensor], Tensor]
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Pick the samples' rows: [B*T, D] -> [S, 1, D]."""
+        """Select the samples' rows: [B*T, D] -> [S, 1, D]."""
         return self.pick(tensor)

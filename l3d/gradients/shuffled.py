@@ -1,4 +1,4 @@
-"""Gradients whose parts are dealt out anew over the samples: a control in which no sample's gradient is left."""
+"""Shuffle gradients over the samples: a control in which no sample keeps its own gradient."""
 
 from dataclasses import replace
 
@@ -8,18 +8,18 @@ from l3d.gradients.factors import Dense, Gradients, Part
 
 
 def shuffled(gradients: Gradients, generator: torch.Generator | None = None) -> Gradients:
-    """Return gradients in which what belongs to one sample is torn apart.
+    """Return gradients whose parts are permuted over the samples, each part by its own permutation.
 
-    For every tensor, what came back (dy) is dealt out anew over the samples while what the layer saw (x) stays; dense
-    gradients are dealt out whole. Tensors are shuffled each by itself, so nothing joins them any more; the rows of x
-    and dy are the same as before.
+    For a part in rows the output gradients dy are permuted and the layer inputs x stay; a dense part is permuted as a
+    whole. The permutations are independent, so no relation between tensors remains. The multiset of the rows of x and
+    of dy does not change.
     """
 
-    def deal(part: Part) -> Part:
+    def permuted(part: Part) -> Part:
         order = torch.randperm(gradients.n_samples, generator=generator).to(gradients.device)
         if isinstance(part, Dense):
             return Dense(part.grad[order])
         return replace(part, dy=part.dy[order])
 
-    parts = {name: [deal(part) for part in parts] for name, parts in gradients.parts.items()}
+    parts = {name: [permuted(part) for part in parts] for name, parts in gradients.parts.items()}
     return Gradients(parts, gradients.shapes, gradients.n_samples, gradients.dtype, gradients.device)

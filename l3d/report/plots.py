@@ -1,8 +1,8 @@
-"""Drawings of a decomposition: plain data in, a matplotlib Figure out.
+"""Draw a decomposition's figures: plain data in, a matplotlib Figure out.
 
-Backgrounds are transparent and every colour is one of the mid-tones below, readable on light and on
-dark paper; `to_svg(figure, css=True)` swaps them for CSS variables so that a page can theme them.
-matplotlib is optional (pip install 'l3d[report]') and is imported when something is drawn.
+Backgrounds are transparent, and every colour is one of the mid-tones below, readable on light and on dark pages.
+`to_svg(figure, css=True)` replaces the colours by CSS variables, so that a page can theme them. matplotlib is optional
+(pip install 'l3d[report]'), and is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 INK = "#79828d"  # text and node dots
 RULE = "#a9b1ba"  # axes, grid and quiet lines
-POSITIVE = "#2f7fc1"  # also the accent
-NEGATIVE = "#d0603c"  # blue and vermilion stay apart for every common colour blindness
+POSITIVE = "#2f7fc1"  # blue, also the accent colour
+NEGATIVE = "#d0603c"  # vermilion: distinct from the blue for every common colour blindness
 CSS_VARIABLES = {INK: "--ink-soft", RULE: "--rule-strong", POSITIVE: "--positive", NEGATIVE: "--negative"}
 
 PNG_DPI = 110
-MAX_UNITS = 32  # wider layers give a diagram nobody can read
-MAX_POINTS = 200  # a curve of more points is drawn as its mean and range per bin
-MAX_BARS = 60  # more activation rates than this are drawn as an area
-FLOOR = 0.02  # entries below this share of the largest one are left out of a diagram
+MAX_UNITS = 32  # a diagram of wider layers would be unreadable
+MAX_POINTS = 200  # a curve of more points is drawn as mean and range per bin
+MAX_BARS = 60  # more activation rates are drawn as an area
+FLOOR = 0.02  # diagrams omit entries below this fraction of the largest one
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -56,7 +56,7 @@ _STYLE: dict[Any, Any] = {
 
 
 class ChainLayer(NamedTuple):
-    """One layer of a chain of matrices."""
+    """One layer of an MLP: a weight matrix and its bias."""
 
     weight: str  # name of the [n_out, n_in] matrix
     bias: str | None  # name of its [n_out] vector
@@ -66,7 +66,7 @@ class ChainLayer(NamedTuple):
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Set matplotlib's defaults and ours, whatever the user's own settings, for the time of one drawing."""
+    """Use matplotlib's defaults and l3d's settings inside the block, independent of the user's own settings."""
     try:
         import matplotlib
     except ImportError as error:
@@ -78,7 +78,7 @@ def _style() -> Iterator[None]:
 
 
 def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw the error over the training steps; faintly below it, what was kept per sample and the dead share.
+    """Draw the error over the training steps; below it in grey, kept subnetworks per sample and the dead fraction.
 
     history: equally long lists `step`, `error`, `kept_per_sample`, `dead_fraction`, `k`.
     """
@@ -92,7 +92,7 @@ def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
         error.plot(step, mean, color=POSITIVE, linewidth=1.6)
         error.set_ylabel("error")
         top, last = max(highest.compressed(), default=1.0), [1.0, *mean.compressed()][-1]
-        error.set_ylim(0, 1.06 * min(top, max(1.4, 1.3 * last)) or 1.0)  # early spikes may leave the picture
+        error.set_ylim(0, 1.06 * min(top, max(1.4, 1.3 * last)) or 1.0)  # early spikes may be cut off
         error.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
         for axes, key, label in ((kept, "kept_per_sample", "kept"), (dead, "dead_fraction", "dead")):
             step, _, mean, _ = _binned(history["step"], history[key])
@@ -105,12 +105,12 @@ def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
         for axis in (dead.xaxis, kept.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         ks = history["k"]
-        n_warm = next(i for i, k in enumerate(ks) if k <= ks[-1])  # more was kept in the steps before
+        n_warm = next(i for i, k in enumerate(ks) if k <= ks[-1])  # the warm start, with a larger k, ends at this entry
         for axes in panels:
             axes.set_xlim(0, max(1, history["step"][-1]))
             axes.axvspan(0, history["step"][n_warm] if n_warm else 0, color=RULE, alpha=0.16, linewidth=0)
         if n_warm:
-            note = "warm start:\nmore is kept"
+            note = "warm start:\nlarger k"
             at: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             error.annotate(note, (history["step"][n_warm], 1), (5, -3), **at, va="top", size=8)
         figure.align_ylabels(panels)
@@ -118,7 +118,7 @@ def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def intervention_ratios(ratios: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw intervention ratios (output changes on active samples over those on the rest), in falling order."""
+    """Draw intervention ratios (output change on active samples / on inactive ones) in descending order, by name."""
     with _style():
         from matplotlib.figure import Figure
 
@@ -133,14 +133,14 @@ def intervention_ratios(ratios: Mapping[str, Sequence[float]]) -> Figure:
         axes.axhline(1, color=RULE, linewidth=0.9)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(xlabel="share of the directions, %", ylabel="change on active samples / on the rest")
+        axes.set(xlabel="share of directions, %", ylabel="change on active / on inactive samples")
         axes.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
         axes.legend(frameon=False)
         return figure
 
 
 def activation_rates(rates: Sequence[float]) -> Figure:
-    """Draw how often each subnetwork is kept, most active first; rates: [K] fractions of the samples."""
+    """Draw the activation rate of each subnetwork, most active first; rates: [K] fractions of the samples."""
     order = sorted(range(len(rates)), key=lambda i: -float(rates[i]))
     ordered = [float(rates[i]) for i in order]
     n_alive, n_all = sum(rate > 0 for rate in ordered), len(ordered)
@@ -168,7 +168,7 @@ def activation_rates(rates: Sequence[float]) -> Figure:
             middle, note = ((n_alive + n_all - 1) / 2, 0.5), f"{n_all - n_alive:,} dead"
             axes.text(*middle, note, transform=axes.get_xaxis_transform(), ha="center", va="center")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-        axes.set_ylabel("samples it is kept for")
+        axes.set_ylabel("activation rate")
         axes.set_xlabel("subnetworks, most active first")
         axes.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -176,10 +176,10 @@ def activation_rates(rates: Sequence[float]) -> Figure:
 
 
 def mlp_chain(shapes: Mapping[str, Sequence[int]]) -> tuple[ChainLayer, ...] | None:
-    """Read a chain of layers from parameter shapes in order, or None where they form no chain fit to draw.
+    """Return an MLP's layers from its parameter shapes in order; None if the shapes are no MLP that can be drawn.
 
-    Matrices [n_out, n_in] must follow each other with matching sizes; a vector is the bias of a matrix with
-    its n_out, the nearest one before it first. No layer has more than MAX_UNITS units.
+    Consecutive matrices [n_out, n_in] must have matching sizes. A vector is the bias of a matrix with its n_out: the
+    nearest one before it, else after it. No layer may have more than MAX_UNITS units.
     """
     names = list(shapes)
     matrices = [name for name in names if len(shapes[name]) == 2]
@@ -206,10 +206,10 @@ def network_diagram(
     shapes: Mapping[str, Sequence[int]],
     scale: float | None = None,
 ) -> Figure:
-    """Draw each subnetwork as a network: columns of units, inputs on the left, one line per weight.
+    """Draw each subnetwork as a network diagram: columns of units, inputs on the left, one line per weight.
 
-    Blue is positive, vermilion negative; width and strength grow with |entry|; rings are biases. `scale` is
-    the |entry| drawn at full width (default: the largest one). ValueError where `mlp_chain(shapes)` is None.
+    Blue is positive, vermilion negative; width and opacity grow with |entry|; rings are biases. scale: the |entry|
+    drawn at full width; default the largest. Raises ValueError if `mlp_chain(shapes)` is None.
     """
     chain = mlp_chain(shapes)
     if chain is None:
@@ -238,14 +238,14 @@ def network_diagram(
 
 
 def largest_entry(subnetworks: Iterable[Mapping[str, torch.Tensor]]) -> float:
-    """Return the largest |entry| of all tensors, 1 where all are zero."""
+    """Return the largest |entry| of all tensors; 1 if all entries are zero."""
     return max(float(tensor.abs().max()) for network in subnetworks for tensor in network.values()) or 1.0
 
 
 def to_svg(figure: Figure, prefix: str = "", css: bool = False) -> str:
-    """Return the figure as one <svg> element, the same text for the same figure; its ids start with `prefix`.
+    """Return the figure as one <svg> element whose ids start with `prefix`; equal figures give equal text.
 
-    css: colours become CSS variables (see CSS_VARIABLES) and the size is left to the page.
+    css: replace colours by CSS variables (see CSS_VARIABLES), and let the page set the size.
     """
     buffer = io.StringIO()
     with _style():
@@ -264,7 +264,7 @@ def to_svg(figure: Figure, prefix: str = "", css: bool = False) -> str:
 
 
 def write_figure(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure beside itself as PATH.svg and PATH.png, the same bytes for the same figure; return both paths."""
+    """Write a figure as PATH.svg and PATH.png, and return both paths; equal figures give equal bytes."""
     svg, png = (path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png"))
     replace_text(svg, to_svg(figure) + "\n")
     with replacing(png) as partial:
@@ -273,7 +273,7 @@ def write_figure(figure: Figure, path: Path) -> list[Path]:
 
 
 def _draw_network(axes: Axes, network: Mapping[str, torch.Tensor], chain: Sequence[ChainLayer], full: float) -> None:
-    """Draw one subnetwork into the axes, columns of units at x = 0, 1, ..., unit 0 at the top."""
+    """Draw one subnetwork into the axes: columns of units at x = 0, 1, ..., unit 0 at the top."""
     from matplotlib.collections import LineCollection
 
     widths = [chain[0].n_in, *(layer.n_out for layer in chain)]
@@ -300,21 +300,21 @@ def _draw_network(axes: Axes, network: Mapping[str, torch.Tensor], chain: Sequen
 
 
 def _visible(tensor: torch.Tensor, full: float) -> list[tuple[tuple[int, ...], float]]:
-    """Return (position, entry / full) of the entries that are large enough to be seen, smallest first."""
+    """Return (position, entry / full) of all entries with |entry / full| of at least FLOOR, smallest first."""
     values = np.clip(tensor.detach().double().cpu().numpy() / full, -1, 1)
     seen = [(at, float(value)) for at, value in np.ndenumerate(values) if abs(value) >= FLOOR]
     return sorted(seen, key=lambda entry: abs(entry[1]))
 
 
 def _binned(steps: Sequence[float], values: Sequence[float]) -> tuple[Any, ...]:
-    """Return mean step and lowest, mean, highest value per bin; what is not finite is masked."""
+    """Return the mean step and the lowest, mean and highest value per bin; values that are not finite are masked."""
     edges = np.linspace(0, len(values), min(MAX_POINTS, len(values)), endpoint=False, dtype=int)
     size = np.diff([*edges, len(values)])
     y = np.asarray(values, dtype=float)
-    fine = np.isfinite(y)
-    n_fine = np.add.reduceat(fine.astype(int), edges)
-    lowest = np.minimum.reduceat(np.where(fine, y, np.inf), edges)
-    highest = np.maximum.reduceat(np.where(fine, y, -np.inf), edges)
-    mean = np.add.reduceat(np.where(fine, y, 0.0), edges) / np.maximum(n_fine, 1)
+    finite = np.isfinite(y)
+    n_finite = np.add.reduceat(finite.astype(int), edges)
+    lowest = np.minimum.reduceat(np.where(finite, y, np.inf), edges)
+    highest = np.maximum.reduceat(np.where(finite, y, -np.inf), edges)
+    mean = np.add.reduceat(np.where(finite, y, 0.0), edges) / np.maximum(n_finite, 1)
     step = np.add.reduceat(np.asarray(steps, dtype=float), edges) / size
-    return step, *(np.ma.masked_array(curve, n_fine == 0) for curve in (lowest, mean, highest))
+    return step, *(np.ma.masked_array(curve, n_finite == 0) for curve in (lowest, mean, highest))

@@ -1,10 +1,10 @@
-"""A run folder ─► RUN/report.html: one self-contained page that opens offline.
+"""Render a run folder as RUN/report.html: one self-contained page that opens offline.
 
     run folder ─ l3d.load, *.json, config.yaml ─► figures (plots), table (table) ─ template ─► page
 
-The page asks for nothing over the network and forbids itself to (Content-Security-Policy), escapes every
-name it shows, and depends on the run folder alone: the same folder gives the same bytes.
-jinja2 and matplotlib are optional: pip install 'l3d[report]'.
+The page requests nothing over the network, and its Content-Security-Policy forbids it. Every name shown is escaped. The
+page depends on the run folder alone: the same folder gives the same bytes. jinja2 and matplotlib are optional: pip
+install 'l3d[report]'.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
 
     from l3d.decomposition.subnetworks import Subnetworks
 
-MAX_DIAGRAMS = 60  # more subnetworks than this: the most active ones are drawn
+MAX_DIAGRAMS = 60  # of more subnetworks only the most active ones are drawn
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Headline(NamedTuple):
-    """One of the figures at the top of the page."""
+    """One figure at the top of the page."""
 
     label: str
-    shown: str  # as people read it
-    exact: str  # as metrics.json holds it
-    note: str
+    shown: str  # rounded, with its unit
+    exact: str  # as in metrics.json
+    note: str  # what the figure means; "" for none
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write RUN/report.html from what the run folder holds and return its path.
+    """Write RUN/report.html from the run folder's files, and return its path.
 
-    The page is complete or the old one stays: it is written beside it first and then renamed. Without
-    metrics.json the last training step's figures are shown. Raises FileNotFoundError or ValueError, naming
-    the file, for a folder that holds no readable run, and ImportError without the extra `report`.
+    The page is written under a temporary name and then renamed, so a failure keeps the old page. Without metrics.json
+    the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
+    for a folder without a readable run, and ImportError without the extra `report`.
     """
     folder = Path(run_dir)
     return replace_text(folder / REPORT, render_report(folder))
 
 
 def render_report(run_dir: str | os.PathLike[str]) -> str:
-    """Return the page as text; see write_report."""
+    """Return the page as text; see `write_report`."""
     try:
         import jinja2
         from markupsafe import Markup
@@ -128,22 +128,22 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
 
 
 _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
-    "error": ("error", percent, "of the gradients’ squared norm is left unexplained; 0 % is perfect"),
-    "held_out_error": ("error on held-out data", percent, "the same, on inputs not trained on"),
+    "error": ("error", percent, "of the gradients’ squared norm is not reconstructed; 0 % is perfect"),
+    "held_out_error": ("error on held-out data", percent, "the same, on rows not used in training"),
     "mmcs": (
-        "match with the truth",
+        "match with the true features",
         "{:.3f}".format,
         "mean best |cosine| with the true directions; 1 is perfect",
     ),
     "features_found": ("features found", "{:.0f}".format, "have a subnetwork of their own"),
-    "r2": ("r² with the weights", "{:.3f}".format, "of the columns found with those of the map W_out W_in"),
-    "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity .9 or more"),
-    "purity": ("purity", "{:.3f}".format, "mean over groups of the best subnetwork’s share in the group’s features"),
-    "inputs_found": ("inputs found", "{:.0f}".format, "move a subnetwork most that no other input moves most"),
+    "r2": ("r² with the weights", "{:.3f}".format, "between the columns found and those of W_out W_in"),
+    "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity 0.9 or more"),
+    "purity": ("purity", "{:.3f}".format, "of W_in lies in the group, for each group’s best subnetwork, on average"),
+    "inputs_found": ("inputs found", "{:.0f}".format, "act most on a subnetwork of their own"),
     "kept_per_sample": (
         "kept per sample",
         "{:.3g}".format,
-        "subnetworks used to rebuild one gradient, on average",
+        "subnetworks used to reconstruct one gradient, on average",
     ),
     "dead_fraction": ("dead", percent, "of the subnetworks are never kept"),
     "seconds": ("training time", duration, ""),
@@ -154,7 +154,7 @@ _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label
 
 
 def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
-    """Return those of the figures that belong at the top of the page, in the order of _HEADLINES."""
+    """Return the figures for the top of the page, in the order of _HEADLINES."""
     other = {"error": "error on other data"} if "evaluated_on" in figures else {}
     return [
         Headline(
@@ -169,7 +169,7 @@ def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
 
 
 def _read_config(path: Path) -> tuple[str, str]:
-    """Return config.yaml's text and the toy or the model that it names, both empty where there is none."""
+    """Return config.yaml's text and the name of its toy or model; both are empty if there is no such file."""
     import yaml
 
     if not path.is_file():
@@ -187,7 +187,7 @@ def _read_config(path: Path) -> tuple[str, str]:
 def _diagrams(
     d: Subnetworks, shapes: Mapping[str, tuple[int, ...]], rates: Sequence[float] | None
 ) -> Iterator[tuple[int, Figure]]:
-    """Yield (index, diagram) per subnetwork, all to one scale; none where the tensors form no small chain."""
+    """Yield (index, diagram) per subnetwork, all to one scale; nothing if the tensors form no small MLP."""
     if plots.mlp_chain(shapes) is None:
         return
     by_rate = sorted(range(d.n_subnetworks), key=lambda i: -rates[i] if rates else 0.0)
@@ -198,7 +198,7 @@ def _diagrams(
 
 
 def _curve_summary(history: Mapping[str, Sequence[float]]) -> str:
-    """Return the error curve in one sentence, for those who cannot see it."""
+    """Return the error curve in one sentence, for screen readers."""
     if not history.get("step"):
         return ""
     first, last = history["error"][0], history["error"][-1]
@@ -206,10 +206,10 @@ def _curve_summary(history: Mapping[str, Sequence[float]]) -> str:
 
 
 def _in_script(described: Mapping[str, Any]) -> str:
-    """Return JSON that may stand inside a <script>: no text in it can end the element or begin a tag."""
+    """Return JSON that is safe inside a <script>: no text in it can end the element or begin a tag."""
     return json.dumps(described, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _compact(value: Any) -> str:
-    """Return a setting as text: strings as they are, the rest as JSON."""
+    """Return a setting as text: strings unchanged, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The report's table: a row per subnetwork, from the decomposition and from what it was seen to do."""
+"""Build the report's table: a row per subnetwork, from the decomposition and the description of its behaviour."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import torch
 if TYPE_CHECKING:
     from l3d.decomposition.subnetworks import Subnetworks
 
-MAX_COLUMNS = 8  # more tensors than this: the largest ones by name, the others summed
-N_WORDS = 4  # that say what a subnetwork acts on
-N_MOVES = 2  # entries of the output in each direction
+MAX_COLUMNS = 8  # tensors with a column of their own, the largest ones; the others are summed
+N_WORDS = 4  # words per subnetwork in the column of what it acts on
+N_MOVES = 2  # output entries in each direction
 
 
 class Row(NamedTuple):
-    """One subnetwork in the table; what is not known is None or empty."""
+    """One subnetwork's row in the table; unknown values are None or empty."""
 
     subnetwork: int
-    rate: float | None  # share of the samples it is kept for
-    impact: float | None  # mean over the samples looked at
-    ratio: float | None  # output change on the samples it is active for against the rest
-    acts: list[str]  # tokens, predicted classes or inputs at the places of largest impact
-    raised: list[str]  # entries of the output
-    lowered: list[str]
-    main: str  # the tensor that holds most of it
-    shares: list[float]  # share of its squared norm per column
+    rate: float | None  # activation rate: fraction of the samples it is kept for
+    impact: float | None  # mean over the examined samples
+    ratio: float | None  # output change on active samples / on inactive ones
+    acts: list[str]  # tokens, predicted classes or inputs at the samples of largest impact
+    raised: list[str]  # output entries
+    lowered: list[str]  # output entries
+    main: str  # the tensor with the largest part of its squared norm
+    shares: list[float]  # fraction of its squared norm per column
 
 
 class Table(NamedTuple):
-    """The rows, and which of their values there are."""
+    """The rows, and which of their values are known."""
 
-    columns: list[str]  # names of tensors, of `Row.shares`
+    columns: list[str]  # names of tensors, the columns of `Row.shares`
     rows: list[Row]
-    has_ratio: bool
-    acts: str  # what `Row.acts` holds, "" for nothing
+    has_ratio: bool  # some row has an intervention ratio
+    acts: str  # header for `Row.acts`; "" if the rows have none
 
 
 def make_table(
@@ -49,8 +49,8 @@ def make_table(
 ) -> Table:
     """Return one row per subnetwork.
 
-    rates: [K] activation rates. described: what `l3d.describe` returned, empty where nothing was described. prefix: to
-    be left out of the tensors' names. ratios: intervention ratios by subnetwork, in the place of those described.
+    rates: [K] activation rates. described: the result of `l3d.describe`, or an empty dict. prefix: removed from the
+    tensors' names. ratios: intervention ratios by subnetwork; they replace those in `described`.
     """
     names = [name.removeprefix(prefix) for name in d.parameter_names]
     shares = squared_shares(d)
@@ -78,7 +78,7 @@ def make_table(
 
 
 def acts_on(described: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
-    """Return a few words for what a subnetwork acts on, most telling first."""
+    """Return a few words for what a subnetwork acts on, those of largest impact first: tokens, classes or inputs."""
     places, kind = seen.get("top", ()), described.get("kind")
     if kind == "text":
         marked = [place["tokens"][place["position"] - place["first"]] for place in places]
@@ -88,27 +88,26 @@ def acts_on(described: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
         return [entry_name(described, entry) for entry, _ in counts.most_common(2)]
     if kind == "point" and places:
         points = torch.tensor([described["rows"][str(place["row"])]["point"] for place in places]).abs().mean(0)
-        return [f"input {i}" for i in points.argsort(descending=True).tolist() if points[i] >= 0.5 * points.max() > 0][
-            :2
-        ]
+        order = points.argsort(descending=True).tolist()
+        return [f"input {i}" for i in order if points[i] >= 0.5 * points.max() > 0][:2]
     return []
 
 
 def entry_name(described: Mapping[str, Any], entry: int) -> str:
-    """Return the name of an entry of the output: a token, a class, or its number."""
+    """Return the name of an output entry: a token, a class, or its number."""
     names = described.get("tokens" if described.get("kind") == "text" else "classes") or {}
     name = names.get(str(entry))
     return f"output {entry}" if name is None else visible(name)
 
 
 def visible(token: str) -> str:
-    """Return a token's text with signs for what cannot be seen in a list of words."""
+    """Return a token's text with visible signs for line breaks, tabs and empty text."""
     return token.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "·"
 
 
 @torch.no_grad()
 def squared_shares(d: Subnetworks) -> torch.Tensor:
-    """Return the share of its squared norm that each subnetwork has in each tensor: [K, tensors]."""
+    """Return the fraction of each subnetwork's squared norm that lies in each tensor: [K, tensors] float64."""
     factors = ([factor.double() for factor in piece.factors()] for _, piece in d.decoder.items())
     squares = torch.stack([((u @ u.mT) * (v @ v.mT)).sum((1, 2)) for u, v in factors], dim=1)
     return squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)

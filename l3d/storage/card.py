@@ -1,4 +1,4 @@
-"""The README.md of a saved decomposition, which the hub shows as its model card."""
+"""Write the README.md of a saved decomposition, which the hub shows as its model card."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from l3d.storage.files import read_json, replace_text
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MARK = "library_name: l3d"
-# settings that a reader needs; the rest is in decomposition.json
+# the settings shown in the card; decomposition.json holds all of them
 _SETTINGS = (
     "divergence", "reference", "positions", "k", "preset", "steps", "batch_size", "lr", "warm_start", "seed", "dtype",
 )  # fmt: skip
@@ -24,7 +24,7 @@ _FIGURES = {
 
 
 def model_card(header: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """Return the card of what a decomposition.json says, with the figures of a metrics.json where there are any."""
+    """Return the card's text from the content of decomposition.json and, if given, the figures of metrics.json."""
     base, settings = header.get("base_model", {}), header["settings"]
     name = base.get("name", "a model")
     front = [_MARK, "tags: [l3d, interpretability, parameter-decomposition]"]
@@ -60,14 +60,14 @@ def model_card(header: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         ]
         lines += [
             "",
-            "Error is Σ‖g − ĝ‖² / Σ‖g‖²: 0 is perfect, 1 is no better than nothing. It is local: it tells how the",
+            "Error is Σ‖g − ĝ‖² / Σ‖g‖²: 0 is perfect, 1 is no better than ĝ = 0. It is local: it describes",
         ]
-        lines += ["output changes near these weights, on data like that it was trained on."]
+        lines += ["how the output changes near these weights, on data like the training data."]
     return "\n".join(lines) + "\n"
 
 
 def write_card(folder: Path, header: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> Path | None:
-    """Write a folder's card; a README.md that is no card of ours stays, and None is returned."""
+    """Write a folder's card and return its path; keep a README.md that l3d did not write, and return None."""
     path = folder / CARD
     if path.is_file() and not is_card(path):
         return None
@@ -75,15 +75,15 @@ def write_card(folder: Path, header: Mapping[str, Any], figures: Mapping[str, An
 
 
 def renew_card(folder: Path, figures: Mapping[str, Any]) -> Path | None:
-    """Write the card of a folder that holds a decomposition again, with figures."""
+    """Rewrite the card of a folder that holds a decomposition, with figures; see `write_card`."""
     return write_card(folder, read_json(folder / "decomposition.json"), figures)
 
 
 def is_card(path: Path) -> bool:
-    """Tell whether a file is a card of ours."""
+    """Return whether a file is a card that l3d wrote."""
     return path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")[:200]
 
 
 def _plain(value: Any) -> str:
-    """Write a value so that it cannot break out of a table's cell or of code."""
+    """Return a value as text that is safe in a Markdown table cell or code span."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

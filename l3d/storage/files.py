@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Write files atomically: a reader finds the complete old file or the complete new one."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, and move what was written there when the block ends well."""
+    """Yield a temporary path beside `path`; move that file to `path` if the block raises nothing, else delete it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -20,30 +20,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Write a text file whole, and return its path."""
+    """Write a text file atomically, and return its path."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
 
 
 def replace_between(path: Path, marks: tuple[str, str], text: str | None) -> Path:
-    """Replace what stands between two lines of a text file, and return its path; None only looks for the lines.
+    """Replace the text between two marker lines of a file, and return its path; text None only checks the markers.
 
-    Raises FileNotFoundError or ValueError where the file or the lines are missing.
+    Raises FileNotFoundError if the file is missing, and ValueError if a marker line is.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     stripped = [line.strip() for line in lines]
     if marks[0] not in stripped or marks[1] not in stripped[stripped.index(marks[0]) :]:
-        raise ValueError(f"{path}: expected the lines {marks[0]} and {marks[1]}, between which the text goes")
+        raise ValueError(f"{path}: expected the marker lines {marks[0]} and {marks[1]} around the text to replace")
     start = stripped.index(marks[0])
     stop = stripped.index(marks[1], start)
     return path if text is None else replace_text(path, "".join([*lines[: start + 1], text, *lines[stop:]]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a json object; FileNotFoundError or ValueError with one line otherwise."""
+    """Read a json object. Raises FileNotFoundError or ValueError, with a message of one line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
     try:

@@ -1,10 +1,10 @@
-"""Figures as people read them."""
+"""Format numbers for people: percentages, durations, sizes and figures."""
 
 import math
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as a percentage of three figures at most."""
+    """Return a fraction as a percentage with at most three significant figures."""
     if not math.isfinite(fraction):
         return "not finite"
     if 0 < abs(fraction) < 1e-5:
@@ -13,7 +13,7 @@ def percent(fraction: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in the two units that matter."""
+    """Return a duration in seconds, minutes and seconds, or hours and minutes."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -26,7 +26,7 @@ def size(n_bytes: float) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Return a number of three figures, in a table's cell; a dash for none."""
+    """Return a number with three significant figures, for a table's cell; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.2e}"

@@ -1,6 +1,6 @@
-"""Decompositions on the Hugging Face hub, or on any server that speaks its protocol (HF_ENDPOINT).
+"""Upload and download decompositions on the Hugging Face hub, or on a server with its protocol (HF_ENDPOINT).
 
-What goes wrong on the way becomes one line: no network, no permission, nothing there, a file cut short.
+Every failure becomes a ValueError of one line: no network, no permission, no such repository, a truncated file.
 """
 
 import re
@@ -25,17 +25,17 @@ def push(
     message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a decomposition with its model card, as one commit; the repository is made if missing.
+    """Upload a decomposition with its model card, as one commit; create the repository if it is missing.
 
     Args:
         decomposition: to upload.
         repo_id: "USER/NAME", or "hf://USER/NAME".
-        private: of a new repository; None is the hub's default.
+        private: whether a new repository is private; None is the hub's default.
         revision: the branch; None is main.
-        message: of the commit.
-        token: of access; default the one that `hf auth login` or HF_TOKEN left.
+        message: the commit's message.
+        token: access token; None takes the one of `hf auth login` or HF_TOKEN.
 
-    Returns the commit's address. Raises ValueError in one line where the hub cannot be reached or refuses.
+    Returns the commit's address. Raises ValueError in one line if the hub cannot be reached or refuses.
     """
     repo, branch = parse(repo_id)
     hub = _client(repo)
@@ -50,7 +50,7 @@ def push(
                 revision=revision or branch,
                 commit_message=message or f"Upload {decomposition.n_subnetworks} subnetworks",
             )
-        except Exception as error:  # of the hub's client or its HTTP library, by version
+        except Exception as error:  # the client's error classes differ by version and HTTP library
             raise ValueError(f"{SCHEME}{repo}: cannot be uploaded: {_reason(error)}") from error
     return str(commit.commit_url)
 
@@ -58,13 +58,13 @@ def push(
 def pull(address: str) -> Path:
     """Download a decomposition from "hf://USER/NAME" or "hf://USER/NAME@REVISION" and return its folder.
 
-    Raises ValueError in one line where the hub cannot be reached or refuses, or holds no decomposition.
+    Raises ValueError in one line if the hub cannot be reached or refuses, or the repository holds no decomposition.
     """
     repo, revision = parse(address)
     hub = _client(repo)
     try:
         folder = hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES))
-    except Exception as error:  # of the hub's client or its HTTP library, by version
+    except Exception as error:  # the client's error classes differ by version and HTTP library
         raise ValueError(f"{SCHEME}{repo}: cannot be downloaded: {_reason(error)}") from error
     if not (Path(folder) / FILES[0]).is_file():
         raise ValueError(f"{SCHEME}{repo}: holds no {FILES[0]}: not a decomposition of l3d")
@@ -72,7 +72,7 @@ def pull(address: str) -> Path:
 
 
 def parse(address: str) -> tuple[str, str | None]:
-    """Split "hf://USER/NAME@REVISION" into the repository and the revision, None where there is none.
+    """Split "hf://USER/NAME@REVISION" into the repository and the revision; the revision may be missing, then None.
 
     >>> parse("hf://user/name@main")
     ('user/name', 'main')
@@ -92,6 +92,6 @@ def _client(repo: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error in one line, the beginning of it: the hub's client adds advice over many lines."""
+    """Return the first 200 characters of an error in one line; the hub's client adds many lines of advice."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,6 +1,7 @@
-"""Which weights a decomposition belongs to: the model's name and revision, and a hash of every decomposed parameter.
+"""Identify the weights a decomposition belongs to: the model's name and revision, and a hash of every parameter.
 
-Directions in parameter space mean nothing on other weights, so what uses a decomposition on a model checks these.
+Directions in parameter space are meaningless for other weights. So every function that applies a decomposition to a
+model checks the hashes.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-_moved: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that `moving` holds, by how many blocks
+_moved: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> number of open `moving` blocks
 
 
 def identity(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def identity(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, An
     config = getattr(model, "config", None)
     found = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(model).__name__
     if Path(found).is_dir():
-        found = Path(found).resolve().name  # where it lies on this machine is nobody's business
+        found = Path(found).resolve().name  # keep the folder's name only: the path is private to this machine
     return {
         "name": found,
         "revision": getattr(config, "_commit_hash", None),
@@ -33,7 +34,7 @@ def identity(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, An
 
 
 def fingerprint(parameter: Tensor) -> str:
-    """Return a parameter's type and the SHA-256 of its entries' bytes, as "float32:9f86d081..".
+    """Return a parameter's dtype and the SHA-256 of its entries' bytes, as "float32:9f86d081..".
 
     >>> fingerprint(torch.zeros(2))
     'float32:af5570f5a1810b7af78caf4bc70a660f0df51e42baf91d4de5b2328de0e83dfc'
@@ -44,7 +45,7 @@ def fingerprint(parameter: Tensor) -> str:
 
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """Return the SHA-256 of a text and of tensors, their types, shapes and entries."""
+    """Return the SHA-256 of a text and of tensors, with their dtypes, shapes and entries."""
     hashed = hashlib.sha256(text.encode())
     for tensor in tensors:
         hashed.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
@@ -54,9 +55,10 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
 
 
 def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a parameter has other entries than the decomposition's had.
+    """Raise ValueError if a parameter's entries differ from those of the decomposed one.
 
-    A decomposition without hashes fits any weights. What `l3d.intervene` has moved was checked before.
+    base: a decomposition's `base_model`; without hashes it fits any weights. Parameters that `l3d.intervene` has moved
+    are skipped: they were checked before the move.
     """
     for name, expected in base.get("parameters", {}).items():
         parameter = parameters.get(name)
@@ -69,13 +71,13 @@ def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) ->
             known = base.get("name", "the model") + (f" at {base['revision']}" if base.get("revision") else "")
             raise ValueError(
                 f"model: {name!r} {differ}: these are not the weights of {known} that were decomposed; "
-                "any_weights=True goes on all the same"
+                "pass any_weights=True to use them anyway"
             )
 
 
 @contextmanager
 def moving(parameters: list[Tensor]) -> Iterator[None]:
-    """Let `check_identity` pass over parameters that are moved away from their weights, and will come back."""
+    """Make `check_identity` skip parameters inside the block, while an intervention has moved them."""
     for parameter in parameters:
         _moved[parameter] = _moved.get(parameter, 0) + 1
     try:

@@ -1,21 +1,27 @@
-"""What a run folder holds beside the decomposition: config.yaml (settings), metrics.json (figures) and
-subnetworks.json (what each subnetwork does, see `l3d.analysis.description`).
+"""Read and write a run folder: checkpoints, config.yaml (settings), metrics.json (figures) and subnetworks.json.
 
-All are written beside their place first and then renamed, so that a reader finds the old file or the new
-one, never half of one.
+subnetworks.json describes what each subnetwork does, see `l3d.analysis.description`. Every file is written under a
+temporary name and then renamed, so a reader finds the complete old file or the complete new one.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from l3d.decomposition.subnetworks import Subnetworks
+from l3d.storage.card import CARD, is_card
 from l3d.storage.files import read_json, replace_text
-from l3d.storage.lock import LOCK
+from l3d.storage.lock import LOCK, check_free, claim
+from l3d.storage.store import FORMAT, load, read_tensors, to_json, write, write_tensors
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -25,8 +31,90 @@ INTERVENTIONS = "interventions.json"
 SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run: it holds checkpoints during training, and the decomposition afterwards."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path, overwrite: bool, resume: bool) -> RunFolder:
+        """Make the folder, or check that it may be used, and claim it for this process until `lock.release`.
+
+        overwrite: delete the files of an earlier run first. resume: keep its checkpoints. Raises FileNotFoundError if
+        there is nothing to resume, and ValueError if the folder is in use, not empty or not a folder.
+        """
+        folder = Path(path)
+        check_free(folder)
+        if resume and not (folder / "checkpoints").is_dir():
+            raise FileNotFoundError(f"out: nothing to resume in {folder}; it holds no checkpoints")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out: {folder} is a file; name a folder")
+        if folder.exists() and any(each.name != LOCK for each in folder.iterdir()) and not resume:
+            if not overwrite:
+                raise ValueError(f"out: {folder} is not empty; choose another folder or pass overwrite")
+            _remove_run(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+        return cls(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, in the order of their steps."""
+        return sorted((self.path / "checkpoints").glob("step*[0-9]"))
+
+    def save_checkpoint(
+        self, step: int, decomposition: Subnetworks, optimizer: Mapping[str, Tensor], state: Any
+    ) -> None:
+        """Write a checkpoint: decomposition, optimizer tensors and state; then delete the older ones."""
+        old = self.checkpoints()
+        target = self.path / "checkpoints" / f"step{step:09d}"
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write(decomposition, partial)
+        write_tensors(partial / "optimizer.safetensors", dict(optimizer))
+        replace_text(partial / "state.json", to_json({"step": step, **state}))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        for path in old:
+            if path != target:
+                shutil.rmtree(path)
+
+    def load_checkpoint(
+        self, columns: slice | None = None
+    ) -> tuple[Subnetworks, dict[str, Tensor], dict[str, Any]] | None:
+        """Read the last checkpoint, (decomposition, optimizer tensors, state); None if there is none.
+
+        columns: read this slice of the subnetworks only.
+        """
+        found = self.checkpoints()
+        if not found:
+            return None
+        path = found[-1]
+        optimizer = read_tensors(path / "optimizer.safetensors", columns)
+        return load(path, Subnetworks, columns), optimizer, read_json(path / "state.json")
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete the files that a run wrote into a folder, and no others. Raises ValueError for a folder without a run."""
+    header = folder / "decomposition.json"
+    config = folder / "config.yaml"
+    is_run = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
+    is_run = is_run or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
+    is_run = is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
+    if not is_run:
+        raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
+    for name in ("checkpoints", "tensorboard", "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    files = ["config.yaml", "metrics.json", "subnetworks.json", "report.html"]
+    files += [f"interventions.{ending}" for ending in ("json", "svg", "png")]
+    for name in ("decomposition.safetensors", "decomposition.json", *files):
+        (folder / name).unlink(missing_ok=True)
+    if is_card(folder / CARD):
+        (folder / CARD).unlink()
+
+
 def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
-    """Write RUN/config.yaml, which `l3d COMMAND --config` accepts, and return its path."""
+    """Write RUN/config.yaml, which `l3d COMMAND --config` reads, and return its path."""
     import yaml
 
     header = f"# l3d {command}; again with: l3d {command} --config THIS_FILE --out ANOTHER_FOLDER\n"
@@ -35,7 +123,7 @@ def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
 
 
 def read_command(run: Path) -> str:
-    """Tell which command made the run folder, "toy" or "decompose".
+    """Return the command that made the run folder, "toy" or "decompose".
 
     Raises FileNotFoundError for a missing folder, ValueError for one that l3d did not make.
     """
@@ -58,13 +146,13 @@ def read_command(run: Path) -> str:
 
 
 def write_metrics(run: Path, metrics: Mapping[str, Any]) -> Path:
-    """Write RUN/metrics.json and return its path; a figure that is not finite becomes null."""
+    """Write RUN/metrics.json and return its path; figures that are not finite become null."""
     text = json.dumps({name: _finite(value) for name, value in metrics.items()}, indent=2, allow_nan=False)
     return replace_text(run / METRICS, text + "\n")
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """Read RUN/metrics.json; an empty dict where there is none yet. Raises ValueError for a broken one."""
+    """Read RUN/metrics.json; return an empty dict if it is missing. Raises ValueError for a damaged file."""
     path = run / METRICS
     if not path.is_file():
         return {}
@@ -84,7 +172,10 @@ def write_subnetworks(run: Path, described: Mapping[str, Any]) -> Path:
 
 
 def read_subnetworks(run: Path) -> dict[str, Any]:
-    """Read RUN/subnetworks.json; an empty dict where there is none. Raises ValueError for a broken or foreign one."""
+    """Read RUN/subnetworks.json; return an empty dict if it is missing.
+
+    Raises ValueError for a damaged file or another format.
+    """
     path = run / SUBNETWORKS
     if not path.is_file():
         return {}
@@ -95,7 +186,10 @@ def read_subnetworks(run: Path) -> dict[str, Any]:
 
 
 def read_ratios(run: Path) -> dict[int, float]:
-    """Read intervention ratios by subnetwork from RUN/interventions.json; none where they were not measured."""
+    """Read intervention ratios by subnetwork from RUN/interventions.json; return an empty dict if it is missing.
+
+    Raises ValueError for a damaged file.
+    """
     path = run / INTERVENTIONS
     if not path.is_file():
         return {}
@@ -104,11 +198,11 @@ def read_ratios(run: Path) -> dict[int, float]:
         pairs = zip(found["subnetworks"], found["ratio"], strict=True)
         return {int(k): float(ratio) for k, ratio in pairs if ratio is not None}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not what l3d intervene writes ({error})") from error
+        raise ValueError(f"{path}: not a file of l3d intervene ({error})") from error
 
 
 def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str, Any]:
-    """Return what was described of subnetworks with other activation rates [K]; nothing where they are not as many."""
+    """Return a description with its activation rates replaced by `rates` [K]; an empty dict if K differs."""
     each = described.get("subnetworks", [])
     if len(each) != len(rates):
         return {}
@@ -119,17 +213,17 @@ def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """Find the checkpoint that was written last; None where there is none yet."""
+    """Return the checkpoint that was written last; None if there is none yet."""
     found = list((run / "checkpoints").glob("step*[0-9]"))
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def interrupted(run: Path, command: str = "l3d resume") -> str:
-    """Say how to go on with a run that was interrupted."""
+    """Return a message that says how to resume an interrupted run."""
     last = last_checkpoint(run)
     if last is None:
         return f"interrupted, before the first checkpoint in {run}"
-    return f"interrupted; last checkpoint: {last}; go on with: {command} {run}"
+    return f"interrupted; last checkpoint: {last}; resume with: {command} {run}"
 
 
 def check_new(out: Path) -> None:
@@ -146,7 +240,7 @@ def check_copy(run: Path, out: Path) -> None:
 
 
 def copy_run(run: Path, out: Path) -> None:
-    """Copy a run folder to `out`, which check_copy has allowed."""
+    """Copy a run folder, without its lock, to `out`; `out` must pass `check_copy`."""
     check_copy(run, out)
     shutil.copytree(run, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
 

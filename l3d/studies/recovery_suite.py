@@ -1,6 +1,6 @@
-"""The recovery suite: every toy over several seeds, measured beside published, as a table.
+"""Run the recovery suite: decompose every toy for several seeds, and tabulate our figures beside published ones.
 
-`EXPERIMENTS` is what is run; `run_suite` runs it, `to_markdown` writes the table.
+`EXPERIMENTS` lists the runs; `run_suite` runs them, `to_markdown` writes the table.
 """
 
 import math
@@ -29,12 +29,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One decomposition of a toy, and what was published of it."""
+    """One decomposition of a toy, with its published figures."""
 
     title: str
     toy: str
-    published: Mapping[str, str] = field(default_factory=dict)  # figure -> as printed by its source
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of decompose, where they are not the toy's own
+    published: Mapping[str, str] = field(default_factory=dict)  # figure -> value as printed in its source
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of `decompose`, in place of the toy's own
 
 
 EXPERIMENTS = (
@@ -61,10 +61,11 @@ def run_suite(
     results: Results | None = None,
     **arguments: Any,
 ) -> Results:
-    """Run every experiment for every seed, each seed another toy, and return the figures: after those of `results`.
+    """Run every experiment for every seed, and return the figures, appended to those of `results`.
 
-    Besides the toy's own measures there are `error` (30 draws of references for each of at most 1,000 points) and
-    `seconds` (of the decomposition, its restarts included). `arguments` go to `decompose`, above all else.
+    Each seed makes another toy network. The figures are the toy's own measures, `error` (30 draws of references for
+    each of at most 1,000 points) and `seconds` (the decomposition with its restarts). `arguments` go to `decompose`,
+    and replace the experiment's and the toy's.
     """
     import l3d
 
@@ -87,12 +88,12 @@ def run_suite(
 
 
 def to_markdown(results: Results, experiments: Sequence[Experiment] = EXPERIMENTS) -> str:
-    """Write the table: per experiment and figure the published value, and ours as median (least to largest)."""
+    """Return the table in Markdown: per experiment and figure the published value, and our median, min and max."""
     lines = ["| toy | figure | published | median | over seeds |", "|---|---|---|---|---|"]
     for experiment in experiments:
         for name, values in results.get(experiment.title, {}).items():
             if name == "inputs_found" and "n_subnetworks" in experiment.arguments:
-                continue  # with fewer or more subnetworks than inputs it says nothing
+                continue  # meaningless with fewer or more subnetworks than inputs
             published = experiment.published.get(name, "")
             spread = f"{short(min(values))} to {short(max(values))}"
             lines.append(
@@ -102,7 +103,7 @@ def to_markdown(results: Results, experiments: Sequence[Experiment] = EXPERIMENT
 
 
 def short(value: float) -> str:
-    """Write a figure in few characters.
+    """Return a figure with three digits, without the leading zero; whole numbers without a decimal point.
 
     >>> short(0.1873), short(5.0), short(0.99652), short(1.0), short(12.34)
     ('.187', '5', '.997', '1', '12.3')

@@ -1,8 +1,9 @@
-"""Many decompositions of one model, over k, K, rank and seed: which runs there are, and what they come to.
+"""Sweep over k, K, rank and seed: decompose one model many times, and tabulate the runs' figures.
 
-points ─ one run folder each, kept where it is finished ─► records ─► table, sweep.json, error against kept
+points ─ one run folder each; finished ones are kept ─► records ─► table, sweep.json, plot of error against kept
 
-Where runs differ in the seed alone, how alike they are (matched |cos|) says which subnetworks to believe.
+Runs that differ in the seed alone are compared by the mean |cos| of matched subnetworks (`alike`). A low value means
+that the subnetworks depend on the seed and should not be trusted.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from l3d.studies.recovery_suite import short
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OVER = ("k", "n_subnetworks", "rank", "seed")  # what may be swept over, in this order
-BASE = "sweep.json"  # the settings that all runs share, and the results
+OVER = ("k", "n_subnetworks", "rank", "seed")  # settings that a sweep may vary, in this order
+BASE = "sweep.json"  # the file with the settings that all runs share, and the results
 
 
 class Point(NamedTuple):
     """One run of a sweep."""
 
-    values: dict[str, Any]  # of those of OVER that are swept over
-    random_weights: bool  # a control: the decomposed weights are redrawn
+    values: dict[str, Any]  # the value of each varied setting
+    random_weights: bool  # True for a control, whose decomposed weights are random
 
     @property
     def name(self) -> str:
@@ -48,16 +49,16 @@ class Record(NamedTuple):
 
     point: Point
     metrics: dict[str, Any]
-    alike: float | None  # mean matched |cos| with the runs that differ in the seed alone
+    alike: float | None  # mean matched |cos| with the runs that differ in the seed alone; None without any
 
 
-Train = Callable[[Path, Point, bool], Mapping[str, Any]]  # (folder, point, go on with it?) -> metrics
+Train = Callable[[Path, Point, bool], Mapping[str, Any]]  # (folder, point, resume) -> metrics
 
 
 def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> list[Point]:
-    """List the runs: every combination, seeds innermost, each with its control after it where there is one.
+    """Return the sweep's runs: every combination, seeds innermost; with random_weights a control follows each run.
 
-    Raises ValueError for what cannot be swept over, and for lists that are empty or repeat a value.
+    Raises ValueError for settings that a sweep cannot vary, and for lists that are empty or repeat a value.
     """
     for name, values in over.items():
         if name not in OVER:
@@ -66,7 +67,7 @@ def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> l
             raise ValueError(f"over.{name}: expected a list of different values, got {values!r}")
         if any(isinstance(value, (dict, list)) for value in values):
             raise ValueError(f"over.{name}: expected numbers (or rank auto), got {values!r}")
-        for value in values:  # before the first run, not at the one that has it
+        for value in values:  # checked now, so that a late run does not fail
             if name == "k":
                 check_fraction("over.k", value)
             if name == "n_subnetworks" or (name == "rank" and value != "auto"):
@@ -81,10 +82,11 @@ def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> l
 def run_sweep(
     out: Path, base: Mapping[str, Any], runs: Sequence[Point], train: Train, tell: Callable[[str], None] = print
 ) -> list[Record]:
-    """Run what has not been run yet, and return all figures.
+    """Run the points that are not finished, and return the figures of all.
 
-    Finished runs (with metrics) in `out`/runs are kept, an interrupted one goes on from its last checkpoint; so may a
-    sweep over more values in the same folder. Raises ValueError where `out` holds a sweep with other settings.
+    Finished runs (with metrics) in `out`/runs are kept, and an interrupted run resumes from its last checkpoint. So a
+    sweep may be extended by more values in the same folder. Raises ValueError if `out` holds a sweep with other
+    settings.
     """
     check_base(out, base)
     out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ def run_sweep(
 
 
 def check_base(out: Path, base: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds anything but a sweep with the same settings."""
+    """Raise ValueError unless `out` is new, empty, or holds a sweep with the same settings."""
     path = out / BASE
     if not path.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -119,7 +121,7 @@ def check_base(out: Path, base: Mapping[str, Any]) -> None:
 
 
 def records(out: Path, runs: Sequence[Point]) -> list[Record]:
-    """Read finished runs' figures, and compare those that differ in the seed alone."""
+    """Read finished runs' figures, and measure the similarity of runs that differ in the seed alone."""
     groups: dict[str, list[Point]] = {}
     for point in runs:
         groups.setdefault(_apart_from_seed(point), []).append(point)
@@ -135,7 +137,7 @@ def records(out: Path, runs: Sequence[Point]) -> list[Record]:
 
 
 def to_markdown(found: Sequence[Record]) -> str:
-    """Write the table: a row per setting, figures averaged over seeds."""
+    """Return the table in Markdown: one row per setting, with figures averaged over seeds."""
     names = [name for name in OVER if name in found[0].point.values and name != "seed"]
     columns = {"error": "error", "held_out_error": "held out", "kept_per_sample": "kept", "dead_fraction": "dead"}
     columns = {key: label for key, label in columns.items() if any(key in each.metrics for each in found)}
@@ -169,13 +171,13 @@ def write_results(out: Path, base: Mapping[str, Any], found: Sequence[Record]) -
         from l3d.report.plots import write_figure
 
         paths += write_figure(error_against_kept(found), out / "error-kept")
-    except ImportError:  # the plot is an extra; the figures are there without it
+    except ImportError:  # without matplotlib only the plot is missing
         pass
     return paths
 
 
 def error_against_kept(found: Sequence[Record]) -> Figure:
-    """Draw every run's error over how many subnetworks it keeps per sample; a line per K and rank, controls hollow."""
+    """Draw every run's error against the subnetworks kept per sample: a line per K and rank, controls hollow."""
     from l3d.report.plots import POSITIVE, RULE, _style
 
     with _style():

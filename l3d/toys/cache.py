@@ -1,4 +1,4 @@
-"""Trained toys on disk, so that each is trained once on a machine: $L3D_CACHE, else ~/.cache/l3d."""
+"""Cache trained toys on disk, so that a machine trains each once: in $L3D_CACHE, else ~/.cache/l3d."""
 
 import hashlib
 import os
@@ -15,13 +15,14 @@ from l3d.toys.networks import Network
 
 
 def trained(name: str, seed: int, build: Callable[[], Network], fit: Callable[[], Network]) -> Network:
-    """Return the network that `fit` trains, from disk where it has been trained before.
+    """Return the network that `fit` trains, from the cache if it holds it.
 
-    A file belongs to the recipes' code and torch's version: another of either trains anew. A folder that cannot be
-    written and a file that cannot be read do no harm: then the network is trained again.
+    A file is named after the recipes' code, torch's version and the dtype; if one changes, the network is trained
+    again. It is also trained again if the file cannot be read or the folder cannot be written.
     """
     path = _folder() / "toys" / f"{name}-{seed}-{_version()}{_dtype()}.safetensors"
-    with torch.random.fork_rng(devices=[]):  # the start is overwritten, or drawn from a generator of its own
+    # `build`'s initial weights are overwritten, and `fit` has its own generator
+    with torch.random.fork_rng(devices=[]):
         network = build()
         try:
             network.load_state_dict(load_file(path))
@@ -32,6 +33,7 @@ def trained(name: str, seed: int, build: Callable[[], Network], fit: Callable[[]
 
 
 def _write(path: Path, network: Network) -> None:
+    """Save the network's tensors; do nothing if the folder cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -41,13 +43,14 @@ def _write(path: Path, network: Network) -> None:
 
 
 def _folder() -> Path:
+    """Return the cache folder: $L3D_CACHE, else l3d below $XDG_CACHE_HOME, else below ~/.cache."""
     named = os.environ.get("L3D_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "l3d"
 
 
 @cache
 def _version() -> str:
-    """Digest the code that makes the toys, with torch's version."""
+    """Return a digest of the code that makes the toys and of torch's version."""
     digest = hashlib.sha256(torch.__version__.encode())
     for file in ("networks.py", "recipes.py", "sampling.py"):
         digest.update((Path(__file__).parent / file).read_bytes())
@@ -55,6 +58,6 @@ def _version() -> str:
 
 
 def _dtype() -> str:
-    """Name the dtype toys are trained in now, where it is not the usual one."""
+    """Return a suffix that names torch's default dtype; empty for float32."""
     dtype = torch.get_default_dtype()
     return "" if dtype == torch.float32 else f"-{str(dtype).removeprefix('torch.')}"

@@ -1,4 +1,4 @@
-"""The toy models' networks, and how they are trained: several starts side by side, of which the best is kept."""
+"""Define the toy models' networks and train them from several starts at once, keeping the best."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    """Linear layers by name, an activation between them and one at the end: [n, inputs] -> [n, outputs]."""
+    """Named Linear layers with an activation between them and one at the end: [n, inputs] -> [n, outputs]."""
 
     def __init__(self, layers: Mapping[str, nn.Linear], between: Activation = identity, last: Activation = identity):
         super().__init__()
@@ -28,14 +28,14 @@ class Network(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers in their order."""
+        """Apply the layers in order: [n, inputs] -> [n, outputs]."""
         for name in self.order:
             x = self.get_submodule(name)(x)
             x = (self.last if name == self.order[-1] else self.between)(x)
         return x
 
     def forward_many(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Apply many networks of this form, whose parameters are stacked along a first axis: [starts, n, outputs]."""
+        """Apply several networks of this form, their parameters stacked along a first axis: [starts, n, outputs]."""
         for name in self.order:
             x = x @ parameters[f"{name}.weight"].mT
             if f"{name}.bias" in parameters:
@@ -56,12 +56,12 @@ class Superposition(Network):
 
 
 def split_scale(network: Superposition) -> Superposition:
-    """Share the scale of W_out W_in between the two matrices in a fixed way, and return the network.
+    """Balance the scale of W_in and W_out in a fixed way without changing W_out W_in; return the network.
 
-    The network computes the same with M W_in and W_out M⁻¹ for any invertible M, but its gradients, and how well they
-    are reconstructed, depend on M. So that training's accidents do not decide, both matrices get the same singular
-    values, in the proportion of Kaiming's fan-out initialisation, which keeps the size of what flows backwards:
-    W_in W_inᵀ = (features / hidden units) W_outᵀ W_out, diagonal.
+    The network computes the same with M W_in and W_out M⁻¹ for any invertible M, but its gradients, and their
+    reconstruction error, depend on M. To make them independent of the training run, both matrices get the square roots
+    of the singular values of W_out W_in, in the proportion of Kaiming's fan-out initialisation, which preserves the
+    scale of gradients in the backward pass: W_in W_inᵀ = (features / hidden units) W_outᵀ W_out, diagonal.
     """
     w_in, w_out = network.W_in.weight, network.W_out.weight
     n_hidden, n_features = w_in.shape
@@ -74,7 +74,7 @@ def split_scale(network: Superposition) -> Superposition:
 
 
 class Deep(Network):
-    """A GELU network of some hidden layers of one width: [n, features] -> [n, features]."""
+    """A GELU network with hidden layers of one width: [n, features] -> [n, features]."""
 
     def __init__(self, n_features: int, width: int, n_hidden: int) -> None:
         widths = [n_features, *[width] * n_hidden, n_features]
@@ -84,7 +84,7 @@ class Deep(Network):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread in the block: tiny tensors gain nothing from more, and lose much on a busy machine."""
+    """Use one thread while the block runs: more are no faster on tiny tensors, and slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -95,7 +95,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def drawn_from(generator: torch.Generator) -> Iterator[None]:
-    """Let what torch draws by itself in the block, as the start of a layer, come from a generator's next seed."""
+    """Seed torch's global generator from `generator` while the block runs, for layers' initial weights."""
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,10 +114,10 @@ def train_network(
     batch_size: int = 256,
     score: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = None,
 ) -> N:
-    """Fit inputs [n, features] to targets [n, outputs] by mean squared error, from several starts in one run.
+    """Fit targets [n, outputs] from inputs [n, features] by mean squared error, from several starts in one run.
 
-    Adam, lr falling along a cosine. `score(stacked parameters, losses [starts])` gives what is to be least in the
-    start that is kept, by default its loss.
+    Adam with a cosine learning-rate schedule. score(stacked parameters, losses [starts]) -> [starts] ranks the starts;
+    the lowest is kept. By default it is the loss.
     """
     with drawn_from(generator):
         starts = [build() for _ in range(n_starts)]
@@ -130,6 +130,7 @@ def train_network(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def losses(rows: Tensor | slice) -> Tensor:
+        """Return each start's mean squared error over the given rows: [starts]."""
         return (network.forward_many(stacked, inputs[rows]) - targets[rows]).square().mean((1, 2))
 
     with one_thread():

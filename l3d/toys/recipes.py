@@ -1,6 +1,6 @@
-"""The toys, one function each: the task, the network, its true circuits, and the settings to decompose it with.
+"""Build each toy by one function: the task, the network, its true circuits, and settings to decompose it with.
 
-K, rank and k are the paper's. What is drawn depends on the seed alone, by purpose: task, training, points.
+K, rank and k are the paper's. Task, training and points are drawn by three generators, each seeded from the toy's seed.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,10 @@ def tms(seed: int) -> Toy:
 
 
 def tms_40_10(seed: int) -> Toy:
-    """Build a larger one, forty features through ten hidden units.
+    """Build a larger model of superposition: forty features through ten hidden units.
 
-    A thousand points are too few for it: as many are drawn as the recommended training takes, none twice.
+    A thousand points are too few to decompose it. So 100,000 are drawn, at least as many as the recommended training
+    uses, and none is used twice.
     """
     generator = _generator(seed, TRAINING)
 
@@ -41,7 +42,7 @@ def tms_40_10(seed: int) -> Toy:
 
 
 def tms_parallel(seed: int) -> Toy:
-    """Build three of 5-2 side by side: one network of block-diagonal matrices, each block trained by itself."""
+    """Build three `tms` side by side: one network of block-diagonal matrices, each block trained separately."""
     n_copies = 3
 
     def build() -> Network:
@@ -101,10 +102,10 @@ def high_rank(seed: int) -> Toy:
 
 
 def squared(seed: int) -> Toy:
-    """Build a complex loss landscape: x -> x² by a GELU network of four hidden layers of five, as the paper's.
+    """Build a complex loss landscape: x -> x² by a GELU network with four hidden layers of width 5, as in the paper.
 
-    So narrow a network learns three to five of the five squares. Of width 10 it learns all, and its gradients are not
-    as easily reconstructed.
+    At this width the network learns three to five of the five squares. At width 10 it learns all five, but its
+    gradients are harder to reconstruct.
     """
     sample = partial(signed_features, n_features=5)
     generator = _generator(seed, TRAINING)
@@ -129,11 +130,12 @@ RECIPES = {recipe.__name__: recipe for recipe in (tms, tms_parallel, tms_40_10, 
 
 
 def _generator(seed: int, purpose: int) -> torch.Generator:
+    """Return the CPU generator for one purpose (TASK, TRAINING or POINTS) of a toy's seed."""
     return torch.Generator().manual_seed(mix(seed, purpose))
 
 
 def _settings(n_subnetworks: int, steps: int) -> dict[str, Any]:
-    """Return the paper's settings at rank 1. Four restarts cost little more than one, and one may miss a circuit."""
+    """Return the paper's settings at rank 1. Four restarts cost little more than one, which may miss a circuit."""
     return {
         "n_subnetworks": n_subnetworks,
         "rank": 1,
@@ -149,6 +151,7 @@ def _settings(n_subnetworks: int, steps: int) -> dict[str, Any]:
 
 
 def _superposition(name: str, seed: int, model: Network, n_points: int, steps: int) -> Toy:
+    """Return the toy of a trained `Superposition`, with points and true circuits."""
     n_hidden, n_features = model.get_parameter("W_in.weight").shape
     return Toy(
         name=name,
@@ -163,37 +166,39 @@ def _superposition(name: str, seed: int, model: Network, n_points: int, steps: i
 
 
 def _fit_tms(generator: torch.Generator) -> Network:
+    """Train the 5-2 model."""
     return _fit_superposition(5, 2, generator, steps=6000, lr=0.006, n_starts=64)
 
 
 def _fit_superposition(n_features: int, n_hidden: int, generator: torch.Generator, **how: Any) -> Network:
-    """Train many starts, and keep one that holds all features, about equally strongly.
+    """Train several starts and keep one that represents all features, about equally strongly.
 
-    Most starts of 5-2 give some feature up (an output that is always 0), or hold it by weights so small that hardly
-    any gradient is left of it: what such a model does with the feature is no circuit of it that could be found.
+    Most starts of 5-2 lose a feature (its output is always 0), or represent it by weights so small that its gradients
+    almost vanish. Such a model has no circuit for the feature that a decomposition could find.
     """
 
     def build() -> Superposition:
         network = Superposition(n_features, n_hidden)
         torch.nn.init.normal_(network.W_in.weight, std=(2 / n_hidden) ** 0.5)
-        network.W_out.weight.data.copy_(network.W_in.weight.mT)  # from unrelated starts most features are given up
+        # with unrelated initial matrices most features are lost
+        network.W_out.weight.data.copy_(network.W_in.weight.mT)
         torch.nn.init.zeros_(network.W_out.bias)
         return network
 
     def score(stacked: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+        """Score the starts, lowest best: first all features represented, then balanced, then the least loss."""
         w_in, w_out = stacked["W_in.weight"].mT, stacked["W_out.weight"]  # [starts, features, hidden]
-        held = ((w_in * w_out).sum(2) > 0.8).all(1)
+        represented = ((w_in * w_out).sum(2) > 0.8).all(1)
         strength = (w_in.square().sum(2) + w_out.square().sum(2)).sqrt()
         balance = strength.amin(1) / strength.amax(1)
-        # in this order: all features held, balanced enough, of least loss
-        return losses + 2.0 * ~held + (0.5 - balance).clamp_min(0)
+        return losses + 2.0 * ~represented + (0.5 - balance).clamp_min(0)
 
     x = sparse_features(10_000, n_features, generator)
     return split_scale(train_network(build, x, x, generator, score=score, **how))
 
 
 def _feature_gains(model: Network) -> list[dict[str, Tensor]]:
-    """Return, per feature, the gradient of its gain W_out[i] . W_in[:, i]."""
+    """Return, per feature, the gradient of its gain W_out[i] · W_in[:, i]."""
     w_in, w_out = (model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
     only = torch.eye(w_in.shape[1])
     return [{"W_in.weight": w_out.mT * row, "W_out.weight": w_in.mT * row[:, None]} for row in only]
@@ -203,10 +208,12 @@ def _feature_gains(model: Network) -> list[dict[str, Tensor]]:
 
 
 def _task_matrix(seed: int, n_features: int) -> Tensor:
+    """Return the task's matrix A, entries uniform in [0, 3]: [n_features, n_features]."""
     return 3 * torch.rand(n_features, n_features, generator=_generator(seed, TASK))
 
 
 def _linear_map(name: str, seed: int, matrix: Tensor, n_hidden: int, sample: Sample) -> Network:
+    """Train y = W_out W_in x + b to approximate A x, A = `matrix`, or load it from the cache."""
     generator = _generator(seed, TRAINING)
 
     def fit() -> Network:
@@ -218,7 +225,7 @@ def _linear_map(name: str, seed: int, matrix: Tensor, n_hidden: int, sample: Sam
 
 
 def _column_norms(model: Network) -> list[dict[str, Tensor]]:
-    """Return, per feature, the gradient of ½‖(W_out W_in)[:, i]‖², how strongly it acts on all outputs together."""
+    """Return, per feature, the gradient of ½‖(W_out W_in)[:, i]‖², its total effect on the outputs."""
     w_in, w_out = (model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
     truth = []
     for i, column in enumerate((w_out @ w_in).unbind(1)):

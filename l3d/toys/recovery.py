@@ -1,7 +1,7 @@
-"""How well a decomposition found the circuits of a toy, by measures that suit it.
+"""Measure how well a decomposition recovers a toy's circuits.
 
-`MEASURES` names every figure. All but `mmcs` are about which subnetwork belongs to which circuit; none depends on the
-sign, the scale or the order of the subnetworks.
+`MEASURES` describes every figure. All but `mmcs` depend on which subnetwork is matched to which circuit. None depends
+on the subnetworks' sign, scale or order.
 """
 
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ Circuits = list[dict[str, Tensor]]
 
 
 class Known(Protocol):
-    """What the measures ask of a toy: its true circuits, its model and its data."""
+    """What the measures need of a toy: its true circuits, its model and its data."""
 
     @property
     def truth(self) -> Circuits:
@@ -29,7 +29,7 @@ class Known(Protocol):
 
 
 class Found(Protocol):
-    """What the measures ask of a decomposition."""
+    """What the measures need of a decomposition."""
 
     @property
     def n_subnetworks(self) -> int:
@@ -47,15 +47,15 @@ class Found(Protocol):
 
 MEASURES = {
     "mmcs": "mean over true circuits of the best |cos| with a subnetwork, over all entries of both matrices",
-    "mmcs_own": "the same over the feature's own weights, its column of W_in and row of W_out, as others measure it",
-    "features_found": "features whose best subnetwork is no other feature's best",
-    "r2": "r² of the columns that the subnetworks give, one scale each, with those of W_out W_in",
+    "mmcs_own": "the same over the feature's own weights only, its column of W_in and row of W_out, as in other work",
+    "features_found": "number of features whose best subnetwork is no other feature's best",
+    "r2": "r² of the subnetworks' columns, each scaled to fit, with the columns of W_out W_in",
     "r2_task": "the same with the columns of the task's matrix A",
-    "groups_found": "groups with a live subnetwork of purity .9 or more",
-    "purity": "mean over groups of the best live subnetwork's purity: the share of its W_in in the group's columns",
-    "inputs_found": "inputs that move a subnetwork most which no other input moves most",
+    "groups_found": "number of groups with a live subnetwork of purity 0.9 or more",
+    "purity": "mean over groups of the best live subnetwork's purity: the fraction of W_in² in the group's columns",
+    "inputs_found": "number of inputs whose most affected subnetwork is no other input's most affected",
 }
-LIVE = 0.01  # activation rate from which a subnetwork counts as live
+LIVE = 0.01  # least activation rate of a live subnetwork
 
 
 def similarity(circuits: Circuits, decomposition: Found, own: bool = False) -> Tensor:
@@ -64,9 +64,9 @@ def similarity(circuits: Circuits, decomposition: Found, own: bool = False) -> T
 
 
 def cosines(circuits: Circuits, found: Circuits, own: bool = False) -> Tensor:
-    """Return |cos| between circuits and directions over the tensors each circuit is given in: [circuits, directions].
+    """Return |cos| between circuits and directions, over the tensors that a circuit names: [circuits, directions].
 
-    Over all entries of those tensors, or over the circuit's `own` alone, those that are not zero in it.
+    own: compare only the entries that are not zero in the circuit, instead of all entries of those tensors.
     """
     rows = []
     for circuit in circuits:
@@ -85,7 +85,7 @@ def distinct(scores: Tensor) -> int:
 
 
 def find_features(toy: Known, decomposition: Found) -> dict[str, float]:
-    """Compare with true directions: mmcs, mmcs_own and features_found."""
+    """Compare subnetworks with the true circuits: mmcs, mmcs_own and features_found."""
     scores = similarity(toy.truth, decomposition)
     return {
         "mmcs": float(scores.amax(1).mean()),
@@ -95,10 +95,10 @@ def find_features(toy: Known, decomposition: Found) -> dict[str, float]:
 
 
 def find_columns(toy: Known, decomposition: Found, matrix: Tensor) -> dict[str, float]:
-    """Compare with a linear map's columns: besides `find_features`, r2 and r2_task (matrix: the task's A).
+    """Compare subnetworks with a linear map's columns: the measures of `find_features`, r2 and r2_task.
 
-    The column that feature i's subnetwork gives is ΔW_out W_in[:, i], what its change of the output weights makes of
-    the feature.
+    The column of feature i is ΔW_out W_in[:, i], where ΔW_out is its best subnetwork's W_out: how the subnetwork
+    changes the feature's outputs. matrix: the task's A.
     """
     scores = similarity(toy.truth, decomposition)
     w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
@@ -114,18 +114,18 @@ def find_columns(toy: Known, decomposition: Found, matrix: Tensor) -> dict[str, 
 
 
 def r_squared(found: Tensor, target: Tensor) -> float:
-    """Return the share of the target's variance that found explains, each column after its least-squares scale.
+    """Return the fraction of the target's variance that `found` explains after a least-squares scale per column.
 
-    Both [rows, columns]; the variance is that of all entries about their one mean.
+    Both are [rows, columns]; the variance is of all entries about their common mean.
     """
     scale = (found * target).sum(0) / found.square().sum(0).clamp_min(1e-30)
     return float(1 - (found * scale - target).square().sum() / (target - target.mean()).square().sum())
 
 
 def find_groups(toy: Known, decomposition: Found, size: int) -> dict[str, float]:
-    """Look for one subnetwork per group of `size` neighbouring features: groups_found and purity."""
+    """Find one subnetwork per group of `size` neighbouring features: groups_found and purity."""
     live = decomposition.evaluate(toy.model, toy.data).activation_rate >= LIVE
-    purities = [torch.zeros(toy.data.shape[1] // size)]  # what no live subnetwork at all would come to
+    purities = [torch.zeros(toy.data.shape[1] // size)]  # purity 0 if no subnetwork is live
     for i in live.nonzero()[:, 0].tolist():
         energy = decomposition.subnetwork(i)["W_in.weight"].square().sum(0).view(-1, size).sum(1)
         purities.append((energy / energy.sum().clamp_min(1e-30)).cpu())
@@ -134,7 +134,7 @@ def find_groups(toy: Known, decomposition: Found, size: int) -> dict[str, float]
 
 
 def find_inputs(toy: Known, decomposition: Found) -> dict[str, float]:
-    """Move one input at a time through [-1, 1], and see which subnetwork that moves most: inputs_found."""
+    """Vary one input at a time over [-1, 1] and find the subnetwork with the largest impact: inputs_found."""
     n_features = toy.data.shape[1]
     levels = torch.linspace(-1, 1, 20)
     alone = (levels[:, None, None] * torch.eye(n_features)).flatten(0, 1)  # [levels * features, features]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
-from l3d.decomposition.flat import flattened, multiplied_out, pulled_back
+from l3d.decomposition.flat import by_factors, flattened, multiplied_out
 from l3d.decomposition.project import project
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import matrix_shape
@@ -85,7 +85,7 @@ class Residuals(NamedTuple):
     def derivatives(self, weights: Tensor, directions: Directions) -> list[Tensor]:
         """Return the derivatives of Σ weights <u, r_s> [S, n] by the directions' parameters: those of D."""
         if self.flat is not None:
-            return pulled_back(weights.mT @ self.flat, directions)
+            return by_factors(weights.mT @ self.flat, directions)
         with torch.enable_grad():
             parameters = list(directions.parameters())
             found = torch.autograd.grad((weights * self.along(directions)).sum(), parameters, allow_unused=True)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from l3d.data.batch import tensors_of
 from l3d.decomposition.subnetworks import Subnetworks
-from l3d.storage import store
 from l3d.storage.identity import check_identity, digest
+from l3d.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from l3d.training.run import Run
 
 
-def save(run: "Run", folder: store.RunFolder) -> None:
+def save(run: "Run", folder: RunFolder) -> None:
     """Write a checkpoint; of several processes all must call this, and the first writes."""
     tensors, values = run.optimizer.state()
     state = {"optimizer": values, "recorder": run.recorder.state(), "seen": _seen(run)}
@@ -32,7 +32,7 @@ def save(run: "Run", folder: store.RunFolder) -> None:
     folder.save_checkpoint(run.step, decomposition, tensors, state)
 
 
-def restore(run: "Run", folder: store.RunFolder) -> None:
+def restore(run: "Run", folder: RunFolder) -> None:
     """Continue from the last checkpoint, if there is one."""
     found = folder.load_checkpoint(run.columns)
     if found is None:

@@ -28,7 +28,8 @@ from l3d.gradients.factors import Gradients
 from l3d.training.candidates import ProbeGradients, Residuals, learn
 from l3d.training.options import Replacement
 from l3d.training.settings import Settings
-from l3d_kernels import reference
+from l3d_kernels import cpu
+from l3d_kernels.splitting import pieces
 
 
 class Probe:
@@ -111,7 +112,7 @@ def exchange(
     """
     encoder, decoder = decomposition.encoder, decomposition.decoder
     coefficients, overlaps = samples.project(encoder), samples.project(decoder)
-    values = coefficients * reference.largest(coefficients, n_kept(k, *coefficients.shape))[0]
+    values = coefficients * cpu.largest(coefficients, n_kept(k, *coefficients.shape))[0]
     gram = decoder.gram()
     residual = samples.squared_norm() + ((values @ gram - 2 * overlaps) * values).sum(1)
 
@@ -184,7 +185,7 @@ def confirmed(
 
     def left(columns: list[int], found: Tensor) -> Tensor:
         gram, overlaps = code.gram[columns][:, columns], code.overlaps[:, columns]
-        kept = reference.largest(found, n)[0]
+        kept = cpu.largest(found, n)[0]
         values = refitted(found * kept, kept, overlaps, gram, how)
         return ((values @ gram - 2 * overlaps) * values).sum(1)
 
@@ -229,7 +230,7 @@ def worths(code: Code, left: Tensor, members: Tensor) -> Tensor:
     """
     rows, columns = code.values.nonzero(as_tuple=True)
     grows = torch.zeros_like(code.values)
-    for piece in reference.pieces(len(rows), len(members)):
+    for piece in pieces(len(rows), len(members)):
         row, column = rows[piece], columns[piece]
         c = code.values[row, column]
         freed = left[row] + c[:, None] * code.gram[column]  # <V_j, r_s + c V_k>

@@ -17,7 +17,7 @@ from torch import Tensor
 from l3d.decomposition.directions import Directions, Tucker
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.training.optimizer import RelativeAdam
-from l3d_kernels import reference
+from l3d_kernels import cpu
 
 Array = NDArray[Any]
 quiet = np.errstate(divide="ignore", invalid="ignore", over="ignore")  # NaN and infinity show up in the loss
@@ -169,11 +169,11 @@ class SmallSteps:
 def _largest(coefficients: Array, n: int, n_groups: int) -> tuple[Array, Array]:
     """Tell which entries `batch_topk` keeps, and the least kept magnitude of each group: bool [S, K], [groups].
 
-    As `reference.largest`, from array to array: a way through tensors costs a twentieth of a step.
+    As `cpu.largest`, from array to array: a way through tensors costs a twentieth of a step.
     """
-    found = reference.largest_of_array(coefficients, n, n_groups)
+    found = cpu.largest_of_array(coefficients, n, n_groups)
     if found is None:
-        chosen, thresholds = reference.largest(torch.from_numpy(coefficients), n, n_groups)
+        chosen, thresholds = cpu.largest(torch.from_numpy(coefficients), n, n_groups)
         found = chosen.numpy(), thresholds.numpy()
     return found
 

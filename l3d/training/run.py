@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l3d.callbacks import Callback
+from l3d.data.batch import to_device
 from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
 from l3d.decomposition.costs import Plan
@@ -21,11 +22,10 @@ from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
 from l3d.gradients.microbatch import Microbatches, in_chunks
-from l3d.gradients.model import to_device
 from l3d.gradients.shuffled import shuffled
-from l3d.storage import store
 from l3d.storage.identity import identity
 from l3d.storage.lock import release
+from l3d.storage.run_folder import RunFolder
 from l3d.training.candidates import ProbeGradients
 from l3d.training.checks import NothingToLearnError, dtype_of_sums, naming_step
 from l3d.training.exchange import Probe, exchange
@@ -124,11 +124,11 @@ class Run:
         """Tell whether this is the process that writes and shows."""
         return self.group is None or self.group.rank == 0
 
-    def open(self, out: str | Path, existing: str, callbacks: Sequence[Callback]) -> store.RunFolder:
+    def open(self, out: str | Path, existing: str, callbacks: Sequence[Callback]) -> RunFolder:
         """Open the run folder and tell the callbacks; of several processes the first does."""
 
-        def make() -> store.RunFolder:
-            folder = store.RunFolder.open(out, existing == "overwrite", existing == "resume")
+        def make() -> RunFolder:
+            folder = RunFolder.open(out, existing == "overwrite", existing == "resume")
             try:
                 for callback in callbacks:
                     callback.on_folder(folder.path)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from l3d.analysis.consistency import consistency, match
+from l3d.analysis.consistency import Consistency, consistency, match
 from l3d.api import Decomposition
 
 from helpers import assert_relative
@@ -67,3 +67,9 @@ def test_what_cannot_be_matched_is_refused() -> None:
         consistency(large, small)
     with pytest.raises(ValueError, match="second: expected a decomposition of the same parameters"):
         consistency(small, Decomposition({"a": torch.Size([6, 5])}, 3, 1))
+
+
+def test_a_consistency_is_shown_in_one_line() -> None:
+    """The number of pairs and their |cos|, never the arrays."""
+    found = Consistency(torch.tensor([0.25, 1.0, 0.5]), torch.arange(3))
+    assert repr(found) == "Consistency(3 pairs; |cos| mean 0.5833, median 0.5, min 0.25)"

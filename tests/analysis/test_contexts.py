@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from l3d.analysis.contexts import top_contexts
+from l3d.analysis.contexts import Contexts, top_contexts
 from l3d.analysis.png import encode_png
 from l3d.analysis.view import THUMBNAIL, View, kind_of, thumbnails, token_texts
 
@@ -123,3 +123,10 @@ def test_padding_hides_no_other_rows_context() -> None:
     assert found.rows[0].tolist() == [1, 0]
     assert found.positions[0].tolist() == [2, 1]
     assert found.impacts[0].tolist() == [8.0, 4.0]
+
+
+def test_contexts_are_shown_in_one_line() -> None:
+    """Sizes and the largest impact, never the arrays."""
+    places = torch.zeros(2, 3, dtype=torch.int64)
+    shown = repr(Contexts(places, places, torch.tensor([[3.0, 2.0, 1.0], [0.5, 0.25, -torch.inf]])))
+    assert shown == "Contexts(2 subnetworks, 3 samples each; largest impact 3)"

@@ -600,3 +600,16 @@ def test_gradients_that_are_not_finite_are_not_passed_over() -> None:
     with contextlib.suppress(ValueError):
         error = d.evaluate(model, x).error
     assert math.isnan(error)
+
+
+def test_results_are_shown_in_one_line() -> None:
+    """Sizes and scalar figures, never the arrays."""
+    rates = torch.tensor([0.0, 0.25, 0.5])
+    assert repr(l3d.Evaluation(0.123456, 0.75, rates, 1 / 3, 40)) == (
+        "Evaluation(error=0.1235, dead_fraction=0.3333, kept_per_sample=0.75, n_samples=40; "
+        "3 subnetworks, median activation_rate 0.25)"
+    )
+    impacts = torch.tensor([[0.5, 0.25], [4.0, 2.0], [2.0, 1.0]])
+    assert repr(l3d.TopSamples(torch.zeros(3, 2, dtype=torch.int64), impacts)) == (
+        "TopSamples(3 subnetworks, 2 samples each; largest impact: median 2, max 4)"
+    )

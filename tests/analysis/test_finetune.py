@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import l3d
+from l3d.analysis.finetune import FineTuned
 from l3d.api import Decomposition
 
 from helpers import assert_relative
@@ -169,3 +170,11 @@ def test_another_model_is_refused() -> None:
     _, d, x = setup()
     with pytest.raises(ValueError, match="model: has no parameter"):
         l3d.finetune(nn.Linear(5, 3), d, TensorDataset(x, x), F.mse_loss, [0])
+
+
+def test_a_result_is_shown_in_one_line() -> None:
+    """Numbers of subnetworks and steps, losses and the largest δ, never the lists or the model."""
+    model, d, _ = setup()
+    tuned = FineTuned({3: 0.25, 1: -0.5}, [4.0, 2.0, 1.0], model, d)
+    assert repr(tuned) == "FineTuned(2 subnetworks, 3 steps; loss 4 -> 1; largest |δ| 0.5)"
+    assert repr(FineTuned({}, [], model, d)) == "FineTuned(0 subnetworks, 0 steps; no loss; largest |δ| 0)"

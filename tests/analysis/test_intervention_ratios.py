@@ -233,3 +233,12 @@ def test_padding_is_no_sample(positions: str | int) -> None:
     assert torch.equal(plain.subnetworks, found.subnetworks)
     for field in ("activation_rate", "active", "rest", "random_active", "random_rest"):
         assert torch.allclose(getattr(plain, field), getattr(found, field), rtol=1e-9), field
+
+
+def test_ratios_are_shown_in_one_line() -> None:
+    """Sizes, median ratios and the share above random, never the arrays."""
+    one = torch.ones(3, 2, dtype=torch.float64)
+    found = InterventionRatios(torch.ones(2), torch.arange(3), torch.ones(3), 4 * one, one, one / 2, one)
+    assert repr(found) == (
+        "InterventionRatios(3 subnetworks, 2 deltas; median ratio 4, random 0.5; share_above_random 1)"
+    )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import l3d
-from l3d.analysis.logits import METHODS, move, move_many
+from l3d.analysis.logits import METHODS, Movement, TopLogits, move, move_many
 from l3d.api import Decomposition
 
 from helpers import assert_relative
@@ -128,3 +128,12 @@ def test_bad_arguments_are_refused() -> None:
         l3d.top_logits(nn.Linear(3, 4), d, 0, x, n=1)
     with pytest.raises(ValueError, match="is in training mode"):
         l3d.top_logits(model.train(), d, 0, x, n=1)
+
+
+def test_results_are_shown_in_one_line() -> None:
+    """Sizes and the extreme derivatives, never the arrays."""
+    entries, values = torch.zeros(4, 7, 2, dtype=torch.int64), torch.linspace(0, 0.5, 56).view(4, 7, 2)
+    assert repr(TopLogits(entries, values, entries, -values / 2)) == (
+        "TopLogits(samples [4, 7], 2 entries raised and lowered; derivatives from -0.25 to 0.5)"
+    )
+    assert repr(Movement(torch.ones(4, 3), -2 * torch.ones(4, 3))) == "Movement(output [4, 3]; largest |derivative| 2)"

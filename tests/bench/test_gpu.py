@@ -18,10 +18,11 @@ from bench.gpu import checks, measure, report
 from bench.gpu.block import PHASES, Step, StepSizes
 from bench.gpu.cases import LARGE, OPS, SMALL, Sizes, fitting, make, moved_bytes
 from bench.gpu.step import count_launches, time_steps, work
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import objective
-from l3d_kernels import dispatch
+from l3d_kernels import registry
 
-assert dispatch.load_kernels() == ""
+assert registry.load_kernels() == ""
 from l3d_kernels.kernels.project import project  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,7 +288,7 @@ def test_the_steps_loss_is_the_objectives() -> None:
         for side, before in zip((step.encoder, step.decoder), sides, strict=True):
             for p, value in zip(side.parameters(), before, strict=True):
                 p.copy_(value)
-    expected = objective(step.gradients, step.encoder, step.decoder, BLOCK.kept, backend="torch").loss
+    expected = objective(step.gradients, step.encoder, step.decoder, BLOCK.kept, Plan(backend="torch")).loss
     torch.testing.assert_close(loss, expected.detach())
 
 

@@ -261,7 +261,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(user: list[str], capsys: pyt
     assert main([*user, "--data_args.after", "1500", "--out", "run"]) == 130
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("l3d: interrupted; last checkpoint: run")
-    assert message.endswith("go on with: l3d resume run")
+    assert message.endswith("resume with: l3d resume run")
     assert not Path("run", "metrics.json").exists()
     assert main(["resume", "run"]) == 0
     whole, resumed = l3d.load("whole"), l3d.load("run")
@@ -456,7 +456,7 @@ def test_a_toy_without_one_of_its_matrices_is_decomposed_all_the_same(
     """Only how well circuits were found cannot be told, and that is said."""
     run = tmp_path / "run"
     assert main(["toy", "tms", "--params", "W_in.weight", "--steps", "5", "--n_restarts", "1", "--out", str(run)]) == 0
-    assert "how well circuits were found cannot be told without 'W_out.weight'" in capsys.readouterr().err
+    assert "recovery cannot be measured without 'W_out.weight'" in capsys.readouterr().err
     assert "mmcs" not in read(str(run))
 
 
@@ -539,6 +539,6 @@ def test_toy_all_looks_for_the_place_of_its_table_first(tmp_path: Path, capsys: 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- toys -->\nno end\n", encoding="utf-8")
     line = refusal(capsys, ["toy", "all", "--out", str(tmp_path / "all"), "--readme", str(readme)])
-    assert line == f"{readme}: expected the lines <!-- toys --> and <!-- /toys -->, between which the text goes"
+    assert line == f"{readme}: expected the marker lines <!-- toys --> and <!-- /toys --> around the text to replace"
     assert readme.read_text(encoding="utf-8") == "<!-- toys -->\nno end\n"
     assert not (tmp_path / "all").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from l3d.cli.main import main
-from l3d.estimate import N_STEPS, estimate, path_name
+from l3d.estimate import N_STEPS, Estimate, estimate, path_name
 from l3d.training.run import Run
 
 from small_models import mlp
@@ -69,3 +69,11 @@ def test_the_command_writes_nothing(
     for words in ("weight", "3×4", "peak memory, predicted", "a step while all is kept", "the whole run"):
         assert words in printed
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.py"]
+
+
+def test_an_estimate_is_shown_in_one_line() -> None:
+    """Sizes, memory and times, not every tensor."""
+    found = Estimate([], 8, 16, 1, 5, 2, 2**30, 3 * 2**20, 0.5, 0.75, 90.0)
+    assert repr(found) == (
+        "Estimate(0 tensors; n_samples=8, n_kept=16; peak 1 GiB, measured 3 MiB; 0.5 s a step, 1 min 30 s in all)"
+    )

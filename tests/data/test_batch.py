@@ -76,7 +76,7 @@ def test_images_of_another_size(size: tuple[int, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model, message",
     [
-        (nn.Linear(4, 1), "last dimension, which has 1 entry; return logits of two or more classes, or take 'mse'"),
+        (nn.Linear(4, 1), "last dimension, which has 1 entry; return logits of two or more classes, or use 'mse'"),
         (nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)), "takes logits, but the model's outputs are probabilities"),
     ],
     ids=["regression", "probabilities"],

@@ -86,7 +86,7 @@ def test_squeeze_and_excite(gate: nn.Module, act: nn.Module, monkeypatch: pytest
             module.running_var.uniform_(0.5, 2)
     images, references = torch.randn(4, 2, 9, 9), torch.randn(4, 5)
     slow: list[str] = []
-    monkeypatch.setattr(rules, "pulled_back", lambda use, *_: slow.append(use.name))
+    monkeypatch.setattr(rules, "vector_jacobian_product", lambda use, *_: slow.append(use.name))
     monkeypatch.setattr(layout, "prove_layouts", lambda *_: slow.append("probe"))
     monkeypatch.setattr(Extractor, "_from_output", lambda *args: {} if not args[-1] else slow.append(str(args[-1])))
     found = extract_gradients(model, images, "kl", references)

@@ -121,7 +121,7 @@ def test_a_dataset_of_ids_needs_no_tokenizer(tmp_path: Path) -> None:
     whole = made.select([0]).with_format("torch")
     assert l3d.data.batches.count_rows(whole) == 1
     assert l3d.data.batches.take(whole, range(0, 1))["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
-    with pytest.raises(ValueError, match="data: rows differ in shape; make them alike"):
+    with pytest.raises(ValueError, match="data: rows differ in shape; pad them to one shape"):
         l3d.data.batches.take(made.with_format("torch"), range(0, 2))
 
 

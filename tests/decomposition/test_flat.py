@@ -5,6 +5,7 @@ import torch
 
 from l3d.api import Decomposition
 from l3d.decomposition import flat
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import Objective, objective
 from l3d.gradients.extract import extract_gradients
 
@@ -24,7 +25,7 @@ def test_both_paths_agree(name: str, k: float, n_groups: int, monkeypatch: pytes
 
     def run(limit: int) -> tuple[Objective, tuple[torch.Tensor, ...]]:
         monkeypatch.setattr(flat, "SMALL", limit)
-        result = objective(gradients, whole.encoder, whole.decoder, k, n_groups=n_groups)
+        result = objective(gradients, whole.encoder, whole.decoder, k, Plan(n_groups=n_groups))
         return result, torch.autograd.grad(result.loss.sum(), list(whole.parameters()))
 
     (small, small_grads), (any_size, grads) = run(1 << 30), run(0)

@@ -15,11 +15,11 @@ from l3d.api import Decomposition
 from l3d.decomposition import costs
 from l3d.decomposition import directions as directions_module
 from l3d.decomposition import flat as flat_module
-from l3d.decomposition.costs import Path, Sizes
+from l3d.decomposition.costs import Path, Plan, Sizes
 from l3d.decomposition.directions import Directions, LowRank, Whole
 from l3d.decomposition.objective import Objective, energy, n_kept, objective
 from l3d.gradients.factors import Gradients, Rows
-from l3d_kernels import reference
+from l3d_kernels import splitting
 
 from helpers import assert_relative
 from problems import PROBLEMS, setup
@@ -130,7 +130,7 @@ def test_every_path_gives_the_same_loss_and_gradients(
 ) -> None:
     """Materialised, whole or in tiles, or factored; dense or sampled; full or co-active Gram: all agree to 1e-10."""
     if tiled:  # no gradient is small enough to be held whole
-        monkeypatch.setattr(reference, "CHUNK", 1)
+        monkeypatch.setattr(splitting, "CHUNK", 1)
     gradients, d = setup(name)
     n = max(1, math.floor(k * gradients.n_samples * d.n_subnetworks + 0.5))
     truth = brute_force(gradients, d.encoder, d.decoder, n)
@@ -143,7 +143,7 @@ def test_every_path_gives_the_same_loss_and_gradients(
     mixed = [{n: paths[(i + shift) % len(paths)] for i, (n, paths) in enumerate(choices.items())} for shift in (0, 1)]
     for paths in uniform + mixed:
         fresh, _ = setup(name)  # a materialised gradient is remembered: every path starts without it
-        result = objective(fresh, d.encoder, d.decoder, k, paths=paths, coactive=coactive)
+        result = objective(fresh, d.encoder, d.decoder, k, Plan(paths=paths, coactive=coactive))
         assert flat(result) == truth.kept
         assert_relative(result.loss, truth.loss, PATHS)
         for grad, wanted in zip(parameter_gradients(result.loss, d), expected, strict=True):
@@ -217,7 +217,7 @@ def test_loss_is_exact_where_it_is_small(n_positions: int, k: float, coactive: b
     gradients, d = nearly_exact(n_positions, 5e-3)
     truth = brute_force(gradients, d.encoder, d.decoder, round(k * 36))
     assert 3e-5 < truth.loss < 3e-4
-    result = objective(gradients, d.encoder, d.decoder, k, paths={"weight": path}, coactive=coactive)
+    result = objective(gradients, d.encoder, d.decoder, k, Plan(paths={"weight": path}, coactive=coactive))
     assert_relative(result.loss, truth.loss, LOSS)
     for grad, expected in zip(parameter_gradients(result.loss, d), parameter_gradients(truth.loss, d), strict=True):
         assert_relative(grad, expected, LOSS)
@@ -317,7 +317,7 @@ def test_groups_are_objectives_of_their_own(name: str, k: float, coactive: bool 
     ]
     for paths in [None, *uniform]:
         gradients, _ = setup(name)
-        result = objective(gradients, whole.encoder, whole.decoder, k, n_groups=3, paths=paths, coactive=coactive)
+        result = objective(gradients, whole.encoder, whole.decoder, k, Plan(n_groups=3, paths=paths, coactive=coactive))
         assert_relative(result.loss, torch.stack([truth.loss for truth in truths]), PATHS)
         assert_relative(result.residual, torch.stack(alone, 1), PATHS)
         assert_relative(result.residual.sum(0) / result.squared_norm, result.loss, 1e-12)
@@ -335,7 +335,7 @@ def test_one_group_s_loss_moves_no_other_group(name: str) -> None:
     whole, parts = side_by_side(name, 3)
     gradients, _ = setup(name)
     K = parts[0].n_subnetworks
-    result = objective(gradients, whole.encoder, whole.decoder, 0.2, n_groups=3)
+    result = objective(gradients, whole.encoder, whole.decoder, 0.2, Plan(n_groups=3))
     grads = parameter_gradients(result.loss[1], whole)
     assert any(grad[K : 2 * K].any() for grad in grads)
     assert not any(grad[:K].any() or grad[2 * K :].any() for grad in grads)
@@ -362,7 +362,7 @@ def test_groups_whose_gram_is_too_large_to_be_cut_out(monkeypatch: pytest.Monkey
         monkeypatch.setattr(directions_module, "SMALL_GRAM", limit)
         whole, _ = side_by_side("linear on positions", 3)
         gradients, _ = setup("linear on positions")
-        result = objective(gradients, whole.encoder, whole.decoder, 0.3, n_groups=3, coactive=False)
+        result = objective(gradients, whole.encoder, whole.decoder, 0.3, Plan(n_groups=3, coactive=False))
         results.append([result.loss, result.residual, *parameter_gradients(result.loss.sum(), whole)])
     for cut_out, by_itself in zip(*results, strict=True):
         assert_relative(by_itself, cut_out, PATHS)
@@ -386,7 +386,7 @@ def test_a_backend_reaches_every_operation(coactive: bool, monkeypatch: pytest.M
     for path in (Path(False, False), Path(False, True), Path(True, False), Path(True, True)):
         choices = path_choices(gradients, d.encoder)
         paths = {name: path if path in own else own[0] for name, own in choices.items()}
-        objective(gradients, d.encoder, d.decoder, 0.3, paths=paths, coactive=coactive, backend="torch")
+        objective(gradients, d.encoder, d.decoder, 0.3, Plan(paths=paths, coactive=coactive, backend="torch"))
     assert {line.split()[1] for line in asked} == {"torch"}, asked
     energies = "gram_energy_coactive" if coactive else "gram"
     assert {line.split()[0] for line in asked} >= {"squared_gradient_norm", "batch_topk", energies}
@@ -397,9 +397,9 @@ def test_gram_of_groups_is_taken_in_full_or_over_co_active_pairs() -> None:
     gradients, _ = setup("linear")
     d = Decomposition(gradients.shapes, 400, 2).double()
     for k, expected in ((0.005, True), (1.0, False)):
-        kept = objective(gradients, d.encoder, d.decoder, k, n_groups=2).kept
+        kept = objective(gradients, d.encoder, d.decoder, k, Plan(n_groups=2)).kept
         assert costs.coactive_is_cheaper(d.decoder, kept, 2) == expected
-        by_pairs, in_full = (energy(kept, d.decoder, coactive, 2) for coactive in (True, False))
+        by_pairs, in_full = (energy(kept, d.decoder, Plan(n_groups=2, coactive=coactive)) for coactive in (True, False))
         assert by_pairs.shape == (gradients.n_samples, 2)
         assert_relative(by_pairs, in_full, PATHS)
 
@@ -527,7 +527,8 @@ def test_gram_is_taken_in_full_or_over_co_active_pairs() -> None:
     sparse, full = (objective(gradients, d.encoder, d.decoder, k).kept for k in (0.005, 1.0))
     for kept, expected in ((sparse, True), (full, False)):
         assert costs.coactive_is_cheaper(d.decoder, kept) == expected
-        assert_relative(energy(kept, d.decoder, True), energy(kept, d.decoder, False), PATHS)
+        by_pairs, in_full = (energy(kept, d.decoder, Plan(coactive=coactive)) for coactive in (True, False))
+        assert_relative(by_pairs, in_full, PATHS)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_an_iterator_may_be_gone_over_once() -> None:
     d = trained()
     batches = iter(points().split(16))
     assert torch.equal(d.impact(network(), batches), d.impact(network(), points()))
-    with pytest.raises(ValueError, match="an iterator gives its batches once"):
+    with pytest.raises(ValueError, match="an iterator can be read only once"):
         d.impact(network(), batches)
 
 
@@ -231,7 +231,7 @@ def test_a_tensor_of_references_does_not_follow_shuffled_rows() -> None:
         l3d.decompose(network(), x, reference=own, batch_size=64, **SETTINGS)
     d = l3d.decompose(network(), x, reference=own.mean(0), **SETTINGS)
     assert 0 < d.evaluate(network(), x, reference=own.mean(0)).error < 1
-    with pytest.raises(ValueError, match=r"^reference: a tensor with an output for every sample stands for one batch"):
+    with pytest.raises(ValueError, match=r"^reference: this tensor has one output per sample of a single batch"):
         d.evaluate(network(), x, reference=torch.zeros(16, 3))
     assert d.evaluate(network(), x, reference=torch.zeros(64, 3), batch_size=64).n_samples == 64
 

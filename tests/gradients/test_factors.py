@@ -269,6 +269,22 @@ def test_bytes_and_tensors() -> None:
     assert actual.nbytes() == 8 * numbers
 
 
+def test_repr_shows_shapes_and_how_each_is_held() -> None:
+    """One line in all, then one line per parameter; never a number of the tensors."""
+    parts: dict[str, list[Part]] = {"a": [linear(0)], "b": [dense(2)], "c": [embedding(1, positions=7), linear(3)]}
+    actual = gradients({**parts, "d": []})
+    first, *rest = repr(actual).split("\n")
+    assert first == f"Gradients: {S} samples, 4 tensors, torch.float64, cpu, {actual.nbytes()} bytes"
+    assert rest == [
+        "  a [6, 5]: rows T=4",
+        "  b [6, 5]: dense",
+        "  c [6, 5]: indices T=7 + rows T=4",
+        "  d [6, 5]: zero",
+    ]
+    actual.materialize()
+    assert repr(actual).split("\n") == [first, *rest]  # whatever has been multiplied out since
+
+
 def test_matrices_are_remembered() -> None:
     """A gradient that was multiplied out once is not multiplied out again."""
     actual = gradients({"w": [linear(0)]})

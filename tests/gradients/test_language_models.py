@@ -101,7 +101,7 @@ def slow_paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(home, name, spied)
 
-    spy(rules, "pulled_back", lambda _, use, *rest: [f"pulled back: {use.name}"])
+    spy(rules, "vector_jacobian_product", lambda _, use, *rest: [f"pulled back: {use.name}"])
     spy(Extractor, "_from_output", lambda _, self, output, samples, d_out, names: [f"from output: {n}" for n in names])
     spy(layout, "prove_layouts", lambda *_: ["probed"])
     spy(extract, "positionwise_head", lambda found, *_: [] if found else ["vocabulary in every backward pass"])
@@ -251,7 +251,7 @@ def test_a_mask_of_ones_changes_nothing() -> None:
         (torch.zeros(2, LENGTH), "every position is padding"),
         (
             torch.ones(2, 1, LENGTH, LENGTH),
-            r"that tells padding, got \[2, 1, 6, 6\]",
+            r"with 0 at padding, got \[2, 1, 6, 6\]",
         ),
     ],
 )
@@ -265,7 +265,7 @@ def test_masks_that_tell_no_samples_are_refused(mask: Tensor, message: str) -> N
 def test_pairs_of_different_padding_are_refused() -> None:
     """A sample whose contrast is padding has nothing to be compared with."""
     pair = (batch((0, 4)), batch((0, 5)))
-    with pytest.raises(ValueError, match="expected the contrast's padding to be where the input's is"):
+    with pytest.raises(ValueError, match="expected the contrast to be padded at the same positions as the input"):
         extract_gradients(build("Llama"), pair, "kl", "pair")
     same = (batch((0, 4)), {**batch((0, 4)), "input_ids": torch.zeros(1, LENGTH, dtype=torch.int64)})
     assert extract_gradients(build("Llama"), same, "kl", "pair").n_samples == 4

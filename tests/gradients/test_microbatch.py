@@ -1,5 +1,6 @@
 """Extract in micro-batches of any size: the same kept set, loss and derivatives up to the order of summation."""
 
+import dataclasses
 import gc
 import weakref
 from typing import Any
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 import l3d
 from l3d.api import Decomposition
+from l3d.data.batch import count_rows_of, rows_of
 from l3d.decomposition.chunked import objective_in_chunks
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.objective import objective
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
-from l3d.gradients.microbatch import Microbatches, count_rows_of, in_chunks, rows_of
-from l3d.training import candidates, run
-from l3d.training import history as progress
+from l3d.gradients.microbatch import Microbatches, in_chunks
+from l3d.training import run
+from l3d.training.options import GradientCache, Memory, Replacement
 
 from helpers import assert_relative
 
@@ -96,11 +99,11 @@ def test_the_same_objective(case: str, k: float, n_groups: int, size: int) -> No
     with torch.no_grad():
         for p in d.encoder.parameters():  # no copy of the decoder
             p.add_(torch.randn(p.shape, generator=generator()) / 10)
-    expected = objective(extractor(inputs, generator()), d.encoder, d.decoder, k, n_groups=n_groups)
+    expected = objective(extractor(inputs, generator()), d.encoder, d.decoder, k, Plan(n_groups=n_groups))
     gradients = torch.autograd.grad(expected.loss.sum(), list(d.parameters()))
     chunks = Microbatches(extractor, inputs, generator, size, None)
     for batch in (Chunks(chunks, len(chunks)), Chunks.of(extractor(inputs, generator()), size * 5)):
-        found, derivatives = objective_in_chunks(batch, d.encoder, d.decoder, k, n_groups=n_groups)
+        found, derivatives = objective_in_chunks(batch, d.encoder, d.decoder, k, Plan(n_groups=n_groups))
         assert torch.equal(found.kept.rows, expected.kept.rows)
         assert torch.equal(found.kept.columns, expected.kept.columns)
         assert_relative(found.loss, expected.loss, 1e-12)
@@ -109,21 +112,20 @@ def test_the_same_objective(case: str, k: float, n_groups: int, size: int) -> No
             assert_relative(ours, wanted, 1e-10)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_restarts": 2}, {"recompute": True}, {"start": "data"}, {"cache": "c"}])
+@pytest.mark.parametrize("changes", [{}, {"n_restarts": 2}, {"recompute": True}, {"cache": "c"}])
 def test_the_same_run(changes: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole run, subnetworks revived, is that of whole batches to rounding; a cached one reads slices."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress, "DEAD_AFTER", 4)
-    monkeypatch.setattr(run, "DEAD_AFTER", 4)
     model, data = language()
+    preset = dataclasses.replace(l3d.PRESETS["default"], replacement=Replacement(restart_every=4))
     arguments = {"n_subnetworks": 12, "rank": 2, "k": 0.02, "steps": 30, "batch_size": 4, "lr": 0.01}
-    arguments |= {"warm_start": 2, "divergence": "kl", "progress": False}
-    whole = l3d.decompose(
-        model, data, **arguments, **{k: v for k, v in changes.items() if k in ("n_restarts", "start")}
-    )
-    parts = l3d.decompose(model, data, micro_batch_size=3, **arguments, **changes)
+    arguments |= {"warm_start": 2, "divergence": "kl", "callbacks": [], "preset": preset}
+    changes = dict(changes)
+    memory = Memory(micro_batch_size=3, recompute=changes.pop("recompute", False))
+    whole = l3d.decompose(model, data, **arguments, **{k: v for k, v in changes.items() if k == "n_restarts"})
+    parts = l3d.decompose(model, data, memory=memory, **arguments, **changes)
     if "cache" in changes:  # whose batches repeat
-        whole = l3d.decompose(model, data, **arguments, cache="other", cache_reads="on")
+        whole = l3d.decompose(model, data, **arguments, cache=GradientCache("other", reads="on"))
     assert_relative(parts.history["error"], whole.history["error"], 1e-9)
     assert parts.history["dead_fraction"] == whole.history["dead_fraction"]
     assert max(whole.history["dead_fraction"]) > 0
@@ -169,7 +171,6 @@ def test_recomputing_holds_one_chunk_at_a_time() -> None:
 
 def test_an_exchange_holds_no_more_with_recompute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the chunks that an exchange looks at few are at hand at once; held, all are. The result is the same."""
-    monkeypatch.setattr(candidates, "FLAT", 0)
     held, exchanged = run.Run._held, run.exchange
     alive: weakref.WeakValueDictionary[int, Gradients] = weakref.WeakValueDictionary()
     most, looked_at = [0], []
@@ -190,10 +191,11 @@ def test_an_exchange_holds_no_more_with_recompute(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run, "exchange", look)
     model, data = language()
     arguments = {"n_subnetworks": 6, "rank": 2, "k": 0.1, "steps": 130, "batch_size": 8, "warm_start": 0}
-    arguments |= {"divergence": "kl", "progress": False, "micro_batch_size": 1}
+    preset = dataclasses.replace(l3d.PRESETS["default"], replacement=Replacement(multiplied_out=1))
+    arguments |= {"divergence": "kl", "callbacks": [], "preset": preset}
     errors = []
     for recompute in (False, True):
-        d = l3d.decompose(model, data, recompute=recompute, **arguments)
+        d = l3d.decompose(model, data, memory=Memory(1, recompute), **arguments)
         errors.append(d.history["error"])
         del d
         gc.collect()
@@ -213,7 +215,7 @@ def test_rows_of_every_kind_of_batch() -> None:
     pair = rows_of((x, {"y": x}), slice(5, 6))
     assert (pair[0].tolist(), pair[1]["y"].tolist()) == ([[5]], [[5]])
     assert count_rows_of([x, 3]) == 6
-    with pytest.raises(ValueError, match="data: a batch can only be split by rows where it holds tensors, got str"):
+    with pytest.raises(ValueError, match="data: a batch can only be split by rows if it holds tensors, got str"):
         count_rows_of("abc")
 
 
@@ -222,7 +224,7 @@ def test_a_senseless_size_is_refused() -> None:
     model, data = language()
     for size in (0, -1, 2.5):
         with pytest.raises(ValueError, match=rf"micro_batch_size: expected a positive whole number, got {size}"):
-            l3d.decompose(model, data, micro_batch_size=size, divergence="kl", steps=1)
+            l3d.decompose(model, data, memory=Memory(size), divergence="kl", steps=1)
 
 
 def test_padding_anywhere_in_a_batch_is_refused_by_every_part_of_it() -> None:

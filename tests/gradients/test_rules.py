@@ -35,18 +35,18 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
     for key, apply in rules.RULES.items():
         monkeypatch.setitem(rules.RULES, key, spied(apply))
-    pulled_back, from_output = rules.pulled_back, Extractor._from_output
+    vector_jacobian_product, from_output = rules.vector_jacobian_product, Extractor._from_output
 
-    def spied_pulled_back(use: Any, *args: Any) -> Any:
-        taken[use.name].add("pulled_back")
-        return pulled_back(use, *args)
+    def spied_vector_jacobian_product(use: Any, *args: Any) -> Any:
+        taken[use.name].add("vector_jacobian_product")
+        return vector_jacobian_product(use, *args)
 
     def spied_from_output(self: Extractor, output: Tensor, samples: Any, d_out: Tensor, names: list[str]) -> Any:
         for name in names:
             taken[name].add("from_output")
         return from_output(self, output, samples, d_out, names)
 
-    monkeypatch.setattr(rules, "pulled_back", spied_pulled_back)
+    monkeypatch.setattr(rules, "vector_jacobian_product", spied_vector_jacobian_product)
     monkeypatch.setattr(extract.Extractor, "_from_output", spied_from_output)
     return taken
 
@@ -117,7 +117,7 @@ def test_transposed_convolution(dims: int, options: dict[str, int], paths: dict[
     """A transposed convolution's weight has no rule and is pulled back; it is exact."""
     kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
     check(layer(kind(4, 6, 2, **options)), torch.randn(3, 4, *(4, 3, 3)[-dims:]))
-    assert paths["layer.weight"] == {"pulled_back"}
+    assert paths["layer.weight"] == {"vector_jacobian_product"}
 
 
 # --- embeddings, norms, attention, recurrence -------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_embedding(shape: tuple[int, ...], padding: int | None) -> None:
 def test_embedding_bag(mode: str, paths: dict[str, set[str]]) -> None:
     """An EmbeddingBag has no rule: it is pulled back, and exact."""
     check(layer(nn.EmbeddingBag(7, 3, mode=mode)), indices(7, 4, 5))
-    assert paths["layer.weight"] == {"pulled_back"}
+    assert paths["layer.weight"] == {"vector_jacobian_product"}
 
 
 # --- which way each gradient came -------------------------------------------------------------------------------
@@ -268,13 +268,17 @@ PATHS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "a rule that declines": (
         lambda: Net(lambda self, x: F.linear(x, self.w[:4], self.b[:4]), w=weight(8, 6), b=weight(8)),
         lambda: torch.randn(5, 6),
-        {"w": "pulled_back", "b": "pulled_back"},
+        {"w": "vector_jacobian_product", "b": "vector_jacobian_product"},
     ),
-    "a layer without a rule": (lambda: layer(nn.PReLU(6)), lambda: torch.randn(4, 6), {"layer.weight": "pulled_back"}),
+    "a layer without a rule": (
+        lambda: layer(nn.PReLU(6)),
+        lambda: torch.randn(4, 6),
+        {"layer.weight": "vector_jacobian_product"},
+    ),
     "weight on the left": (
         lambda: Net(lambda self, x: (self.w @ x.T).T, w=weight(4, 6)),
         lambda: torch.randn(5, 6),
-        {"w": "pulled_back"},
+        {"w": "vector_jacobian_product"},
     ),
     "an order no layout describes": (
         lambda: Net(lambda self, x: self.a(x).flip(0), a=nn.Linear(6, 4)),

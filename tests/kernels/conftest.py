@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill every fresh output with NaN, so that an element that no kernel writes is seen."""
-    from l3d_kernels import dispatch
+    from l3d_kernels import registry
 
-    assert dispatch.load_kernels() == ""
+    assert registry.load_kernels() == ""
     from l3d_kernels.kernels.shared import common
 
     monkeypatch.setattr(common, "POISON", True)

@@ -7,11 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared import device
 from l3d_kernels.kernels.topk import batch_topk, radix
 
-from test_topk import together
 from tools import DTYPES, launches, normal, strided
+from topk_cases import together
 
 KERNELS = ("topk_histogram", "topk_count", "topk_scan_rows", "topk_scan_columns", "topk_write")
 
@@ -97,12 +97,12 @@ def test_same_bits_twice() -> None:
 
 
 @triton.jit
-def _epilogue(out_ptr, histogram_ptr, tile_ptr, size, INFINITY: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
+def _epilogue(out_ptr, histogram_ptr, tile_ptr, size):
     """Store a float32 tile as a kernel's epilogue does, and count it."""
     offs = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tile = tl.load(tile_ptr + offs, mask=offs < size, other=0)
-    common.store(out_ptr + offs, tile, offs < size)
-    radix.count_magnitudes(histogram_ptr, tile, offs < size, out_ptr, INFINITY, SHIFT, BITS)
+    device.store(out_ptr + offs, tile, offs < size)
+    radix.count_magnitudes(histogram_ptr, tile, offs < size, out_ptr)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -110,12 +110,11 @@ def test_the_first_histogram_may_come_from_an_epilogue(dtype: torch.dtype) -> No
     """Counted while stored, rounding included, it is the first digit's; selection then takes one pass less."""
     tile = normal(20, 12, dtype=torch.float32)
     out, histogram = torch.empty(20, 12, dtype=dtype), radix.first_histogram(dtype, tile.device)
-    shift, bits = radix.DIGITS[dtype.itemsize][0]
-    _epilogue[(1,)](out, histogram, tile, tile.numel(), INFINITY=radix.INFINITIES[dtype], SHIFT=shift, BITS=bits)
+    _epilogue[(1,)](out, histogram, tile, tile.numel())
     assert torch.equal(out, tile.to(dtype))
     assert torch.equal(histogram, radix.digit_histogram(out, 0, radix.begin(31, out.device))[0])
     with launches(*KERNELS) as with_epilogue:
-        kept = batch_topk.batch_topk(out, 31, histogram)
+        kept = batch_topk.select_one(out, 31, histogram)
     with launches(*KERNELS) as without:
         assert_same(kept, batch_topk.batch_topk(out, 31))
     assert with_epilogue["topk_histogram"] == without["topk_histogram"] - 1

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared import common, device
 from l3d_kernels.kernels.shared.launch_table import Launch
 
 
 @triton.jit
 def rounding(out_ptr, in_ptr, SIZE: tl.constexpr):
     places = tl.arange(0, SIZE)
-    tl.store(out_ptr + places, common.round_to_tf32(tl.load(in_ptr + places)))
+    tl.store(out_ptr + places, device.round_to_tf32(tl.load(in_ptr + places)))
 
 
 def as_a_matrix_unit_reads(values: Tensor) -> Tensor:
@@ -53,6 +53,8 @@ def test_a_grid_that_no_gpu_takes_is_refused() -> None:
     """One line, before anything runs."""
     row = Launch({"SIZE": 1}, 1, 1)
     values, out = torch.ones(1), torch.zeros(1)
-    with pytest.raises(ValueError, match=r"rounding: would be a grid of \(1, 65536\) programs.* backend='torch'"):
+    with pytest.raises(
+        ValueError, match=r"rounding: expected a grid of at most 65535 .* got \(1, 65536\); pass backend='torch'"
+    ):
         common.launch(rounding, (1, 65_536), row, values.device, out_ptr=out, in_ptr=values)
     assert out == 0

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from l3d_kernels import dispatch
+from l3d_kernels import registry
 from l3d_kernels.kernels.shared.launch_table import KINDS
 
 AOT = Path(__file__).parents[1] / "support" / "aot.py"
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-assert dispatch.load_kernels() == ""
+assert registry.load_kernels() == ""
 from l3d_kernels.kernels import MODULES  # noqa: E402
 
 NAMES = [module.__name__.removeprefix("l3d_kernels.kernels.") for module in MODULES]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import l3d_kernels as lk
 
-from test_reference import CASES as SHARED
-from test_reference import Case, kept_of, make
+from op_cases import CASES as SHARED
+from op_cases import Case, kept_of, make
 from tools import DTYPES, Run, assert_kernel, assert_same_twice, launches, strided
 
 # sizes of their own: several tiles of samples, rows, ranks and features in the interpreter's blocks of 16

@@ -12,7 +12,7 @@ from l3d_kernels.kernels.energy import gram, gram_energy, squared_gradient_norm
 from l3d_kernels.kernels.energy import reconstruct as reconstruction
 from l3d_kernels.kernels.topk import batch_topk
 
-from test_reference import Case, kept_of, make
+from op_cases import Case, kept_of, make
 
 INPUTS = make(Case(), dtype=torch.float32)
 KEPT = kept_of(INPUTS)

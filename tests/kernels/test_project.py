@@ -8,45 +8,15 @@ from torch import Tensor
 
 import l3d_kernels as lk
 
-from test_reference import Case
-from test_reference import make as make_all
+from op_cases import Case
+from project_cases import CASES, EMPTY, leaves, make
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
 
-# in the interpreter a tile is 16 x 16, and 32 elements deep
-CASES = {
-    "shared": Case(),
-    "one sample a sequence": Case(B=5, S=5),
-    "several tiles": Case(B=2, S=4, T=11, I=35, O=33, K=5, R=5),
-    "several tiles, one sample a sequence": Case(B=4, S=4, T=11, I=35, O=33, K=5, R=5),
-    "many positions": Case(B=1, S=2, T=37, K=2),
-    "many ranks": Case(B=3, S=3, T=2, K=2, R=19),
-    "one position, rank one": Case(B=19, S=19, T=1, K=18, R=1),
-    "one position, shared": Case(B=1, S=17, T=1, K=1, R=3),
-    "indices": Case(indices=True),
-    "indices that repeat": Case(B=3, S=3, T=7, I=2, indices=True),
-    "one of everything": Case(B=1, S=1, T=1, I=1, O=1, K=1, R=1),
-}
-EMPTY = {
-    "no samples": Case(S=0),
-    "no sequences": Case(B=0, S=0),
-    "no subnetworks": Case(K=0),
-    "no positions": Case(T=0),
-    "rank zero": Case(R=0),
-}
 FORWARD = {"project_pair", "project_seen"}
-
-
-def make(case: Case) -> dict[str, Any]:
-    inputs = make_all(case)
-    return {name: inputs[name] for name in ("x", "dy", "left", "right")}
 
 
 def run(inputs: dict[str, Any], backend: str) -> Tensor:
     return lk.project(inputs["x"], inputs["dy"], inputs["left"], inputs["right"], backend=backend)
-
-
-def leaves(case: Case) -> tuple[str, ...]:
-    return ("dy", "left", "right") if case.indices else ("x", "dy", "left", "right")
 
 
 def expected(case: Case) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from torch import Tensor
 import l3d_kernels as lk
 from l3d_kernels.kernels.shared import common
 
-from test_reference import Case, kept_of
-from test_reference import make as make_all
+from op_cases import Case, kept_of
+from op_cases import make as make_all
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
 
 LEAVES = ("left", "right")

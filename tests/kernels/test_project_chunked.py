@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels import dispatch, reference
+from l3d_kernels import cpu, registry
 from l3d_kernels.kernels.project import chunked as project_chunked
 from l3d_kernels.kernels.project import project
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared import path_table as paths
 from l3d_kernels.kernels.topk import radix
 
-from test_project import CASES, EMPTY, leaves, make
+from project_cases import CASES, EMPTY, leaves, make
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided, to_dtype
 
 NAMES = ("shared", "one sample a sequence", "several tiles", "many ranks", "one position, shared", "indices")
@@ -68,7 +68,7 @@ def test_the_histogram_is_that_of_what_is_stored(dtype: torch.dtype, monkeypatch
         dense = project_chunked.coefficients(i["x"], i["dy"], i["left"], i["right"], base, histogram)
     assert seen["project_multiply"] > 1
     assert torch.equal(histogram, radix.digit_histogram(dense, 0, radix.begin(1, dense.device))[0])
-    expected = base + reference.project(i["x"], i["dy"], i["left"], i["right"])
+    expected = base + cpu.project(i["x"], i["dy"], i["left"], i["right"])
     error = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(dense, expected, rtol=error, atol=error * float(expected.abs().max()))
 
@@ -101,12 +101,12 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[Any, str]:
 def test_the_committed_rows_name_paths_that_exist() -> None:
     """Every row is of an operation with kernels, a known device, arithmetic and class, and names one of its paths."""
     for (op, kind, products, width), path in paths.PATHS.items():
-        assert op in dispatch.TRITON
+        assert op in registry.TRITON
         assert kind in (None, "sm_80", "sm_90", "sm_100", "gfx942")
         assert products in (None, "16", "tf32", "fp32")
         assert width in (None, "narrow", "wide", "widest")
         assert path in (*project.PATHS, paths.TWIN) if op == "project" else path == paths.TWIN
-    assert [paths.width_class(n) for n in (1, 1023, 1024, 3071, 3072)] == ["narrow"] * 2 + ["wide"] * 2 + ["widest"]
+    assert [registry.width_class(n) for n in (1, 1023, 1024, 3071, 3072)] == ["narrow"] * 2 + ["wide"] * 2 + ["widest"]
 
 
 def test_the_most_special_row_counts(table: dict[Any, str]) -> None:
@@ -131,7 +131,7 @@ def test_the_most_special_row_counts(table: dict[Any, str]) -> None:
 def test_a_call_takes_the_tables_path(table: dict[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the table names is launched; the twin by "auto" only, as by a device that has kernels; compiled too."""
     i = {key: t.float() for key, t in make(CASES["shared"]).items()}
-    monkeypatch.setattr(dispatch, "DEVICES", ("cpu",))  # "auto" would not take kernels on a CPU
+    monkeypatch.setattr(registry, "DEVICES", ("cpu",))  # "auto" would not take kernels on a CPU
     for path, kernel in ((paths.FUSED, "project_seen"), (paths.CHUNKED, "project_multiply")):
         table["project", None, None, "narrow"] = path
         for backend in ("auto", "triton"):

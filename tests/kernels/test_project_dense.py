@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels.kernels.project import dense as project_dense
 from l3d_kernels.kernels.shared import common
 
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches, normal, strided
@@ -72,7 +71,7 @@ def test_gradcheck() -> None:
 def test_a_sum_in_parts_changes_nothing(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many programs share the rows of O, the value is the twin's; the same bits twice."""
     inputs = make(CASES["several tiles"])
-    monkeypatch.setattr(project_dense, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     torch.testing.assert_close(run(inputs, "triton"), run(inputs, "torch"), rtol=1e-12, atol=1e-12)
     assert_same_twice(run, inputs, LEAVES)
 

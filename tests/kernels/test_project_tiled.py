@@ -9,7 +9,7 @@ from torch import Tensor
 import l3d_kernels as lk
 from l3d_kernels.kernels.shared import common
 
-from test_project import CASES, EMPTY, make
+from project_cases import CASES, EMPTY, make
 from tools import DTYPES, assert_kernel, assert_same_twice, gradients, launches
 
 LEAVES = ("left", "right")

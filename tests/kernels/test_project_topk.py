@@ -10,7 +10,8 @@ import l3d_kernels as lk
 from l3d_kernels.kernels.project import project
 from l3d_kernels.kernels.topk import batch_topk, radix
 
-from test_project import CASES, Case, make
+from op_cases import Case
+from project_cases import CASES, make
 from tools import DTYPES, assert_as_good, assert_same_twice, gradients, launches, normal, strided, to_dtype
 
 LEAVES = ("left", "right")

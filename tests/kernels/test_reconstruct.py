@@ -10,8 +10,8 @@ from torch import Tensor
 import l3d_kernels as lk
 from l3d_kernels.kernels.shared import common
 
-from test_reference import CASES as SHARED
-from test_reference import Case, kept_of, make, true_reconstruction
+from op_cases import CASES as SHARED
+from op_cases import Case, kept_of, make, true_reconstruction
 from tools import DTYPES, assert_kernel, assert_same_twice, strided
 
 CASES = {

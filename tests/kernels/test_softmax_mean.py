@@ -39,7 +39,7 @@ def test_values(way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("programs", [1, 2, 264])
 def test_sharing_the_vocabulary_changes_nothing(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many programs share the vocabulary, the value is the twin's."""
-    monkeypatch.setattr(softmax_mean, "PROGRAMS", programs)
+    monkeypatch.setattr(common, "PROGRAMS", programs)
     inputs = make("several tiles")
     torch.testing.assert_close(run(inputs, "triton"), run(inputs, "torch"), rtol=1e-12, atol=1e-12)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 import l3d_kernels as lk
 from l3d_kernels.kernels.energy import squared_gradient_norm
 
-from test_reference import CASES as SHARED
-from test_reference import Case, make
+from op_cases import CASES as SHARED
+from op_cases import Case, make
 from tools import DTYPES, assert_kernel, assert_same_twice, strided
 
 PAIRS = {  # T² (I+O) is less

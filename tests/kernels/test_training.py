@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import l3d
 from l3d.api import Decomposition
 from l3d.decomposition import flat
-from l3d.decomposition.costs import Path
+from l3d.decomposition.costs import Path, Plan
 from l3d.decomposition.objective import objective
 from l3d_kernels.kernels.topk import radix
 
@@ -67,7 +67,7 @@ def test_the_selection_begins_while_coefficients_are_made(n_layers: int) -> None
     results = {}
     for backend in ("torch", "triton"):
         with launches(*(("project_pair", "topk_histogram") if backend == "triton" else ())) as seen:
-            loss = objective(gradients, d.encoder, d.decoder, 0.25, paths=paths, backend=backend).loss
+            loss = objective(gradients, d.encoder, d.decoder, 0.25, Plan(paths=paths, backend=backend)).loss
         results[backend] = [loss.detach(), *torch.autograd.grad(loss, list(d.parameters()))]
     assert seen["topk_histogram"] == len(radix.DIGITS[4]) - 1, "the first digit was counted in a pass of its own"
     assert seen["project_pair"] == n_layers
@@ -84,5 +84,5 @@ def test_a_convolution_takes_as_many_launches_whatever_its_groups(groups: int) -
     assert len(gradients.parts["0.weight"]) == 1
     d = Decomposition(gradients.shapes, 3, 1, {"k": 0.5}, torch.Generator().manual_seed(1))
     with launches() as seen:
-        objective(gradients, d.encoder, d.decoder, 0.5, backend="triton")
+        objective(gradients, d.encoder, d.decoder, 0.5, Plan(backend="triton"))
     assert sum(count for name, count in seen.items() if name.startswith("project")) == 1, seen

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import l3d_kernels as lk
-from l3d_kernels import reference
+from l3d_kernels import splitting
 
 from helpers import assert_relative
 
@@ -21,7 +21,7 @@ def test_it_is_the_mean_row_under_the_softmax(
     sizes: tuple[int, int, int], biased: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the pieces, the value is softmax(hidden weightᵀ + bias) weight."""
-    monkeypatch.setattr(reference, "CHUNK", chunk)
+    monkeypatch.setattr(splitting, "CHUNK", chunk)
     S, V, D = sizes
     hidden, weight = draw(S, D, seed=1), draw(V, D, seed=2)
     bias = draw(V, seed=3) if biased else None
@@ -47,7 +47,7 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("masked", [slice(0, 6), slice(3, 9), slice(5, 11)])
 def test_a_masked_vocabulary_weighs_nothing(masked: slice, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of bias -inf count as if they were not there, also where a whole piece is masked, the first one included."""
-    monkeypatch.setattr(reference, "CHUNK", chunk)
+    monkeypatch.setattr(splitting, "CHUNK", chunk)
     hidden, weight, bias = draw(3, 4, seed=1), draw(11, 4, seed=2), draw(11, seed=3)
     bias[masked] = -torch.inf
     left = bias.isfinite()

@@ -100,3 +100,11 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["paper", "tms", "--out", str(tmp_path / "mine"), "--overwrite"]) == 2
     assert "holds no figures of l3d" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "letter.txt"]
+
+
+def test_results_are_shown_in_one_line() -> None:
+    """Sizes and the scalar figure, never the lists."""
+    assert repr(measure.Sweep([-1.0, 1.0], [3.0, 4.0], [1.0, 0.0])) == "Sweep(2 deltas; ratio 5)"
+    grid = [[0.0, 0.5], [0.5, 0.0]]
+    found = measure.Pairwise([-1.0, 1.0], {"both": grid}, grid)
+    assert repr(found) == "Pairwise(2 deltas, kinds ['both']; largest interaction 0.5)"

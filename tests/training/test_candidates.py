@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import l3d.training.candidates
 from l3d.decomposition.directions import Directions, Rank, resolve_ranks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.training.candidates import NO_CHUNKS, ProbeGradients, Residuals, learn
+from l3d.training.options import Replacement
 
 SHARE = 0.3
 
 
-def residuals(model: nn.Module, x: Tensor, rank: Rank, backend: str = "torch") -> Residuals:
+def residuals(model: nn.Module, x: Tensor, rank: Rank, multiplied_out: int = Replacement.multiplied_out) -> Residuals:
     """What three random subnetworks leave of a model's gradients, in float64."""
     generator = torch.Generator().manual_seed(0)
     gradients = Extractor(model.double(), "mse", "sample", None, "all")(x.double(), generator)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     decoder = Directions(shapes, resolve_ranks(rank, shapes), 3, generator).double()
-    samples = ProbeGradients.of(Chunks.held([gradients]), decoder, backend)
+    samples = ProbeGradients.of(Chunks.held([gradients]), decoder, "torch", multiplied_out)
     return Residuals.of(samples, samples.project(decoder).detach(), decoder)
 
 
@@ -48,29 +48,28 @@ def whole(directions: Directions) -> Tensor:
     return torch.stack([torch.cat([tensor.flatten() for tensor in each.values()]) for each in every]).detach()
 
 
-def learned(left: Residuals) -> Tensor:
+def learned(left: Residuals, how: Replacement = Replacement()) -> Tensor:
     weights = torch.ones(len(left.values))
-    return whole(learn(left, weights, SHARE, torch.Generator().manual_seed(1)))
+    return whole(learn(left, weights, SHARE, torch.Generator().manual_seed(1), how))
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_every_step_ascends(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+def test_every_step_ascends(rank: int) -> None:
     """J of each candidate, from residuals and gradients in full; none falls from one step to the next."""
     left = residuals(*linear(), rank)
     assert left.flat is not None
     assert left.samples.flat is not None
     norms = left.samples.flat.square().sum(1)
     before = torch.zeros(3, dtype=torch.float64)
-    for steps in range(l3d.training.candidates.ALONE, l3d.training.candidates.ALONE + 12):
-        monkeypatch.setattr(l3d.training.candidates, "STEPS", steps)
-        found = learned(left)
+    for steps in range(Replacement.steps_alone, Replacement.steps_alone + 12):
+        found = learned(left, Replacement(steps=steps))
         torch.testing.assert_close(found.norm(dim=1), torch.ones(3, dtype=torch.float64))
         value = ((left.flat @ found.mT).square() / norms[:, None]).sort(0).values[-12:].sum(0)  # of 40 samples
         assert (value >= before - 1e-12).all()
         before = value
 
 
-def test_many_steps_end_at_the_best_direction_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_steps_end_at_the_best_direction_there_is() -> None:
     """Of full rank and for all samples J is a quadratic form: its largest eigenvalue, by a solver."""
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3, bias=False), torch.randn(40, 4)
@@ -78,8 +77,7 @@ def test_many_steps_end_at_the_best_direction_there_is(monkeypatch: pytest.Monke
     assert left.flat is not None
     assert left.samples.flat is not None
     scaled = left.flat / left.samples.flat.norm(dim=1, keepdim=True)
-    monkeypatch.setattr(l3d.training.candidates, "STEPS", 400)
-    found = whole(learn(left, torch.ones(40), 1.0, torch.Generator().manual_seed(1)))
+    found = whole(learn(left, torch.ones(40), 1.0, torch.Generator().manual_seed(1), Replacement(steps=400)))
     largest = torch.linalg.eigvalsh(scaled.mT @ scaled)[-1]
     torch.testing.assert_close((scaled @ found.mT).square().sum(0), largest.expand(3))
 
@@ -88,14 +86,11 @@ def test_many_steps_end_at_the_best_direction_there_is(monkeypatch: pytest.Monke
     "make, rank",
     [(linear, 1), (linear, 2), (convolution, 1), (convolution, {"*": 2}), (depthwise, {"0*": [7, 1, 2, 2], "*": 2})],
 )
-def test_gradients_need_not_be_multiplied_out(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Module, Tensor]], rank: Rank
-) -> None:
+def test_gradients_need_not_be_multiplied_out(make: Callable[[], tuple[nn.Module, Tensor]], rank: Rank) -> None:
     """The same candidates from the gradients' factors; convolutions, held as Tucker products, included."""
     model, x = make()
     flat = residuals(model, x, rank)
-    monkeypatch.setattr(l3d.training.candidates, "FLAT", 0)
-    factored = residuals(model, x, rank)
+    factored = residuals(model, x, rank, multiplied_out=0)
     assert flat.flat is not None
     assert factored.flat is None
     torch.testing.assert_close(learned(flat), learned(factored))

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 import l3d
 from l3d.training.candidates import NO_CHUNKS, ProbeGradients
 from l3d.training.checkpoints import save
-from l3d.training.exchange import EVERY, SURE, Code, Probe, choose, confirmed, exchange, refitted, worths
+from l3d.training.exchange import Code, Probe, choose, confirmed, exchange, refitted, worths
+from l3d.training.options import Replacement
 from l3d.training.settings import Settings, resolve
 
 
 def settings(**changes: object) -> Settings:
-    names = {"n_subnetworks": 4, "rank": 1, "k": 0.25, "divergence": "mse", "reference": "sample", "params": None}
-    names |= {"positions": "all", "steps": 1000, "batch_size": 16, "lr": None, "warm_start": None, "weight_decay": 0.0}
-    names |= {"updates": 1, "start": "random", "revive": None, "shuffle": False, "seed": 0, "dtype": None}
-    return resolve("default", 64, **names | {"backend": "torch"} | changes)
+    return resolve({"n_subnetworks": 4, "rank": 1, "k": 0.25, "steps": 1000, "backend": "torch", **changes}, 64)
 
 
 def coded(directions: Tensor, gradients: Tensor, values: Tensor) -> Code:
@@ -31,7 +29,7 @@ def test_worth_is_what_the_residuals_grow_by() -> None:
     v = nn.functional.normalize(torch.randn(5, 9, generator=generator, dtype=torch.float64), dim=1)
     c = torch.randn(20, 5, generator=generator, dtype=torch.float64) * (torch.rand(20, 5, generator=generator) < 0.4)
     code = coded(v, g, c)
-    found = worths(code, code.left(), torch.tensor([True] * 4 + [False]))
+    found = worths(code, code.residual_overlaps(), torch.tensor([True] * 4 + [False]))
     assert found[4] == torch.inf  # no member, and no help to those that are
     r = g - c @ v
     for k in range(4):
@@ -97,7 +95,7 @@ def test_what_the_largest_coefficients_do_not_confirm_is_dropped() -> None:
             columns, encoders = [0, 1, 2, 3, 4], encoder.clone()
             columns[old], encoders[old] = 5 + taken, v[5 + taken]
             less = before - left(columns, encoders)
-            helps = bool(less.sum() > SURE * less.square().sum().sqrt())
+            helps = bool(less.sum() > Replacement.standard_errors * less.square().sum().sqrt())
             answers.add(helps)
             assert confirmed([(old, taken)], code, g @ encoder.mT, 0.25) == ([(old, taken)] if helps else [])
     assert answers == {True, False}
@@ -151,21 +149,23 @@ def test_a_probe_is_the_last_batches_before_an_exchange() -> None:
     """As many as give each subnetwork samples enough; a run that goes on asks for those it missed."""
     probe = Probe(settings(), 16, n_entries=10**6)  # 64 / .25 = 256 samples
     assert probe.length == 16
-    assert [step for step in range(1001) if probe.due(step)] == list(range(200, 801, EVERY))
+    assert [step for step in range(1001) if probe.due(step)] == list(range(200, 801, Replacement.replace_every))
     assert probe.missed(195) == range(184, 195)
     assert not any(probe.missed(step) for step in (50, 150, 184, 200, 850, 1000))
     assert Probe(settings(), 4096, n_entries=10**6).length == 1
     assert Probe(settings(), 16, n_entries=100).length == 64  # 1,024 samples of a few parameters
-    assert not any(Probe(settings(revive=False), 16, n_entries=100).due(step) for step in range(1001))
+    assert not any(Probe(settings(preset="published"), 16, n_entries=100).due(step) for step in range(1001))
 
 
 def test_many_restarts_take_turns() -> None:
     """Up to four are all looked at every time; of ten each is within three exchanges."""
     probe = Probe(settings(), 16, n_entries=100)
     assert [probe.turn(200, n) for n in (1, 2, 4)] == [[0], [0, 1], [0, 1, 2, 3]]
-    assert all(len(probe.turn(step, 10)) == 4 for step in range(200, 1000, EVERY))
-    for step in range(200, 800, EVERY):
-        assert {i for later in range(3) for i in probe.turn(step + later * EVERY, 10)} == set(range(10))
+    assert all(len(probe.turn(step, 10)) == 4 for step in range(200, 1000, Replacement.replace_every))
+    for step in range(200, 800, Replacement.replace_every):
+        assert {i for later in range(3) for i in probe.turn(step + later * Replacement.replace_every, 10)} == set(
+            range(10)
+        )
 
 
 def test_a_run_cut_off_before_an_exchange_ends_in_the_same_bits(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_run_cut_off_before_an_exchange_ends_in_the_same_bits(tmp_path: Path) 
 
     def run(out: Path, resume: bool = False) -> l3d.Decomposition:
         arguments = {"n_subnetworks": 5, "rank": 1, "k": 0.2, "steps": 160, "warm_start": 0, "checkpoint_every": 95}
-        return l3d.decompose(model, data, **arguments, progress=False, out=out, resume=resume)  # type: ignore[arg-type]
+        return l3d.decompose(model, data, **arguments, callbacks=[], out=out, existing="resume" if resume else "refuse")  # type: ignore[arg-type]
 
     whole = run(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ from torch import Tensor
 import l3d
 from l3d.api import Decomposition
 from l3d.decomposition import flat
+from l3d.decomposition.costs import Plan
 from l3d.decomposition.flat import flattened
 from l3d.decomposition.objective import n_kept, objective
 from l3d.gradients.factors import Gradients
@@ -55,7 +56,7 @@ def test_losses_and_derivatives(name: str, k: float, n_groups: int, monkeypatch:
     """Losses, residuals, kept coefficients and derivatives are those of the path for any size."""
     gradients, whole = several(name, n_groups)
     monkeypatch.setattr(flat, "SMALL", 0)
-    expected = objective(gradients, whole.encoder, whole.decoder, k, n_groups=n_groups)
+    expected = objective(gradients, whole.encoder, whole.decoder, k, Plan(n_groups=n_groups))
     truths = torch.autograd.grad(expected.loss.sum(), list(whole.parameters()))
     small = SmallSteps(whole, RelativeAdam(whole.parameters()), n_groups)
     learned, derivatives = numpy_step(small, gradients, whole, k)
@@ -70,10 +71,9 @@ def test_losses_and_derivatives(name: str, k: float, n_groups: int, monkeypatch:
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("n_groups", [1, 2])
 @pytest.mark.parametrize("name", PAIRS)
-def test_steps(name: str, n_groups: int, weight_decay: float, lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps(name: str, n_groups: int, lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six steps, of which every third is taken by the other path on the same tensors, end where six of that one do.
 
     So few coefficients are kept that subnetworks rest.
@@ -81,14 +81,14 @@ def test_steps(name: str, n_groups: int, weight_decay: float, lazy: bool, monkey
     monkeypatch.setattr(flat, "SMALL", 0)
     gradients, plain = several(name, n_groups)
     mixed = several(name, n_groups)[1]
-    adams = [RelativeAdam(d.parameters(), True, n_groups, weight_decay, lazy) for d in (plain, mixed)]
+    adams = [RelativeAdam(d.parameters(), True, n_groups, lazy) for d in (plain, mixed)]
     small = SmallSteps(mixed, adams[1], n_groups)
     k, rests = 0.1, 0
     for step in range(6):
         lr = 0.1 / (1 + step)
         for d, adam in zip((plain, mixed), adams, strict=True):
             if d is plain or step % 3 == 2:
-                result = objective(gradients, d.encoder, d.decoder, k, n_groups=n_groups)
+                result = objective(gradients, d.encoder, d.decoder, k, Plan(n_groups=n_groups))
                 rests += d.n_subnetworks - len(result.kept.columns.unique())
                 adam.step(torch.autograd.grad(result.loss.sum(), adam.parameters), lr, result.kept.columns)
                 d.normalize_()

@@ -12,7 +12,7 @@ from l3d.decomposition.directions import Directions, LowRank, resolve_ranks
 from l3d.gradients.factors import Dense, Gradients, Part, Rows, matrix_shape
 from l3d.training import start
 from l3d.training.start import draw_samples, set_from_samples
-from l3d_kernels import reference
+from l3d_kernels import splitting
 
 from helpers import assert_relative, randn
 
@@ -213,8 +213,8 @@ def test_rows_of_few_positions_are_never_multiplied_out(monkeypatch: pytest.Monk
 def test_matrices_are_taken_in_pieces_where_they_are_large(monkeypatch: pytest.MonkeyPatch, silent: None) -> None:
     """Cut into single samples, the directions are the same as in one piece."""
     results = []
-    for chunk in (reference.CHUNK, 1):
-        monkeypatch.setattr(reference, "CHUNK", chunk)
+    for chunk in (splitting.CHUNK, 1):
+        monkeypatch.setattr(splitting, "CHUNK", chunk)
         given = gradients({"w": MATRICES["embedding"]()}, {"w": (O, I)})
         both = sides(given.shapes, 2)
         set_from_samples(both, COLUMNS, given, SAMPLES, generator())

@@ -1,9 +1,8 @@
-"""Read the autograd graph of one forward pass: every place where a chosen parameter was used.
+"""Read every use of the chosen parameters from the autograd graph of one forward pass.
 
-Autograd records each use of a parameter as an edge, whichever way the model made it: a module, a functional call,
-packed or tied weights, a module called several times. So a rule that accounts for every edge accounts for every
-use, and nothing needs to be hooked or patched. In-place operations are autograd's business too: it refuses to
-hand out a saved tensor that was changed after it was saved.
+Autograd records each use of a parameter as an edge, however the model makes it: a module, a functional call, packed or
+tied weights, a module called several times. So accounting for every edge accounts for every use, without hooks or
+patches. Autograd also guards against in-place operations: it raises if a saved tensor was changed after it was saved.
 """
 
 from collections.abc import Mapping
@@ -43,42 +42,43 @@ REARRANGE = {
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a parameter: input `slot` of `node` is the parameter, seen through the rearranging `chain`."""
+    """One use of a parameter: input `slot` of `node` is the parameter after the rearranging operations `chain`."""
 
     name: str
     node: Node
     slot: int
-    chain: tuple[str, ...]  # operations between the parameter and the node, the parameter's end last
+    chain: tuple[str, ...]  # operations between node and parameter, the node's neighbour first
 
     @property
     def transposed(self) -> bool | None:
-        """Tell whether the node sees the parameter transposed (True), as it is (False), or otherwise (None)."""
+        """Tell whether the node takes the parameter transposed (True), as stored (False), or else rearranged (None)."""
         moves = tuple(step for step in self.chain if step not in ("ToCopy", "Alias", "Clone"))
         return {(): False, ("T",): True}.get(moves)
 
 
 def operation(node: Node) -> str:
-    """Name a node's operation: "Addmm" for AddmmBackward0."""
+    """Return the name of a node's operation: "Addmm" for AddmmBackward0."""
     return node.name().split("::")[-1].split("Backward")[0]
 
 
 class Graph(NamedTuple):
-    """What one forward pass did with the chosen parameters."""
+    """The uses of the chosen parameters in one forward pass."""
 
     uses: list[Use]  # every use, in a fixed order
-    opaque: bool  # a custom autograd.Function may use parameters without an edge to them: `uses` may lack some
-    rows_stay: bool  # in every tensor dimension 0 is the batch, or blocks of it: no operation moves or mixes rows
-    n_entries: int  # of all operations' outputs, which is about what the graph holds
+    opaque: bool  # a custom autograd.Function may use parameters without an edge: `uses` may be incomplete
+    rows_stay: bool  # dimension 0 of every tensor is the batch, or blocks of it; no operation moves or mixes rows
+    n_entries: int  # in all operations' outputs, about what the graph holds
 
 
 def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Graph:
     """Walk the autograd graph below the output's node `root`; the batch has `n_rows` rows.
 
-    Raises ValueError for reentrant checkpointing, which hides what it holds.
+    Raises ValueError for reentrant checkpointing, whose parameters are not in the graph, and for an embedding that
+    scales its gradients by frequency.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     uses: list[Use] = []
-    opaque = source_of(root, names, n_rows) is not None  # the output is a parameter, rearranged: a use without a node
+    opaque = source_of(root, names, n_rows) is not None  # the output is a rearranged parameter: a use without a node
     rows_stay = True
     n_entries = 0
     seen = {root}
@@ -111,7 +111,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
 
 
 def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
-    """Return the shape of each input of a node; None for parameters, and for what no gradient depends on."""
+    """Return the shape of each input of a node; None for parameters and for inputs without a gradient."""
     return [
         None if below is None or source_of(below, names, n_rows) is not None else below._input_metadata[place].shape
         for below, place in node.next_functions
@@ -119,14 +119,14 @@ def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch
 
 
 def source_of(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:
-    """Trace a node back to the parameter that it rearranges, if that is all it does: (name, operations)."""
+    """Return (name, operations) of the parameter that a node only rearranges; None for any other node."""
     chain: list[str] = []
     while True:
         kind = operation(node)
         if kind == "AccumulateGrad":
             name = names.get(id(node.variable))
             return None if name is None else (name, tuple(chain))
-        # a table looked up once for all rows (learned positions) is a rearrangement too
+        # a table looked up once for all rows (learned positions) counts as a rearrangement
         shared = kind == "Embedding" and n_rows > 1 and output_shape(node)[0] == 1
         if not (shared or kind in REARRANGE) or len(node.next_functions) != 1 or node.next_functions[0][0] is None:
             return None
@@ -140,10 +140,10 @@ def output_shape(node: Any) -> torch.Size:
 
 
 def no_gradient(node: Any, device: torch.device) -> Tensor:
-    """Return zeros, as the gradient of a node's first output."""
+    """Return a zero gradient for a node's first output."""
     return torch.zeros(output_shape(node), dtype=node._input_metadata[0].dtype, device=device)
 
 
 def n_outputs(node: Any) -> int:
-    """Count a node's outputs."""
+    """Return the number of a node's outputs."""
     return len(node._input_metadata)

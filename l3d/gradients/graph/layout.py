@@ -1,4 +1,4 @@
-"""Where the rows of a batch lie in the tensors inside a model: read off the graph or proved by a probe, not assumed."""
+"""Find where the rows of a batch lie in the tensors inside a model, from the graph or by a probing backward pass."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ LAYOUTS = ("major", "minor", "dim1")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the B rows of data lie in a tensor inside the model. It is read off the graph or proved by a probe.
+    """How the B rows of data lie in a tensor inside the model; read from the graph or proved by a probe.
 
     "major": dimension 0 is B blocks of m rows; "minor": dimension 0 is m blocks of B rows; "dim1": dimension 1
     is B (sequence-first models).
@@ -23,14 +23,14 @@ class Layout:
     n_rows: int  # B
 
     def fits(self, shape: torch.Size) -> bool:
-        """Tell whether a tensor of this shape can have the layout at all."""
+        """Tell whether a tensor of this shape can have the layout."""
         if self.kind == "dim1":
             return len(shape) >= 2 and shape[1] == self.n_rows
-        blocks, rest = divmod(shape[0] if shape else 0, self.n_rows)
-        return rest == 0 and blocks > (self.kind == "minor")  # one block is "major" just as well
+        blocks, remainder = divmod(shape[0] if shape else 0, self.n_rows)
+        return remainder == 0 and blocks > (self.kind == "minor")  # one block is already "major"
 
     def split(self, tensor: Tensor) -> Tensor:
-        """Bring the batch to the front: [B, m, *rest]."""
+        """Move the batch to the front: [B, m, *rest]."""
         if self.kind == "major":
             return tensor.unflatten(0, (self.n_rows, -1))
         if self.kind == "minor":
@@ -38,7 +38,7 @@ class Layout:
         return tensor.transpose(0, 1)
 
     def join(self, tensor: Tensor) -> Tensor:
-        """Undo `split`: from [B, m, *rest] to the model's own shape."""
+        """Invert `split`: from [B, m, *rest] to the model's own shape."""
         if self.kind == "major":
             return tensor.flatten(0, 1)
         if self.kind == "minor":
@@ -46,13 +46,14 @@ class Layout:
         return tensor.transpose(0, 1)
 
 
-DIGITS = 25  # powers of two that a row's number is written in: 2^-12 .. 2^12 are exact even in float16
+DIGITS = 25  # number of weights 2^-12 .. 2^12, one per value of a digit; all are exact even in float16
 
 
 def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
-    """Return the layout of each parameter-using node's output; None where the batch lies in no known way.
+    """Return the layout of the output of each node that uses a parameter; None if it is no known one.
 
-    Known from the graph alone where no operation of it can move or mix rows, else proved, in every batch.
+    If no operation of the graph can move or mix rows, the layout is "major" everywhere; else a probe proves it,
+    in every batch again.
     """
     nodes = list(dict.fromkeys(use.node for use in graph.uses))
     if graph.rows_stay:
@@ -61,11 +62,11 @@ def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
 
 
 def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None]:
-    """Return the layout of each node's output (None: no known one), by a probe.
+    """Return the layout of each node's output (None: no known one), by probing backward passes.
 
-    Scaling row b of the gradient at the output by w_b must scale what comes back in exactly b's rows. The w_b are
-    powers of two, by which floating-point numbers scale exactly, and write b's number in base `DIGITS`, a digit per
-    backward pass: rows that mix or change places show.
+    If row b of the gradient at the output is multiplied by w_b, then exactly row b of the gradient at a node must be
+    multiplied by w_b. The w_b are powers of two, by which floating-point numbers scale exactly. They encode b in base
+    `DIGITS`, one digit per backward pass, so rows that are mixed or moved are detected.
     """
     n_rows = output.shape[0]
     candidates = {
@@ -78,14 +79,15 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None
     generator = torch.Generator(output.device).manual_seed(0)
     base = torch.randn(output.shape, generator=generator, device=output.device).to(output)
 
-    def returned(grad: Tensor) -> tuple[Tensor | None, ...]:
+    def at_nodes(grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient at every node from that at the output."""
         return torch.autograd.grad([output], edges, [grad], retain_graph=True, allow_unused=True)
 
-    plain = returned(base)
+    plain = at_nodes(base)
     rows, place = torch.arange(n_rows, device=output.device), 1
     while place < n_rows:
         weights = (2.0 ** (rows // place % DIGITS - DIGITS // 2)).to(output)
-        scaled = returned(base * weights.view(-1, *[1] * (output.ndim - 1)))
+        scaled = at_nodes(base * weights.view(-1, *[1] * (output.ndim - 1)))
         for node, before, after in zip(nodes, plain, scaled, strict=True):
             candidates[node] = [each for each in candidates[node] if _scales(each, before, after, weights)]
         place *= DIGITS
@@ -93,7 +95,7 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None
 
 
 def _scales(layout: Layout, before: Tensor | None, after: Tensor | None, weights: Tensor) -> bool:
-    """Tell whether every row's gradient was scaled by its own weight, to rounding."""
+    """Tell whether every row's gradient was multiplied by its own weight, up to rounding."""
     if before is None or after is None:
         return True
     plain, scaled = layout.split(before).flatten(1), layout.split(after).flatten(1)

@@ -1,8 +1,8 @@
-"""Where the positions of a sequence have not been mixed yet, seen from a language model's output.
+"""Find how far below a language model's output the positions of a sequence stay separate.
 
-One backward pass per target position is needed below the last operation that mixes positions, attention, and not above
-it: there, one pass serves all of them. The head is told apart so that the vocabulary enters only once, and so is
-what follows it down to the last layer's attention: norm, MLP, residual.
+Attention mixes positions. Below the last attention each target position needs its own backward pass; above it one pass
+serves all positions. So the head is found, whose vocabulary is then passed once, and below it the last edge before the
+last layer's attention, after the final norm, MLP and residual.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from l3d.gradients.graph.row_order import ELEMENTWISE, dims_of
 
 
 def positionwise_head(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Node, GradientEdge | None] | None:
-    """Find the head Linear of a language model and the edge of its input, where the vocabulary can be left behind.
+    """Find the head Linear of a language model and the edge of its input, below which the vocabulary no longer enters.
 
-    Follows the output down through operations that treat every position by itself (scalar scale, cast, view that
-    keeps the last dimension, slice of the vocabulary, soft-capping's tanh) to a matrix product whose weight
-    is a parameter. Returns (the product's node, the edge of its first input, if anything is decomposed below), or None
-    where anything else is met.
+    Follows the output down through operations on each position separately (scalar scale, cast, view that keeps the
+    last dimension, slice of the vocabulary, soft-capping's tanh) to a matrix product whose weight is a parameter.
+    Returns (the product's node, the edge of its first input, or None if no decomposed parameter is below it). Returns
+    None if it meets any other operation.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     node = output.grad_fn
@@ -32,7 +32,7 @@ def positionwise_head(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple
         if kind in ("Mm", "Addmm"):
             slot = 0 if kind == "Mm" else 1
             below = inputs.pop(slot)
-            # weight and bias must be parameters as they are: what they are computed from would be left behind
+            # weight and bias must be parameters themselves: operations that compute them would get no gradient
             if any(other is not None and source_of(other, names, 1) is None for other in inputs):
                 return None
             return node, None if below is None else GradientEdge(below, node.next_functions[slot][1])
@@ -45,7 +45,7 @@ def positionwise_head(output: Tensor, parameters: Mapping[str, Tensor]) -> tuple
 
 
 def _keeps_positions(kind: str, node: Any) -> bool:
-    """Tell whether a one-input node treats every row of the last dimension by itself."""
+    """Tell whether a one-input node works on every row of the last dimension separately."""
     if kind in ("Tanh", "ToCopy", "Alias"):
         return True
     if kind in ("Mul", "Div"):
@@ -61,17 +61,18 @@ def _keeps_positions(kind: str, node: Any) -> bool:
 
 
 def last_apart(edge: GradientEdge, n_rows: int, n_positions: int) -> GradientEdge:
-    """Follow the graph down from an edge while positions stay apart; return the last edge that all below passes.
+    """Follow the graph down from an edge while positions stay separate; return the last edge that every path passes.
 
-    `edge` is laid out by row and position, [rows * positions, ...] or [rows, positions, ...], and so is what is
-    returned. Whatever is not known to keep positions apart ends the walk, the use of a parameter included.
+    Tensors at `edge` and at the returned edge have rows and positions first, [rows * positions, ...] or
+    [rows, positions, ...]. The walk ends at a use of a parameter and at any operation not known to keep positions
+    separate.
     """
     found = edge
     passed: set[Node] = set()
-    # every edge out of what was passed leads to what was passed or is open: with one open, all that is below passes it
+    # every edge out of a passed node leads to a passed or an open one; with one open edge, every path below uses it
     opened: dict[Node, set[int]] = {edge.node: {edge.output_nr}}
     while opened:
-        node = max(opened, key=lambda each: each._sequence_nr())  # the latest first: its users have all been met
+        node = max(opened, key=lambda each: each._sequence_nr())  # the latest first: all its users have been passed
         places = opened.pop(node)
         if not opened and len(places) == 1:
             found = GradientEdge(node, min(places))
@@ -87,9 +88,9 @@ def last_apart(edge: GradientEdge, n_rows: int, n_positions: int) -> GradientEdg
 
 
 def _keeps_apart(node: Any, n_rows: int, n_positions: int) -> bool:
-    """Tell whether a node's output at a row and position depends on its inputs there, and on nothing else."""
+    """Tell whether a node's output at a row and position depends only on its inputs at that row and position."""
 
-    def lead(size: torch.Size) -> int:  # how many dimensions tell row and position
+    def lead(size: torch.Size) -> int:  # number of leading dimensions that are row and position; 0: none
         return 2 if size[:2] == (n_rows, n_positions) else int(size[:1] == (n_rows * n_positions,))
 
     kind, shape = operation(node), output_shape(node)

@@ -1,16 +1,16 @@
-"""Which operations leave every row of a batch where it is, told from the autograd graph alone."""
+"""Decide from the autograd graph which operations keep every row of a batch in its place."""
 
 from typing import Any
 
 import torch
 
-# Operations on each entry by itself, or on the entries at one place of several inputs.
+# Operations on single entries, or on the entries at one index of several inputs.
 ELEMENTWISE = {
     "Abs", "Add", "Alias", "Clone", "Cos", "Div", "Elu", "Exp", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
     "LeakyRelu", "Log", "MaskedFill", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Silu", "Sin",
     "Softplus", "Sqrt", "Sub", "Tanh", "ToCopy", "Where",
 }  # fmt: skip
-# Operations whose first dimension is a batch, of their first input alone or of all of them.
+# Operations whose first dimension is a batch: in their first input only, or in all inputs.
 BATCHED_FIRST = {
     "Addmm", "AvgPool2D", "AdaptiveAvgPool2D", "Convolution", "CudnnBatchNorm", "FusedRmsNorm", "MaxPool2DWithIndices",
     "Mm", "NativeBatchNorm", "NativeGroupNorm", "NativeLayerNorm",
@@ -19,7 +19,7 @@ BATCHED_ALL = {
     "Baddbmm", "Bmm", "ScaledDotProductCudnnAttention", "ScaledDotProductEfficientAttention",
     "ScaledDotProductFlashAttention", "ScaledDotProductFlashAttentionForCpu",
 }  # fmt: skip
-# Operations along dimensions that the node remembers: rows stay where that is not the first.
+# Operations along dimensions that the node saves: rows stay if the first is not among them.
 ALONG_DIMS = {
     "Cat", "Cumsum", "LogSoftmax", "Mean", "Select", "Slice", "Softmax", "Split", "SplitWithSizes", "Squeeze", "Stack",
     "Sum", "Transpose", "Unbind", "Unsqueeze", "Expand", "View", "UnsafeView", "Permute",
@@ -27,17 +27,19 @@ ALONG_DIMS = {
 
 
 def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: int) -> bool:
-    """Tell whether block b of the output's dimension 0 depends on block b of every input's, and on nothing else.
+    """Tell whether block b of the output's dimension 0 depends only on block b of each input.
 
     Args:
         kind: the node's operation.
-        node: of the autograd graph.
-        inputs: the shape of each of its inputs; None for parameters, and for what no gradient depends on.
-        n_rows: of the batch; a "block" is one of that many equal parts of dimension 0.
+        node: a node of the autograd graph.
+        inputs: the shape of each of its inputs; None for parameters and for inputs without a gradient.
+        n_rows: rows of the batch, B; a block is one of B equal parts of dimension 0.
 
-    A wrong "no" costs a probe; a wrong "yes" would cost the truth, so whatever is not known here is a "no".
+    A wrong False costs a probing backward pass; a wrong True would make gradients wrong. So False is returned for every
+    operation that is not known here.
     """
-    shape = node._input_metadata[0].shape  # of the output: autograd names things from the backward pass's side
+    # the inputs of a backward node are the outputs of its forward operation
+    shape = node._input_metadata[0].shape
     if not shape or not shape[0] or shape[0] % n_rows:
         return False
     activations = [size for size in inputs if size is not None]
@@ -60,7 +62,7 @@ def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: in
         return all(size[0] == shape[0] and (kind != "MaxPool2DWithIndices" or len(size) == 4) for size in activations)
     if kind in ("View", "UnsafeView", "ReshapeAlias"):
         return True
-    if kind == "ConstantPadNd":  # amounts are listed from the last dimension on, two each
+    if kind == "ConstantPadNd":  # two amounts per dimension, the last dimension first
         return not any(node._saved_pad[2 * len(shape) - 2 :])
     if kind not in ALONG_DIMS or any(size[0] != shape[0] for size in activations):
         return False
@@ -75,7 +77,7 @@ def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: in
 
 
 def dims_of(node: Any) -> list[int]:
-    """List the dimensions that a node works along, negative ones counted from the end; the first where none is told."""
+    """List the dimensions that a node works along, negative ones counted from the end; [0] if the node saves none."""
     names = ("_saved_dim0", "_saved_dim1") if hasattr(node, "_saved_dim0") else ("_saved_dim",)
     saved = [getattr(node, name, 0) for name in names]
     dims = [dim for value in saved for dim in (value if isinstance(value, tuple) else (value,))]

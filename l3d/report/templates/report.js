@@ -1,5 +1,5 @@
-// The table sorts by header and filters by text; below it a card per subnetwork shows what it does, made when it is
-// first looked at. All texts are set as text, never as markup. The page is complete without this, but for the cards.
+// Sort the table by its headers, filter it by text, and build a card per subnetwork when it is first shown. All texts
+// are set as text, never as markup. Without this script the page lacks only the cards.
 (() => {
   const byId = (id) => document.getElementById(id);
   const make = (tag, name, ...children) => {
@@ -84,10 +84,10 @@
       const text = signs(tokens[entry] ?? `#${entry}`);
       return text.startsWith(" ") ? `·${text.slice(1)}` : text;
     };
-    for (const [i, seen] of subnetworks.entries()) {  // what the cards say can be searched for as well
+    for (const [i, seen] of subnetworks.entries()) {  // the filter also searches the cards' texts
       const texts = kind === "text" ? seen.top.map((top) => top.tokens.map((token) => tokens[token]).join("")) : [];
       const entries = [...seen.raised, ...seen.lowered].map(([entry]) => nameOf(entry));
-      const row = rows[i];  // in the order of the page so far
+      const row = rows[i];  // rows are not sorted yet
       row.words += ` ${[...texts, ...entries].join(" ").toLowerCase()}`;
       const link = make("a", "", String(i));
       link.href = `#card-${i}`;
@@ -188,7 +188,7 @@
       fact("mean impact", number(seen.impact));
       if (seen.intervention_ratio != null) fact("intervention ratio", number(seen.intervention_ratio));
       const item = { text, image: picture, point }[kind];
-      const list = item ? make("ol", `top ${kind}`, ...seen.top.map(item)) : make("p", "note", "No picture of such rows.");
+      const list = item ? make("ol", `top ${kind}`, ...seen.top.map(item)) : make("p", "note", "Rows of this kind cannot be displayed.");
       const diagram = document.querySelector(`#subnetwork-${index} > div`);
       const side = make("div", "side", moves(seen, 6), weights(seen.norms));
       if (diagram) {
@@ -208,9 +208,9 @@
 
     function draw() {
       place.replaceChildren(...order.slice(from, to).map(card));
-      const left = order.length - to;
-      more.hidden = left <= 0;
-      more.textContent = `Show ${Math.min(AT_ONCE, left)} more of ${left.toLocaleString("en")}`;
+      const remaining = order.length - to;
+      more.hidden = remaining <= 0;
+      more.textContent = `Show ${Math.min(AT_ONCE, remaining)} more of ${remaining.toLocaleString("en")}`;
     }
 
     function restart() {
@@ -244,7 +244,7 @@
       card(first).focus({ preventScroll: true });
     });
     addEventListener("hashchange", open);
-    body.addEventListener("click", ({ target }) => {  // the open card's own link changes no hash
+    body.addEventListener("click", ({ target }) => {  // a link to the open card does not change the hash
       if (target.hash && target.hash === location.hash) open();
     });
     return { restart, open };

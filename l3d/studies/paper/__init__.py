@@ -1,6 +1,8 @@
-"""The paper's figures, made again: `l3d paper tms|tmcs|high_rank|squared`.
+"""Reproduce the paper's figures of toy models: `l3d paper tms|tmcs|high_rank|squared`.
 
-toy ─ decompose ─► measure (numbers) ─► draw (figures) ─► OUT/NAME.svg, OUT/NAME.png, OUT/figures.json, OUT/index.html
+    toy ─ decompose ─► measure (numbers) ─► draw (figures) ─► NAME.svg, NAME.png, figures.json, index.html
+
+In: a study's name and a seed. Out: a folder with its figures, their numbers and a page. Read first: studies.py.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from l3d.storage.files import replace_text
 from l3d.storage.store import to_json
 
 NAMES = ("tms", "tmcs", "high_rank", "squared")
-MARK = "figures.json"  # what tells a folder of figures from others
+MARK = "figures.json"  # the file that marks a folder of figures
 
-_TEMPLATES = Path(__file__).parents[2] / "report" / "templates"
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_figures(name: str, out: Path, seed: int = 0, tell: Callable[[str], None] = print) -> list[Path]:
-    """Make a study's figures in the folder `out`, and return the paths written, the page last.
+    """Write a study's figures, numbers and page into the folder `out`; return the paths written, the page last.
 
-    The same seed on the same machine gives the same files. Raises ValueError for a name that is none, and ImportError
-    without the extra `report`.
+    The same seed on the same machine gives the same files. tell: called with each figure's title and caption. Raises
+    ValueError for an unknown name, and ImportError without the extra `report`.
     """
     if name not in NAMES:
         raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")

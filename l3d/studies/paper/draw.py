@@ -1,4 +1,4 @@
-"""The paper's figures, drawn: numbers in, a matplotlib Figure out, in the colours of `l3d.report.plots`."""
+"""Draw the paper's figures: numbers in, a matplotlib Figure out, in the colours of `l3d.report.plots`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def figure_of(width: float, height: float, **layout: Any) -> tuple[Figure, Any]:
-    """Make a figure and its panels."""
+    """Return a figure and its panels. width, height: in inches; layout: arguments of `Figure.subplots`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -25,23 +25,23 @@ def figure_of(width: float, height: float, **layout: Any) -> tuple[Figure, Any]:
 
 
 def planes(
-    features: Sequence[Tensor], found: Sequence[Tensor], read: Sequence[Tensor], titles: Sequence[str]
+    features: Sequence[Tensor], decoder: Sequence[Tensor], encoder: Sequence[Tensor], titles: Sequence[str]
 ) -> Figure:
     """Draw directions in the hidden plane, one panel per tensor.
 
-    Grey lines are the features', blue arrows the subnetworks', thin red ones their encoders'. features, found, read:
-    per panel [n, 2], row i of all belonging together.
+    Grey lines are the features, blue arrows the subnetworks (Vout), thin red arrows their encoders (Vin).
+    features, decoder, encoder: per panel [n, 2]; row i of each belongs to feature i.
     """
     with _style():
         figure, panels = figure_of(4.4 * len(titles), 4.3, ncols=len(titles), squeeze=False)
-        for axes, true, ours, readers, title in zip(panels[0], features, found, read, titles, strict=True):
+        for axes, true, directions, encoders, title in zip(panels[0], features, decoder, encoder, titles, strict=True):
             unit = torch.nn.functional.normalize(true.double().cpu())
             for i, (x, y) in enumerate(unit.tolist()):
                 axes.plot([0, 1.18 * x], [0, 1.18 * y], color=RULE, linewidth=7, alpha=0.55, solid_capstyle="round")
                 axes.text(1.32 * x, 1.32 * y, str(i), ha="center", va="center")
-            for arrows, colour, width, length in ((readers, NEGATIVE, 0.8, 0.7), (ours, POSITIVE, 1.7, 1.0)):
+            for arrows, colour, width, length in ((encoders, NEGATIVE, 0.8, 0.7), (directions, POSITIVE, 1.7, 1.0)):
                 seen = torch.nn.functional.normalize(arrows.double().cpu())
-                seen = length * seen * (unit * seen).sum(1, keepdim=True).sign()  # a direction has no sign
+                seen = length * seen * (unit * seen).sum(1, keepdim=True).sign()  # a direction's sign is arbitrary
                 style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
                 for end in seen.tolist():
                     axes.annotate("", end, (0, 0), arrowprops=style)
@@ -51,7 +51,7 @@ def planes(
 
 
 def heat(panels: dict[str, Tensor], x_label: str, y_label: str, bar: str) -> Figure:
-    """Draw matrices [rows, columns] of values in [0, 1] as shades, a panel per title."""
+    """Draw matrices [rows, columns] of values in [0, 1] as shades of blue, one panel per title."""
     with _style():
         n_rows, n_columns = next(iter(panels.values())).shape
         width, height = 0.9 + 0.34 * n_columns, 1.1 + 0.34 * n_rows
@@ -72,7 +72,7 @@ def heat(panels: dict[str, Tensor], x_label: str, y_label: str, bar: str) -> Fig
 
 
 def scatter(true: Tensor, panels: Sequence[tuple[str, Tensor, float]], x_label: str) -> Figure:
-    """Draw found values against true ones, a panel per (name of what is found, values, r²)."""
+    """Draw found values against true ones, one panel per (name of the found values, values, r²)."""
     with _style():
         figure, grid = figure_of(4.2 * len(panels), 4.2, ncols=len(panels), squeeze=False)
         x = true.flatten().double().cpu()
@@ -89,9 +89,9 @@ def scatter(true: Tensor, panels: Sequence[tuple[str, Tensor, float]], x_label: 
 
 
 def sweeps(curves: Sequence[Sweep], titles: Sequence[str], hidden: Sequence[Sweep] | None = None) -> Figure:
-    """Draw output changes over δ, a panel per subnetwork: samples that hold its feature in blue, the rest in red.
+    """Draw output changes over δ, one panel per subnetwork: samples with its feature in blue, the others in red.
 
-    hidden: the same with only the hidden layers moved, drawn dashed.
+    hidden: the same curves with only the hidden layers moved, drawn dashed.
     """
     n_columns = min(5, len(curves))
     n_rows = -(-len(curves) // n_columns)
@@ -106,8 +106,8 @@ def sweeps(curves: Sequence[Sweep], titles: Sequence[str], hidden: Sequence[Swee
             series = [(curve, "-", "")] + ([] if hidden is None else [(hidden[i], (0, (3, 2)), ", hidden layers only")])
             for each, line, note in series:
                 for values, colour, label in (
-                    (each.holding, POSITIVE, "samples that hold the feature"),
-                    (each.without, NEGATIVE, "samples that do not"),
+                    (each.holding, POSITIVE, "samples with the feature"),
+                    (each.without, NEGATIVE, "samples without it"),
                 ):
                     axes.plot(each.deltas, values, color=colour, linewidth=1.6, linestyle=line, label=label + note)
             axes.set_title(title, size=9, color=INK)
@@ -121,7 +121,7 @@ def sweeps(curves: Sequence[Sweep], titles: Sequence[str], hidden: Sequence[Swee
 
 
 def pairs(found: Pairwise, first: str, second: str) -> Figure:
-    """Draw output changes over the grid of two δ, a panel per kind of sample, and all pairs' interactions."""
+    """Draw output changes over a grid of two δ, one panel per kind of sample, and the interactions of all pairs."""
     with _style():
         figure, panels = figure_of(
             12.6, 2.9, ncols=len(found.changes) + 1, width_ratios=[1] * len(found.changes) + [1.2]
@@ -131,14 +131,14 @@ def pairs(found: Pairwise, first: str, second: str) -> Figure:
         for axes, (kind, rows) in zip(panels, found.changes.items(), strict=False):
             values = torch.tensor(rows)
             image = _shades(axes, values.mT, highest, extent=(-reach, reach, -reach, reach), origin="lower")
-            axes.set_title(f"samples that hold {kind}", size=9, color=INK)
+            axes.set_title(f"samples with {kind}", size=9, color=INK)
             axes.set_xlabel(f"δ of subnetwork {first}")
         panels[0].set_ylabel(f"δ of subnetwork {second}")
         bar = figure.colorbar(image, ax=panels[len(found.changes) - 1], shrink=0.85)
         bar.outline.set_visible(False)
         bar.set_label("output change (rms)")
         values = torch.tensor(found.interaction)
-        _shade(figure, panels[-1], values, "not the sum of single moves", 1.0)
+        _shade(figure, panels[-1], values, "interaction", 1.0)
         panels[-1].set_title("every pair of subnetworks", size=9, color=INK)
         panels[-1].set_xticks(range(len(values)))
         panels[-1].set_yticks(range(len(values)))
@@ -147,7 +147,7 @@ def pairs(found: Pairwise, first: str, second: str) -> Figure:
 
 
 def against(x: Sequence[int], by_seed: Sequence[Sequence[float]], x_label: str, published: dict[int, float]) -> Figure:
-    """Draw the error against a whole number: a faint line per seed, the mean, and published values as crosses."""
+    """Draw the error against a whole number: a grey line per seed, the mean in blue, published values as crosses."""
     with _style():
         figure, axes = figure_of(4.8, 3.2)
         for errors in by_seed:
@@ -174,7 +174,7 @@ def _shade(figure: Figure, axes: Axes, values: Tensor, label: str, highest: floa
 
 
 def _shades(axes: Axes, values: Tensor, highest: float, **options: Any) -> Any:
-    """Draw values from 0 to `highest` from clear to blue: an image that suits light and dark paper."""
+    """Draw values from 0 (transparent) to `highest` (blue) as an image for light and dark pages."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     shades = LinearSegmentedColormap.from_list("clear", [to_rgba(RULE, 0.14), to_rgba(POSITIVE)])

@@ -1,4 +1,4 @@
-"""The numbers behind the paper's figures: what moving along subnetworks does to the samples that hold a feature."""
+"""Measure the numbers of the paper's figures: how moves along subnetworks change samples with and without a feature."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -14,39 +14,51 @@ from l3d.gradients.model import Params
 from l3d.toys import Deep, Toy
 from l3d.toys.recovery import cosines
 
-REACH = 0.2  # how far a sweep goes, as a share of the norm of all weights..
-REACH_DEEP = 0.03  # ..and of a deep network's, in which all samples move before long
-POINTS = 21  # of a sweep
+REACH = 0.2  # largest |δ| of a sweep, as a fraction of the norm of all weights
+REACH_DEEP = 0.03  # the same for a deep network, where larger moves change all samples
+POINTS = 21  # number of distances in a sweep
 
 
 class Sweep(NamedTuple):
-    """How far outputs move along one subnetwork, for the samples that hold its feature and for those that do not."""
+    """Output changes along one subnetwork, for samples with its feature and for samples without it."""
 
     deltas: list[float]
-    holding: list[float]  # root mean square change of an output, over the samples that hold the feature
-    without: list[float]  # the same over the samples that do not
+    holding: list[float]  # root mean square output change, over the samples with the feature
+    without: list[float]  # root mean square output change, over the samples without it
+
+    def __repr__(self) -> str:
+        """Return the number of distances and the ratio of the changes."""
+        return f"Sweep({len(self.deltas)} deltas; ratio {self.ratio:.4g})"
 
     @property
     def ratio(self) -> float:
-        """Change of those that hold the feature over that of those that do not, over the whole sweep."""
+        """Norm of `holding` over the norm of `without`, both over the whole sweep."""
         return _norm(self.holding) / max(_norm(self.without), 1e-30)
 
 
 class Pairwise(NamedTuple):
-    """How far outputs move along two subnetworks together."""
+    """Output changes along two subnetworks moved together."""
 
     deltas: list[float]
     changes: dict[str, list[list[float]]]  # kind of sample -> rms change at [δ of the first][δ of the second]
-    interaction: list[list[float]]  # per pair, what the change of both is not the sum of the single ones, as a share
+    interaction: list[list[float]]  # per pair, ‖joint change − sum of single changes‖ / ‖joint change‖
+
+    def __repr__(self) -> str:
+        """Return the sizes and the largest interaction."""
+        largest = max(map(max, self.interaction), default=0.0)
+        return f"Pairwise({len(self.deltas)} deltas, kinds {list(self.changes)}; largest interaction {largest:.4g})"
 
 
 def holds(toy: Toy, size: int = 1) -> Tensor:
-    """Tell which features (groups of `size` neighbours) each sample of the toy's data holds: [n, features] bool."""
+    """Return which features (groups of `size` neighbours) are nonzero in each sample: [n, features] bool."""
     return (toy.data != 0).unflatten(1, (-1, size)).any(2)
 
 
 def owners(toy: Toy, decomposition: Decomposition, size: int = 1) -> list[int]:
-    """Return the subnetwork of each feature or group: the match of largest impact on samples that hold it alone."""
+    """Match each feature or group to the subnetwork of largest impact on samples with that feature alone.
+
+    One to one. Raises ValueError for fewer subnetworks than features.
+    """
     held = holds(toy, size)
     impacts = decomposition.impact(toy.model, toy.data)
     rows = []
@@ -61,7 +73,7 @@ def owners(toy: Toy, decomposition: Decomposition, size: int = 1) -> list[int]:
 
 
 def sweep_deltas(toy: Toy, n: int = POINTS) -> list[float]:
-    """Return n distances, as far either way as is `REACH` or `REACH_DEEP`."""
+    """Return n evenly spaced distances from −r to r, where r is `REACH` or `REACH_DEEP` times the weights' norm."""
     reach = REACH_DEEP if isinstance(toy.model, Deep) else REACH
     norm = float(torch.stack([p.detach().square().sum() for p in toy.model.parameters()]).sum().sqrt())
     return (torch.linspace(-reach, reach, n, dtype=torch.float64) * norm).tolist()
@@ -71,7 +83,7 @@ def sweep_deltas(toy: Toy, n: int = POINTS) -> list[float]:
 def sweep(
     toy: Toy, decomposition: Decomposition, index: int, held: Tensor, deltas: Sequence[float], params: Params = None
 ) -> Sweep:
-    """Move along one subnetwork; held [n] tells which of the toy's points hold its feature."""
+    """Move along one subnetwork, and measure output changes. held: [n] bool, the samples with its feature."""
     before, holding, without = toy.model(toy.data), [], []
     for delta in deltas:
         with intervene(toy.model, decomposition, {index: delta}, params):
@@ -83,7 +95,7 @@ def sweep(
 
 @torch.no_grad()
 def pairwise(toy: Toy, decomposition: Decomposition, owner: Sequence[int], first: int, second: int) -> Pairwise:
-    """Move along the subnetworks of two features together, over a grid; and along every pair of subnetworks once."""
+    """Move along two features' subnetworks together over a grid, and along every pair of subnetworks once."""
     held = holds(toy)
     others = held.sum(1) - held[:, first].long() - held[:, second].long()
     kinds = {
@@ -92,7 +104,7 @@ def pairwise(toy: Toy, decomposition: Decomposition, owner: Sequence[int], first
         "both": held[:, first] & held[:, second],
         "neither": ~held[:, first] & ~held[:, second],
     }
-    kinds = {kind: chosen for kind, chosen in kinds.items() if chosen.any()}  # few points may hold both
+    kinds = {kind: chosen for kind, chosen in kinds.items() if chosen.any()}  # small data may lack samples with both
     before = toy.model(toy.data)
 
     def change(moves: dict[int, float]) -> Tensor:
@@ -123,9 +135,10 @@ def direction_cosines(toy: Toy, directions: Directions) -> Tensor:
 
 
 def columns(toy: Toy, decomposition: Decomposition, owner: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for a linear map, the task's A, the weights' W_out W_in, and Â: what the subnetworks say of its columns.
+    """Return for a linear map the task's matrix A, the weights' product W_out W_in, and the subnetworks' estimate Â.
 
-    Column i of Â is ΔW_out W_in[:, i] of feature i's subnetwork, times the least-squares scale onto A's. All [out, in].
+    Column i of Â is ΔW_out W_in[:, i] of feature i's subnetwork, scaled by least squares to column i of A. Shapes: all
+    [out, in].
     """
     task: Tensor = cast(Any, toy.measure).keywords["matrix"]
     w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))

@@ -1,4 +1,4 @@
-"""The figures that several studies make: subnetworks as networks, and interventions."""
+"""Make the figures that several studies share: network diagrams of subnetworks, and interventions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Picture(NamedTuple):
-    """One figure of a study, with the numbers in it."""
+    """One figure of a study, with its numbers."""
 
-    name: str  # of its files
+    name: str  # base name of its files
     title: str
-    caption: str  # what is drawn, and what came out
+    caption: str  # what is drawn, and the result
     figure: Figure
     numbers: dict[str, Any]
 
 
 def diagrams(toy: Toy, d: Decomposition, owner: list[int], thing: str) -> Picture:
-    """Draw the subnetworks of features, groups or inputs as networks."""
+    """Draw the subnetworks of features, groups or inputs as network diagrams. thing: feature, group or input."""
     found = toy.recovery(d)
     error = d.evaluate(toy.model, toy.data, n_references=30).error
     shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
@@ -35,7 +35,7 @@ def diagrams(toy: Toy, d: Decomposition, owner: list[int], thing: str) -> Pictur
     return Picture(
         "subnetworks",
         "Subnetworks",
-        f"One network per {thing}, in their order; blue is positive, red negative, rings are biases. "
+        f"One diagram per {thing}, in order; blue is positive, red negative, rings are biases. "
         f"Error {short(error)}; {shown}.",
         network_diagram([d.subnetwork(k) for k in owner], shapes),
         {"error": error, "subnetwork_of": owner, **found},
@@ -43,15 +43,15 @@ def diagrams(toy: Toy, d: Decomposition, owner: list[int], thing: str) -> Pictur
 
 
 def sweeps(toy: Toy, d: Decomposition, owner: list[int], thing: str, size: int = 1) -> Picture:
-    """Move along one subnetwork after another."""
+    """Move along each feature's subnetwork alone, and draw the output changes."""
     held, deltas = measure.holds(toy, size), measure.sweep_deltas(toy)
     curves = [measure.sweep(toy, d, k, held[:, i], deltas) for i, k in enumerate(owner)]
     ratios = [curve.ratio for curve in curves]
     return Picture(
         "sweeps",
         "Single interventions",
-        f"How far the output moves with the weights along each subnetwork: samples that hold its {thing} move "
-        f"{short(min(ratios))} to {short(max(ratios))} times as far as those that do not.",
+        f"Output change when the weights move along each subnetwork: samples with its {thing} change "
+        f"{short(min(ratios))} to {short(max(ratios))} times as much as samples without it.",
         draw.sweeps(curves, [f"{thing} {i}" for i in range(len(owner))]),
         {"ratio": ratios, "sweeps": [curve._asdict() for curve in curves]},
     )
@@ -68,24 +68,24 @@ def hidden(toy: Toy, d: Decomposition, owner: list[int]) -> Picture:
     return Picture(
         "hidden",
         "Hidden layers only",
-        f"The same with only {layers[0]} to {layers[-1]} moved (dashed), which read no input and write no "
-        f"output: samples that hold the input move {short(min(ratios))} to {short(max(ratios))} times as far as "
-        "those that do not.",
+        f"The same with only {layers[0]} to {layers[-1]} moved (dashed), which touch neither input nor output: "
+        f"samples with the input change {short(min(ratios))} to {short(max(ratios))} times as much as samples "
+        "without it.",
         draw.sweeps(whole, [f"input {i}" for i in range(len(owner))], hidden),
         {"layers": layers, "ratio": ratios, "sweeps": [curve._asdict() for curve in hidden]},
     )
 
 
 def pairwise(toy: Toy, d: Decomposition, owner: list[int]) -> Picture:
-    """Move along two features' subnetworks together."""
+    """Move along the subnetworks of features 0 and 1 together, and draw output changes and interactions."""
     found = measure.pairwise(toy, d, owner, 0, 1)
     pairs = [found.interaction[i][j] for i in range(len(owner)) for j in range(i)]
     return Picture(
         "pairs",
         "Pairwise interventions",
-        "The subnetworks of 0 and 1 moved together, for samples that hold only one of them, both, or neither. "
-        "Right: for every pair, how far the change of both is from the sum of the single changes, as a share "
-        f"of it (median {short(statistics.median(pairs))}, at most {short(max(pairs))}).",
+        "The subnetworks of 0 and 1 moved together, for samples with only one of the two, both, or neither. Right: "
+        "each pair's interaction, the norm of the joint change minus the sum of the single changes, as a fraction of "
+        f"the joint change's norm (median {short(statistics.median(pairs))}, at most {short(max(pairs))}).",
         draw.pairs(found, "0", "1"),
         found._asdict(),
     )

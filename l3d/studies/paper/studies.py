@@ -1,4 +1,4 @@
-"""The paper's studies of toy models: what each decomposes, and the figures it makes of it."""
+"""Run the paper's studies of toy models: each decomposes one toy and yields its figures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from l3d.api import Decomposition
     from l3d.decomposition.directions import Directions
 
-SEEDS = 3  # toy networks that errors against rank or K are averaged over
-
+SEEDS = 3  # number of toy networks over which errors against rank or K are averaged
 
 Study = Callable[[int], Iterator[Picture]]
 
@@ -39,9 +38,9 @@ def tms(seed: int) -> Iterator[Picture]:
     yield Picture(
         "directions",
         "Feature directions",
-        "Grey: where each feature lies in the plane of the two hidden units. Blue: where its subnetwork lies there; "
-        f"|cos| is {short(float(cosines['subnetwork'].min()))} at least. Red: what the subnetwork's encoder reads, "
-        f"which may turn away from other features: |cos| from {short(float(cosines['encoder'].min()))} on, "
+        "Directions in the plane of the two hidden units. Grey: each feature. Blue: its subnetwork, with |cos| at "
+        f"least {short(float(cosines['subnetwork'].min()))}. Red: the subnetwork's encoder, which may be tilted away "
+        f"from other features, with |cos| at least {short(float(cosines['encoder'].min()))} and "
         f"{short(statistics.median(cosines['encoder'].tolist()))} in the median.",
         draw.planes(truth, planes["subnetwork"], planes["encoder"], ["in W_in, beside W_out", "in W_out, beside W_in"]),
         {name: values.tolist() for name, values in cosines.items()},
@@ -63,9 +62,9 @@ def tmcs(seed: int) -> Iterator[Picture]:
     yield Picture(
         "directions",
         "Feature directions",
-        f"|cos| of each feature's circuit with each subnetwork, {short(float(own.min()))} at least with its "
-        f"own, and with what each encoder reads, {short(statistics.median(read.tolist()))} in the median: it turns "
-        "away from the other features.",
+        f"|cos| of each feature's circuit with each subnetwork, at least {short(float(own.min()))} for its own, "
+        f"and with each encoder, {short(statistics.median(read.tolist()))} in the median for its own: encoders are "
+        "tilted away from the other features.",
         draw.heat(cosines, "subnetwork, by its feature", "feature's circuit", "|cos|"),
         {name: values.tolist() for name, values in cosines.items()},
     )
@@ -76,10 +75,10 @@ def tmcs(seed: int) -> Iterator[Picture]:
     yield Picture(
         "matrix",
         "A against Â",
-        f"Every entry of the task's matrix A against what the subnetworks say of it (left, r² = {r2:.3f}; "
-        "published .92), each column up to its scale; and against the weights' own W_out W_in (right), of rank "
-        "5 where A has rank 10: what the network has not learned no decomposition can find. With W_out W_in "
-        f"itself r² is {r2_weights:.3f}.",
+        f"Left: every entry of the task's matrix A against the subnetworks' estimate Â (r² = {r2:.3f}; published "
+        "0.92), each column up to its scale. Right: A against the weights' W_out W_in, of rank 5 where A has rank 10; "
+        "a decomposition cannot find what the network has not learned. Between Â and W_out W_in r² is "
+        f"{r2_weights:.3f}.",
         draw.scatter(task, [("Â", found, r2), ("W_out W_in", weights, recovery.r_squared(weights, task))], "A"),
         {
             "A": task.tolist(),
@@ -111,7 +110,7 @@ def high_rank(seed: int) -> Iterator[Picture]:
         "groups",
         "Groups of features",
         f"Share of each live subnetwork's input weights in each group of features; {live} of {d.n_subnetworks} "
-        "are live (none is revived here), the others left clear. Published: one per group, the rest dead.",
+        "are live (no dead one is restarted here), the others are left blank. Published: one per group, the rest dead.",
         draw.heat({"": purity}, "subnetwork", "group", "share of W_in"),
         {"purity": purity.tolist(), "live": live, "activation_rate": rates[order].tolist()},
     )
@@ -123,7 +122,7 @@ def high_rank(seed: int) -> Iterator[Picture]:
         "error-rank",
         "Error against rank",
         f"Error for ranks 1 to 5, ten subnetworks, {SEEDS} networks: {_means(ranks, errors)}. Of the five groups, "
-        f"as many are found in every network: {found}. Published: rank 1 is nearly as good as rank 5.",
+        f"this many are found in every network: {found}. Published: rank 1 is nearly as good as rank 5.",
         draw.against(ranks, errors, "rank of every subnetwork", {}),
         {"rank": ranks, "error_by_seed": errors, "groups_found_by_seed": figures["groups_found"]},
     )
@@ -143,7 +142,7 @@ def squared(seed: int) -> Iterator[Picture]:
         "error-k",
         "Error against K",
         f"Error for 3 to 15 subnetworks of rank 1, {SEEDS} networks: {_means(counts, errors)}. Published: it "
-        "falls with K; the one value printed is .32, for five of rank 2 (cross).",
+        "falls with K; its one printed value is 0.32, for five subnetworks of rank 2 (cross).",
         draw.against(counts, errors, "subnetworks", {5: 0.32}),
         {"n_subnetworks": counts, "error_by_seed": errors},
     )
@@ -153,6 +152,7 @@ STUDIES: dict[str, Study] = {study.__name__: study for study in (tms, tmcs, high
 
 
 def _decomposed(name: str, seed: int, **arguments: Any) -> tuple[Toy, Decomposition]:
+    """Return a toy and its decomposition by the toy's settings; `arguments` replace some of them."""
     toy = make(name, seed)
     with one_thread():
         return toy, decompose(toy.model, toy.data, seed=seed, callbacks=[], **toy.settings | arguments)
@@ -161,7 +161,7 @@ def _decomposed(name: str, seed: int, **arguments: Any) -> tuple[Toy, Decomposit
 def _errors(
     name: str, seed: int, argument: str, values: list[int], **fixed: Any
 ) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
-    """Return the errors [seed][value] over one argument, and the toy's own figures the same way round."""
+    """Return the errors [seed][value] over the values of one argument, and the toy's own figures in the same order."""
     errors: list[list[float]] = []
     figures: dict[str, list[list[float]]] = {}
     for each in range(seed, seed + SEEDS):
@@ -183,7 +183,7 @@ def _means(values: list[int], errors: list[list[float]]) -> str:
 
 
 def _hidden_directions(side: Directions, owner: list[int]) -> list[torch.Tensor]:
-    """Return each feature's part of its direction: its column of W_in and its row of W_out, [features, 2] each."""
+    """Return from each feature's direction its column of W_in and its row of W_out: two of [features, 2]."""
     found = [side.tensors(k) for k in owner]
     into = [v["W_in.weight"][:, i].detach() for i, v in enumerate(found)]
     return [torch.stack(into), torch.stack([v["W_out.weight"][i].detach() for i, v in enumerate(found)])]

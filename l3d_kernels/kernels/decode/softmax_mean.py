@@ -1,14 +1,14 @@
-"""The mean row of a linear head under its own softmax: a KL divergence's gradient at the head's input.
+"""Average the rows of a linear head under its softmax: the gradient of a KL divergence at the head's input.
 
     out[s] = Σ_v softmax_v(hidden[s] . weight[v] + bias[v]) weight[v]      [S, D]
 
     hidden [S, D], weight [V, D], bias [V] or none      softmax(hidden @ weight.mT + bias, -1) @ weight
 
-One pass over the vocabulary, with a running maximum m, sum of exponentials and weighted sum of rows, which decay by
-exp(m_before - m_after) as the maximum grows. Up to 512 bytes a row the sums stay in registers and each row of
-`weight` is read once by a tile of samples; several programs share the vocabulary and their sums are joined at the end.
+One pass over the vocabulary keeps a running maximum m, the sum of exponentials and the weighted sum of rows; both sums
+decay by exp(m before − m after) as the maximum grows. Up to 512 bytes a row the sums stay in registers, and a tile of
+samples reads each row of `weight` once; several programs share the vocabulary, and their sums are joined at the end.
 Wider heads take the vocabulary in pieces: logits [S, piece] of at most common.WORKSPACE elements, their exponentials,
-a library product.
+then a library product. Specification: `l3d_kernels.reference.softmax_mean`.
 """
 
 import torch
@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, empty, feed, load, store, zeros
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel, compile_dtypes
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.registry import TRITON
 
 WIDEST = 512  # bytes of a row up to which the sums stay in registers
 
@@ -44,7 +46,7 @@ def softmax_mean_narrow(
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The running sums of a tile of samples over some of the vocabulary."""
+    """Keep the running sums of a tile of samples over a part of the vocabulary."""
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     mask_s, mask_d = offs_s < S, offs_d < D
@@ -65,7 +67,7 @@ def softmax_mean_narrow(
             logits += load(bias_ptr + offs_v, mask_v)[None, :]
         logits = tl.where(mask_v[None, :], logits, float("-inf"))
         above = tl.maximum(highest, tl.max(logits, 1))
-        finite = tl.where(above == float("-inf"), 0.0, above)  # all so far may be masked
+        finite = tl.where(above == float("-inf"), 0.0, above)  # all logits so far may be masked
         decay, exponentials = tl.exp(highest - finite), tl.exp(logits - finite[:, None])
         total = total * decay + tl.sum(exponentials, 1)
         mean = add_dot(feed(exponentials, weight_ptr), weight, mean * decay[:, None], PRECISION)
@@ -89,14 +91,11 @@ def softmax_logits(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile of logits, not rounded to the inputs' type: the exponential would magnify that."""
+    """Compute a tile of logits, not rounded to the inputs' type: the exponential would magnify the rounding."""
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_s, mask_v = offs_s < S, offs_v < V
-    logits = zeros(weight_ptr, BLOCK_S, BLOCK_V)
-    logits = add_row_products(
-        logits, hidden_ptr, offs_s * D, mask_s, weight_ptr, offs_v * D, mask_v, D, PRECISION, BLOCK_D
-    )
+    logits = row_products(hidden_ptr, offs_s * D, mask_s, weight_ptr, offs_v * D, mask_v, D, PRECISION, BLOCK_D)
     store((logits_ptr + offs_s * V)[:, None] + offs_v[None, :], logits, mask_s[:, None] & mask_v[None, :])
 
 
@@ -104,15 +103,15 @@ def softmax_logits(
 def softmax_exponentials(
     out_ptr,  # [S, V] exp(logit - highest), in the weight's type
     decay_ptr,  # [S] exp(highest before - after)
-    highest_ptr,  # [S], brought up to date
-    total_ptr,  # [S], brought up to date
+    highest_ptr,  # [S], read and updated
+    total_ptr,  # [S], read and updated
     logits_ptr,  # [S, V]
     bias_ptr,  # [V], read where BIASED
     V,
     BIASED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One sample's exponentials of a piece of the vocabulary, and its running maximum and sum."""
+    """Compute one sample's exponentials of a piece of the vocabulary; update its running maximum and sum."""
     s = tl.program_id(0).to(tl.int64)
     before = tl.load(highest_ptr + s)
     largest = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty) - float("inf")
@@ -123,7 +122,7 @@ def softmax_exponentials(
             logits += load(bias_ptr + offs_v, offs_v < V)
         largest = tl.maximum(largest, logits)
     highest = tl.maximum(before, tl.max(largest, 0))
-    finite = tl.where(highest == float("-inf"), 0.0, highest)  # all so far may be masked
+    finite = tl.where(highest == float("-inf"), 0.0, highest)  # all logits so far may be masked
     totals = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
@@ -159,7 +158,6 @@ TABLE["softmax_exponentials"] = {
     ("interpreter", None): Launch({"BLOCK_V": 16}),
     (None, None): Launch({"BLOCK_V": 2048}, 8),
 }
-PROGRAMS = 264  # that a launch should have at least
 
 
 def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,7 +165,7 @@ def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (S, D), V = hidden.shape, len(weight)
     row, precision = common.row_for("softmax_mean_narrow", hidden)
     tiles, steps = ceil_div(S, row.blocks["BLOCK_S"]), ceil_div(V, row.blocks["BLOCK_V"])
-    rows_split = ceil_div(steps, min(steps, ceil_div(PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
+    rows_split = ceil_div(steps, min(steps, ceil_div(common.PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
     splits = ceil_div(V, rows_split)
     mean = empty((splits, S, D), hidden, common.wide(hidden.dtype))
     highest, total = (empty((splits, S), mean) for _ in range(2))
@@ -176,7 +174,7 @@ def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flags = {"BIASED": bias is not None, "PRECISION": precision, "BLOCK_D": common.power_of_two(D, 16)}
     sizes = {"S": S, "V": V, "D": D, "rows_split": rows_split}
     common.launch(softmax_mean_narrow, (tiles, splits), row, hidden.device, **pointers, **sizes, **flags)
-    share = torch.exp(highest - highest.amax(0))  # [splits, S]; nothing of a split whose whole vocabulary is masked
+    share = torch.exp(highest - highest.amax(0))  # [splits, S]; 0 for a split whose whole vocabulary is masked
     return (mean * share[..., None]).sum(0) / (total * share).sum(0)[:, None]
 
 
@@ -203,23 +201,18 @@ def in_pieces(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return mean / total[:, None]
 
 
-def _no_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-@common.operator("softmax_mean", _no_mean)
+@common.operator("softmax_mean", lambda hidden, weight, bias: torch.empty_like(hidden))
 def softmax_mean_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Launch the pass that suits the width: [S, D]."""
+    """Launch the pass for this width: sums in registers, or the vocabulary in pieces; [S, D]."""
     if hidden.numel() == 0:
         return torch.zeros_like(hidden)
-    return (narrow if hidden.shape[1] * hidden.element_size() <= WIDEST else in_pieces)(hidden, weight, bias).to(
-        hidden.dtype
-    )
+    run = narrow if hidden.shape[1] * hidden.element_size() <= WIDEST else in_pieces
+    return run(hidden, weight, bias).to(hidden.dtype)
 
 
 def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run `l3d_kernels.reference.softmax_mean` with Triton kernels."""
-    hidden, weight = common.autocast_alike(hidden, weight)
+    hidden, weight = common.contiguous(hidden, weight)
     if bias is not None:
         bias = bias.to(hidden.dtype).contiguous()
     return softmax_mean_forward(hidden, weight, bias)
@@ -228,23 +221,17 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 TRITON["softmax_mean"] = softmax_mean
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
     cases, sums = [], dict.fromkeys(("mean_ptr", "highest_ptr", "total_ptr"), "*fp32")
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
+    for dtype, bits, precision, long in compile_dtypes(kind):
         widest = WIDEST // (int(bits) // 8)
-        row, constants = lookup("softmax_mean_narrow", kind, bits), {"PRECISION": precision}
+        row = lookup("softmax_mean_narrow", kind, bits)
         for biased, block_d in ((False, widest), (True, widest), (False, 32), (True, 32)):
-            own, late = {**constants, "BIASED": biased, "BLOCK_D": block_d}, long or not biased or block_d == 32
-            cases.append(common.CompileCase(softmax_mean_narrow, dtype, own, row, sums, long=late, divisible=("D",)))
-        row, types = lookup("softmax_logits", kind, bits), {"logits_ptr": "*fp32"}
-        cases.append(common.CompileCase(softmax_logits, dtype, constants, row, types, long=long, divisible=("D",)))
+            own, late = {"PRECISION": precision, "BIASED": biased, "BLOCK_D": block_d}, not biased or block_d == 32
+            cases.append(CompileCase(softmax_mean_narrow, dtype, own, row, sums, True, long or late, ("D",)))
         row, types = lookup("softmax_exponentials", kind, "32"), {"out_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
         for biased in (False, True) if precision != "tf32" else ():
-            own = {"BIASED": biased}
-            cases.append(
-                common.CompileCase(
-                    softmax_exponentials, "fp32", own, row, types, is_matrix=False, long=long or not biased
-                )
-            )
-    return cases
+            own, late = {"BIASED": biased}, long or not biased
+            cases.append(CompileCase(softmax_exponentials, "fp32", own, row, types, is_matrix=False, long=late))
+    return cases + cases_of_kernel(softmax_logits, kind, types={"logits_ptr": "*fp32"}, divisible=("D",))

@@ -1,32 +1,32 @@
-"""Decode sparse codes: a weighted sum of a few rows of a weight per code.
+"""Decode sparse codes: sum a few weighted rows of a weight for each code.
 
     out[a] = Σ_j values[a, j] weight[indices[a, j]]      [A, D];  weight [L, D]
 
     indices, values [A, k]; or [N] with row_offsets [A+1]: code a owns entries row_offsets[a]:row_offsets[a+1]
     torch.nn.functional.embedding_bag(indices, weight, row_offsets, mode="sum", per_sample_weights=values)
 
-Gradients: d_values[a, j] = d_out[a] . weight[indices[a, j]]; that to the weight is `sparse_decode_weight`'s.
-Bound by bytes: every entry reads a row of D elements. Rows of `weight` outside 0..L-1 are not read and count as zeros.
-Torch equivalent: `l3d_kernels.reference.sparse_decode`.
+Gradients: d_values[a, j] = d_out[a] . weight[indices[a, j]]; `sparse_decode_weight` computes the one to the weight.
+Memory traffic bounds the time: every entry reads a row of D elements. Indices outside 0..L-1 read nothing and count as
+rows of zeros. Specification: `l3d_kernels.reference.sparse_decode`.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.decode.sparse_decode_weight import d_weight
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import ceil_div, empty, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import load, store, zeros
+from l3d_kernels.registry import TRITON
 
 
 @triton.jit
 def entries_of(code, row_offsets_ptr, per_code, FIXED: tl.constexpr):
-    """Return where a code's entries begin and end: `per_code` each where FIXED, else as the offsets say."""
+    """Return where a code's entries begin and end: every `per_code` entries where FIXED, else from the offsets."""
     if FIXED:
         return code * per_code, (code + 1) * per_code
     else:
@@ -35,7 +35,7 @@ def entries_of(code, row_offsets_ptr, per_code, FIXED: tl.constexpr):
 
 @triton.jit
 def load_rows(weight_ptr, indices_ptr, offs_n, mask_n, offs_d, L, D):
-    """Return the rows of the weight [N, D] that entries name."""
+    """Load the rows of the weight that the entries' indices name: [N, D]."""
     index = tl.load(indices_ptr + offs_n, mask=mask_n, other=-1).to(tl.int64)  # [N]
     mask = ((index >= 0) & (index < L))[:, None] & (offs_d < D)[None, :]
     return load(weight_ptr + index[:, None] * D + offs_d[None, :], mask)
@@ -55,7 +55,7 @@ def decode_codes(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum a code's rows, a stretch of D."""
+    """Sum a code's weighted rows over a tile of D."""
     code = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first, last = entries_of(code, row_offsets_ptr, per_code, FIXED)
@@ -96,18 +96,11 @@ def decode_d_values(
         store(d_values_ptr + offs_n, tl.sum(acc, 1), (offs_n < last) & (offs_n < N))
 
 
-# --- launch -----------------------------------------------------------------------------------------------------
-
-for kernel_name in ("decode_codes", "decode_d_values"):
-    TABLE[kernel_name] = {
-        ("interpreter", None): Launch({"BLOCK_N": 2, "BLOCK_D": 16}),
-        (None, "16"): Launch({"BLOCK_N": 4, "BLOCK_D": 1024}, warps=4, stages=3),
-        (None, "32"): Launch({"BLOCK_N": 4, "BLOCK_D": 512}, warps=4, stages=3),
-    }
+# --- launch; the rows of the table are in sparse_decode_weight --------------------------------------------------------
 
 
 def _per_code(indices: Tensor, row_offsets: Tensor | None) -> dict[str, Any]:
-    """Return the arguments that tell a code's entries."""
+    """Return the arguments from which a kernel computes where a code's entries begin and end."""
     if row_offsets is None:
         return {"row_offsets_ptr": indices, "per_code": indices.shape[1], "FIXED": True}
     return {"row_offsets_ptr": row_offsets, "per_code": 0, "FIXED": False}
@@ -117,101 +110,60 @@ def _n_codes(indices: Tensor, row_offsets: Tensor | None) -> int:
     return len(indices) if row_offsets is None else len(row_offsets) - 1
 
 
-def _no_codes(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
+def _fake_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     return weight.new_empty(_n_codes(indices, row_offsets), weight.shape[1])
 
 
-@common.operator("sparse_decode", _no_codes)
+@common.operator("sparse_decode", _fake_decode)
 def decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the forward kernel: [A, D]."""
     (L, D), n_codes = weight.shape, _n_codes(indices, row_offsets)
-    out = empty((n_codes, D), weight)
-    row, _ = common.row_for("decode_codes", weight)
-    common.launch(
-        decode_codes,
-        (n_codes, ceil_div(D, row.blocks["BLOCK_D"])),
-        row,
-        weight.device,
-        out_ptr=out,
-        indices_ptr=indices,
-        values_ptr=values,
-        weight_ptr=weight,
-        L=L,
-        D=D,
-        **_per_code(indices, row_offsets),
-    )
+    out, (row, _) = empty((n_codes, D), weight), common.row_for("decode_codes", weight)
+    pointers = {"out_ptr": out, "indices_ptr": indices, "values_ptr": values, "weight_ptr": weight}
+    entries, grid = _per_code(indices, row_offsets), (n_codes, ceil_div(D, row.blocks["BLOCK_D"]))
+    common.launch(decode_codes, grid, row, weight.device, L=L, D=D, **pointers, **entries)
     return out
 
 
-def _no_d_values(d_out: Tensor, indices: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
-    return weight.new_empty(indices.shape)
-
-
-@common.operator("sparse_decode_d_values", _no_d_values)
+@common.operator("sparse_decode_d_values", lambda d_out, indices, weight, _: weight.new_empty(indices.shape))
 def d_values(d_out: Tensor, indices: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
-    """Launch the kernel of the gradient to the values: as `indices`."""
-    out = empty(indices.shape, weight)
-    row, _ = common.row_for("decode_d_values", weight)
-    common.launch(
-        decode_d_values,
-        (_n_codes(indices, row_offsets),),
-        row,
-        weight.device,
-        d_values_ptr=out,
-        d_out_ptr=d_out.contiguous(),
-        indices_ptr=indices,
-        weight_ptr=weight,
-        N=indices.numel(),
-        L=weight.shape[0],
-        D=weight.shape[1],
-        **_per_code(indices, row_offsets),
-    )
+    """Launch the kernel of the gradient to the values: in the shape of `indices`."""
+    out, (row, _) = empty(indices.shape, weight), common.row_for("decode_d_values", weight)
+    pointers = {"d_values_ptr": out, "d_out_ptr": d_out.contiguous(), "indices_ptr": indices, "weight_ptr": weight}
+    sizes = {"N": indices.numel(), "L": weight.shape[0], "D": weight.shape[1]}
+    entries, grid = _per_code(indices, row_offsets), (_n_codes(indices, row_offsets),)
+    common.launch(decode_d_values, grid, row, weight.device, **pointers, **sizes, **entries)
     return out
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class _SparseDecode(torch.autograd.Function):
-    generate_vmap_rule = True
+def _backward(needs: Any, saved: tuple[Any, ...], d_out: Tensor) -> list[Tensor | None]:
+    indices, values, weight, row_offsets = saved
+    to_values = d_values(d_out, indices, weight, row_offsets) if needs[1] else None
+    to_weight = d_weight(d_out, indices, values, len(weight), row_offsets) if needs[2] else None
+    return [None, to_values, to_weight]
 
-    @staticmethod
-    def forward(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
-        return decode(indices, values, weight, row_offsets)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        indices, values, weight, row_offsets = inputs
-        ctx.save_for_backward(indices, values, weight, row_offsets)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        indices, values, weight, row_offsets = ctx.saved_tensors
-        to_values = d_values(d_out, indices, weight, row_offsets) if ctx.needs_input_grad[1] else None
-        to_weight = d_weight(d_out, indices, values, len(weight), row_offsets) if ctx.needs_input_grad[2] else None
-        return None, to_values, to_weight, None
+_decode = common.differentiable(decode, _backward)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
     """Run `l3d_kernels.reference.sparse_decode` with Triton kernels."""
-    values, weight = common.autocast_alike(values, weight)
-    offsets = None if row_offsets is None else row_offsets.contiguous()
-    return _SparseDecode.apply(indices.contiguous(), values, weight, offsets)
+    values, weight = common.contiguous(values, weight)
+    return _decode(indices.contiguous(), values, weight, None if row_offsets is None else row_offsets.contiguous())
 
 
 TRITON["sparse_decode"] = sparse_decode
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
-    for dtype, bits in (("bf16", "16"), ("fp16", "16"), ("fp32", "32")):
-        for kernel in (decode_codes, decode_d_values):
-            row = lookup(kernel.fn.__name__, kind, bits)
-            for fixed in (True, False):
-                form: dict[str, Any] = {"is_matrix": False, "long": dtype == "fp16" or not fixed, "divisible": ("D",)}
-                types = {"indices_ptr": "*i64", "row_offsets_ptr": "*i64"}
-                cases.append(common.CompileCase(kernel, dtype, {"FIXED": fixed}, row, types, **form))
-    return cases
+    forms = [({"FIXED": fixed}, not fixed) for fixed in (True, False)]
+    types = {"indices_ptr": "*i64", "row_offsets_ptr": "*i64"}
+    return [
+        case
+        for kernel in (decode_codes, decode_d_values)
+        for case in cases_of_kernel(kernel, kind, forms, types, ("D",), False)
+    ]

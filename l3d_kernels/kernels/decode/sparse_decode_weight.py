@@ -1,8 +1,9 @@
-"""Gradient of `sparse_decode` to its weight; letters as in `l3d_kernels.kernels.decode.sparse_decode`.
+"""Compute the gradient of `sparse_decode` to its weight; letters as in `l3d_kernels.kernels.decode.sparse_decode`.
 
     d_weight[l] = Σ values[a, j] d_out[a] over the entries (a, j) whose index is l      [L, D]
 
-Walked in the order of a stable sort; of a row that many codes use, stretches are summed by programs of their own.
+A stable sort by index brings a row's entries together, and they are summed in that order. Where many codes use one row,
+programs of their own sum stretches of its entries.
 """
 
 from typing import Any
@@ -13,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import ceil_div, empty, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def decode_d_weight_stretch(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum a stretch of the entries of a row that has more than STRETCH; the first STRETCH are left to the row."""
+    """Sum a stretch of the entries of a row with more than STRETCH; the row's own program sums its first STRETCH."""
     stretch = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(sorted_ptr + stretch * STRETCH).to(tl.int64)  # no other row has such entries here
@@ -100,8 +103,8 @@ def decode_d_weight(
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
-STRETCH = 128  # entries of one row of the weight that one program sums: often used rows are shared out
-for kernel_name in ("decode_d_weight", "decode_d_weight_stretch"):
+STRETCH = 128  # entries of one row of the weight that one program sums; further entries go to other programs
+for kernel_name in ("decode_codes", "decode_d_values", "decode_d_weight", "decode_d_weight_stretch"):
     TABLE[kernel_name] = {
         ("interpreter", None): Launch({"BLOCK_N": 2, "BLOCK_D": 16}),
         (None, "16"): Launch({"BLOCK_N": 4, "BLOCK_D": 1024}, warps=4, stages=3),
@@ -109,11 +112,7 @@ for kernel_name in ("decode_d_weight", "decode_d_weight_stretch"):
     }
 
 
-def _no_d_weight(d_out: Tensor, indices: Tensor, values: Tensor, n_rows: int, row_offsets: Tensor | None) -> Tensor:
-    return d_out.new_empty(n_rows, d_out.shape[1])
-
-
-@common.operator("sparse_decode_d_weight", _no_d_weight)
+@common.operator("sparse_decode_d_weight", lambda d_out, _, __, n_rows, ___: d_out.new_empty(n_rows, d_out.shape[1]))
 def d_weight(d_out: Tensor, indices: Tensor, values: Tensor, n_rows: int, row_offsets: Tensor | None) -> Tensor:
     """Sort the entries by index and launch the kernel of the gradient to the weight: [L, D]."""
     D = d_out.shape[1]
@@ -132,30 +131,15 @@ def d_weight(d_out: Tensor, indices: Tensor, values: Tensor, n_rows: int, row_of
     shared |= {"codes_ptr": codes, "segments_ptr": segments, "parts_ptr": parts, "D": D, "STRETCH": STRETCH}
     shared |= {"per_code": indices.shape[1] if row_offsets is None else 0, "FIXED": row_offsets is None}
     if n_stretches > 1:
-        common.launch(
-            decode_d_weight_stretch,
-            (n_stretches, tiles_d),
-            row,
-            d_out.device,
-            sorted_ptr=sorted_indices,
-            L=n_rows,
-            **shared,
-        )
+        own, grid = {"sorted_ptr": sorted_indices, "L": n_rows}, (n_stretches, tiles_d)
+        common.launch(decode_d_weight_stretch, grid, row, d_out.device, **own, **shared)
     common.launch(decode_d_weight, (n_rows, tiles_d), row, d_out.device, d_weight_ptr=out, **shared)
     return out
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
-    others = dict.fromkeys(("order_ptr", "codes_ptr", "sorted_ptr", "segments_ptr"), "*i64") | {"parts_ptr": "*fp32"}
-    for dtype, bits in (("bf16", "16"), ("fp16", "16"), ("fp32", "32")):
-        for kernel in (decode_d_weight, decode_d_weight_stretch):
-            types = {name: pointer for name, pointer in others.items() if name in kernel.arg_names}
-            row = lookup(kernel.fn.__name__, kind, bits)
-            for fixed in (True, False):
-                form: dict[str, Any] = {"is_matrix": False, "long": dtype == "fp16" or not fixed, "divisible": ("D",)}
-                constants = {"FIXED": fixed, "STRETCH": STRETCH}
-                cases.append(common.CompileCase(kernel, dtype, constants, row, types, **form))
-    return cases
+    types = dict.fromkeys(("order_ptr", "codes_ptr", "sorted_ptr", "segments_ptr"), "*i64") | {"parts_ptr": "*fp32"}
+    forms = [({"FIXED": fixed, "STRETCH": STRETCH}, not fixed) for fixed in (True, False)]
+    kernels = (decode_d_weight, decode_d_weight_stretch)
+    return [case for kernel in kernels for case in cases_of_kernel(kernel, kind, forms, types, ("D",), False)]

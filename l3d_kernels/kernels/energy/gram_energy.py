@@ -1,37 +1,39 @@
-"""Squared norm of every sample's reconstruction, over the pairs of subnetworks that are kept together.
+"""Compute the squared norm of every sample's reconstruction, over the pairs of subnetworks that are kept together.
 
     e_i = Σ_{j in s(i)} c_j <V_k(i), V_k(j)>,   ‖ĝ_s‖² = Σ_{i in s} c_i e_i      [S]
     <V_k, V_j> = Σ_rr' (left_kr . left_jr') (right_kr . right_jr'),   left [K, R, O], right [K, R, I]
 
-i, j are kept entries, s(i) and k(i) their sample and subnetwork. A sample's rows (i, r) meet each other in tiles: both
-products stay in registers. No sum is over pairs that are not kept together, no [K, K] is formed.
+i and j are kept entries, s(i) and k(i) the sample and the subnetwork of entry i. The rows (i, r) of a sample are
+multiplied with each other in tiles, and both products stay in registers. Pairs that are not kept together cost nothing,
+and no [K, K] is formed.
 
-Gradients: d_c_i = 2 g_s e_i; those to left and right are `gram_energy_backward`'s.
+Gradients: d_c_i = 2 g_s e_i; `gram_energy_backward` computes those to left and right.
 
-Torch equivalent: `l3d_kernels.reference.gram_energy_coactive`; `gram_energy` takes the full Gram matrix (gram.py)
-where that is less.
+Specification: `l3d_kernels.reference.gram_energy_coactive`. `gram_energy` takes the full Gram matrix (gram.py) where
+that costs less.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels import reference
-from l3d_kernels.dispatch import TRITON
+from l3d_kernels.cpu import energy_from_gram
 from l3d_kernels.kernels.energy.gram import gram
 from l3d_kernels.kernels.energy.gram_energy_backward import energy_backward, rows_of
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_row_products, ceil_div, empty, load, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import load, row_products, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
+from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
 @triton.jit
 def coactive_energy(
-    parts_ptr,  # [S, splits] wide: the splits' shares of ‖ĝ_s‖²
+    parts_ptr,  # [S, splits] wide: each split's part of ‖ĝ_s‖²
     sums_ptr,  # [N*R] wide: Σ_q c_q (left_p . left_q) (right_p . right_q) of every row p = (i, r)
     values_ptr,  # [N]
     columns_ptr,  # [N] int64
@@ -47,7 +49,7 @@ def coactive_energy(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Let a sample's rows meet each other; a split takes every so many-th tile of rows."""
+    """Multiply a sample's rows with each other; of n splits, each takes every n-th tile of rows."""
     sample, split = tl.program_id(0), tl.program_id(1)
     first = tl.load(row_offsets_ptr + sample)
     n_rows = ((tl.load(row_offsets_ptr + sample + 1) - first) * R).to(tl.int32)
@@ -57,14 +59,8 @@ def coactive_energy(
         total = tl.sum(zeros(left_ptr, BLOCK_P, 1), 1)
         for start_q in range(0, n_rows, BLOCK_Q):
             entry_q, rows_q, mask_q = rows_of(columns_ptr, first, start_q + tl.arange(0, BLOCK_Q), n_rows, R)
-            lefts = zeros(left_ptr, BLOCK_P, BLOCK_Q)
-            lefts = add_row_products(
-                lefts, left_ptr, rows_p * O, mask_p, left_ptr, rows_q * O, mask_q, O, PRECISION, BLOCK_D
-            )
-            rights = zeros(left_ptr, BLOCK_P, BLOCK_Q)
-            rights = add_row_products(
-                rights, right_ptr, rows_p * I, mask_p, right_ptr, rows_q * I, mask_q, I, PRECISION, BLOCK_D
-            )
+            lefts = row_products(left_ptr, rows_p * O, mask_p, left_ptr, rows_q * O, mask_q, O, PRECISION, BLOCK_D)
+            rights = row_products(right_ptr, rows_p * I, mask_p, right_ptr, rows_q * I, mask_q, I, PRECISION, BLOCK_D)
             weight = load(values_ptr + entry_q, mask_q).to(lefts.dtype)  # [Q]
             total += tl.sum(lefts * rights * weight[None, :], 1)
         places = first * R + start_p + tl.arange(0, BLOCK_P)
@@ -83,14 +79,14 @@ TABLE["coactive_energy"] = {
 }
 
 
-def _no_energy(
+def _fake_energy(
     values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows = values.numel() * left.shape[1]
     return left.new_empty(len(row_offsets) - 1), left.new_empty(rows, dtype=common.wide(left.dtype))
 
 
-@common.operator("gram_energy_coactive", _no_energy)
+@common.operator("gram_energy_coactive", _fake_energy)
 def energy_forward(
     values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -100,94 +96,57 @@ def energy_forward(
     sums = empty((n_rows,), left, common.wide(left.dtype))
     splits = max(1, ceil_div(n_rows, max(1, n_samples) * row.blocks["BLOCK_P"]))  # the tiles of an average sample
     parts = empty((n_samples, splits), sums)
-    common.launch(
-        coactive_energy,
-        (n_samples, splits),
-        row,
-        left.device,
-        parts_ptr=parts,
-        sums_ptr=sums,
-        values_ptr=values,
-        columns_ptr=columns,
-        row_offsets_ptr=row_offsets,
-        left_ptr=left,
-        right_ptr=right,
-        N=values.numel(),
-        O=left.shape[2],
-        I=right.shape[2],
-        R=left.shape[1],
-        PRECISION=precision,
-    )
+    pointers = {"parts_ptr": parts, "sums_ptr": sums, "values_ptr": values, "columns_ptr": columns}
+    pointers |= {"row_offsets_ptr": row_offsets, "left_ptr": left, "right_ptr": right}
+    sizes = {"N": values.numel(), "O": left.shape[2], "I": right.shape[2], "R": left.shape[1]}
+    grid = (n_samples, splits)
+    common.launch(coactive_energy, grid, row, left.device, **pointers, **sizes, PRECISION=precision)
     return parts.sum(1).to(left.dtype), sums
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class _Coactive(torch.autograd.Function):
-    generate_vmap_rule = True
+def _forward(values: Tensor, left: Tensor, right: Tensor, *order: Tensor) -> tuple[Tensor, Tensor]:
+    _, columns, row_offsets, _, _ = order
+    return energy_forward(values, columns, row_offsets, left, right)
 
-    @staticmethod
-    def forward(
-        values: Tensor,
-        left: Tensor,
-        right: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        row_offsets: Tensor,
-        column_order: Tensor,
-        column_offsets: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        return energy_forward(values, columns, row_offsets, left, right)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    values, left, right, *order, sums = saved
+    d_values = 2 * d_out[order[0]] * sums.view(-1, left.shape[1]).sum(1) if needs[0] else None
+    return [
+        None if d_values is None else d_values.to(values.dtype),
+        energy_backward(d_out, values, *order, left, right) if needs[1] else None,
+        energy_backward(d_out, values, *order, right, left) if needs[2] else None,
+    ]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        values, left, right, *indices, sums = ctx.saved_tensors
-        rows, grads = indices[0], [None, None, None]
-        if ctx.needs_input_grad[0]:
-            grads[0] = (2 * upstream[rows] * sums.view(-1, left.shape[1]).sum(1)).to(values.dtype)
-        if ctx.needs_input_grad[1]:
-            grads[1] = energy_backward(upstream, values, *indices, left, right)
-        if ctx.needs_input_grad[2]:
-            grads[2] = energy_backward(upstream, values, *indices, right, left)
-        return (*grads, None, None, None, None, None)
+
+_coactive = common.differentiable(_forward, _backward, lambda inputs, output: (*inputs, output[1]))
 
 
 def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram_energy_coactive` with Triton kernels."""
-    values, left, right = common.autocast_alike(kept.values, left, right)
-    order = (kept.rows, kept.columns, kept.row_offsets, kept.column_order, kept.column_offsets)
-    return _Coactive.apply(values, left, right, *(index.contiguous() for index in order))[0]
+    return _coactive(*common.contiguous(kept.values, left, right, *kept.indices()))[0]
 
 
 def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram_energy` with Triton kernels.
 
-    From the full Gram matrix where even the fewest co-active pairs that N entries can make, N²/S, are K²/2 or more;
-    so nothing is copied to the host to choose.
+    N kept entries in S samples make at least N²/S co-active pairs. Where that is K²/2 or more, the full Gram matrix is
+    taken; so the choice needs no number from the device.
     """
     n_samples, n_subnetworks = kept.shape
     if 2 * kept.rows.numel() ** 2 < n_subnetworks**2 * n_samples or n_samples == 0:
         return gram_energy_coactive(kept, left, right)
-    return reference.energy_from_gram(kept, gram(left, right))
+    return energy_from_gram(kept, gram(left, right))
 
 
 TRITON["gram_energy_coactive"] = gram_energy_coactive
 TRITON["gram_energy"] = gram_energy
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
     types = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "columns_ptr": "*i64", "row_offsets_ptr": "*i64"}
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        row = lookup("coactive_energy", kind, bits)
-        cases.append(common.CompileCase(coactive_energy, dtype, {"PRECISION": precision}, row, types, long=long))
-    return cases
+    return cases_of_kernel(coactive_energy, kind, types=types)

@@ -1,4 +1,4 @@
-"""Gradient of `gram_energy_coactive` to one side of the directions; letters as in `gram_energy`.
+"""Compute the gradient of `gram_energy_coactive` to one side of the directions; letters as in `gram_energy`.
 
     d_left[k, r] = Σ_i 2 g_s c_i Σ_q c_q (right_kr . right_q) left_q,   d_right with the sides exchanged
 
@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, feed, load, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
-
-PROGRAMS = 264  # that a launch wants at least: twice the processors of a large GPU
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
 def rows_of(columns_ptr, first, offs, n_rows, R):
-    """Return the entries, the rows of the factors [K*R, ...], and the mask of some of a sample's rows (i, r)."""
+    """Return (entries, rows of the factors [K*R, ...], mask) for some of a sample's rows (i, r)."""
     mask = offs < n_rows
     entry = first + offs // R
     column = tl.load(columns_ptr + entry, mask=mask, other=0)
@@ -48,9 +48,9 @@ def coactive_backward(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of a subnetwork's rows; a split takes every so many-th of its entries.
+    """Compute the gradient of a subnetwork's rows; of n splits, each takes every n-th of its entries.
 
-    The sum over entries is kept in memory: no other program touches it, and registers could not hold [R, A].
+    The sum over entries is kept in memory, since registers could not hold [R, A]. No other program touches it.
     """
     column, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -67,8 +67,7 @@ def coactive_backward(
         scale *= tl.load(values_ptr + entry).to(sum_ptr.dtype.element_ty)
         for start_q in range(0, n_rows, BLOCK_Q):
             entry_q, rows_q, mask_q = rows_of(columns_ptr, first, start_q + tl.arange(0, BLOCK_Q), n_rows, R)
-            other = zeros(a_ptr, BLOCK_R, BLOCK_Q)
-            other = add_row_products(other, b_ptr, rows_k * B, mask_r, b_ptr, rows_q * B, mask_q, B, PRECISION, BLOCK_D)
+            other = row_products(b_ptr, rows_k * B, mask_r, b_ptr, rows_q * B, mask_q, B, PRECISION, BLOCK_D)
             weight = scale * load(values_ptr + entry_q, mask_q).to(other.dtype)  # [Q]
             weighted = feed(other * weight[None, :], a_ptr)  # [R, Q]
             for start_d in range(0, A, BLOCK_D):
@@ -79,7 +78,7 @@ def coactive_backward(
                 mask = mask_r[:, None] & mask_d[None, :]
                 before = tl.load(places, mask=mask, other=0)  # [R, D]
                 tl.store(places, add_dot(weighted, side, before, PRECISION), mask=mask)
-            tl.debug_barrier()  # what one thread stored another may load in the next round
+            tl.debug_barrier()  # in the next round a thread may load what another has stored
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -92,21 +91,7 @@ TABLE["coactive_backward"] = {
 }
 
 
-def _no_side(
-    upstream: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    row_offsets: Tensor,
-    column_order: Tensor,
-    column_offsets: Tensor,
-    side: Tensor,
-    other: Tensor,
-) -> Tensor:
-    return torch.empty_like(side)
-
-
-@common.operator("gram_energy_coactive_backward", _no_side)
+@common.operator("gram_energy_coactive_backward", lambda *inputs: torch.empty_like(inputs[7]))
 def energy_backward(
     upstream: Tensor,
     values: Tensor,
@@ -118,47 +103,25 @@ def energy_backward(
     side: Tensor,
     other: Tensor,
 ) -> Tensor:
-    """Launch the backward kernel for one side: as `side`."""
+    """Launch the backward kernel for one side: in the shape of `side`."""
     K, R, A = side.shape
     row, precision = common.row_for("coactive_backward", side)
     block_r = min(64, common.power_of_two(R, 16))
     tiles_r = ceil_div(R, block_r)
-    splits = max(1, min(ceil_div(PROGRAMS, max(1, K * tiles_r)), ceil_div(values.numel(), max(1, K))))
+    splits = max(1, min(ceil_div(common.PROGRAMS, max(1, K * tiles_r)), ceil_div(values.numel(), max(1, K))))
     sums = torch.zeros(splits, K, R, A, dtype=common.wide(side.dtype), device=side.device)
-    common.launch(
-        coactive_backward,
-        (K, tiles_r, splits),
-        row,
-        side.device,
-        d_a_ptr=sums,
-        upstream_ptr=upstream.contiguous(),
-        values_ptr=values,
-        rows_ptr=rows,
-        columns_ptr=columns,
-        row_offsets_ptr=row_offsets,
-        column_order_ptr=column_order,
-        column_offsets_ptr=column_offsets,
-        a_ptr=side,
-        b_ptr=other,
-        A=A,
-        B=other.shape[2],
-        R=R,
-        PRECISION=precision,
-        BLOCK_R=block_r,
-    )
+    pointers = {"d_a_ptr": sums, "upstream_ptr": upstream.contiguous(), "values_ptr": values, "rows_ptr": rows}
+    pointers |= {"columns_ptr": columns, "row_offsets_ptr": row_offsets, "column_order_ptr": column_order}
+    pointers |= {"column_offsets_ptr": column_offsets, "a_ptr": side, "b_ptr": other}
+    sizes: dict[str, Any] = {"A": A, "B": other.shape[2], "R": R}
+    flags, grid = {"PRECISION": precision, "BLOCK_R": block_r}, (K, tiles_r, splits)
+    common.launch(coactive_backward, grid, row, side.device, **pointers, **sizes, **flags)
     return sums.sum(0).to(side.dtype)
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
     integers = ("rows_ptr", "columns_ptr", "row_offsets_ptr", "column_order_ptr", "column_offsets_ptr")
     types = {"d_a_ptr": "*fp32", **dict.fromkeys(integers, "*i64")}
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        row = lookup("coactive_backward", kind, bits)
-        for block_r in (16, 32, 64):
-            constants = {"PRECISION": precision, "BLOCK_R": block_r}
-            form: dict[str, Any] = {"long": long or block_r == 32, "divisible": ("A", "B")}
-            cases.append(common.CompileCase(coactive_backward, dtype, constants, row, types, **form))
-    return cases
+    forms = [({"BLOCK_R": block_r}, block_r == 32) for block_r in (16, 32, 64)]
+    return cases_of_kernel(coactive_backward, kind, forms, types, ("A", "B"))

@@ -1,11 +1,13 @@
-"""Launches and gradients of `reconstruct` and `squared_residual_norm`; formulas, shapes and kernels: reconstruct.py."""
+"""Launch `reconstruct` and `squared_residual_norm`, and compute their gradients.
 
-from typing import Any, NamedTuple
+The formulas, the shapes and the kernels are in `reconstruct_kernels`.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.energy.reconstruct_kernels import (
     LARGEST_RANKS,
     compile_cases,
@@ -16,6 +18,7 @@ from l3d_kernels.kernels.energy.reconstruct_kernels import (
 )
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 __all__ = ["compile_cases", "reconstruct", "squared_residual_norm"]
@@ -24,53 +27,31 @@ __all__ = ["compile_cases", "reconstruct", "squared_residual_norm"]
 
 
 def _launch_tiles(
-    kernel: Any,
-    n_samples: int,
-    values: Tensor,
-    columns: Tensor,
-    row_offsets: Tensor,
-    left: Tensor,
-    right: Tensor,
-    **own: Any,
+    kernel: Any, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, **own: Any
 ) -> None:
-    """Launch a kernel that forms tiles of the reconstruction."""
+    """Launch a kernel that forms tiles of the reconstructions of all samples."""
     row, precision = common.row_for(kernel.fn.__name__, left)
     O, I = left.shape[2], right.shape[2]
-    common.launch(
-        kernel,
-        (n_samples, ceil_div(O, row.blocks["BLOCK_O"]), ceil_div(I, row.blocks["BLOCK_I"])),
-        row,
-        left.device,
-        values_ptr=values,
-        columns_ptr=columns,
-        row_offsets_ptr=row_offsets,
-        left_ptr=left,
-        right_ptr=right,
-        O=O,
-        I=I,
-        R=left.shape[1],
-        PRECISION=precision,
-        **own,
-    )
+    grid = (len(row_offsets) - 1, ceil_div(O, row.blocks["BLOCK_O"]), ceil_div(I, row.blocks["BLOCK_I"]))
+    pointers = {"values_ptr": values, "columns_ptr": columns, "row_offsets_ptr": row_offsets}
+    pointers |= {"left_ptr": left, "right_ptr": right}
+    sizes = {"O": O, "I": I, "R": left.shape[1]}
+    common.launch(kernel, grid, row, left.device, **pointers, **sizes, PRECISION=precision, **own)
 
 
-def _no_tiles(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _fake_tiles(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(len(row_offsets) - 1, left.shape[2], right.shape[2])
 
 
-@common.operator("reconstruct", _no_tiles)
+@common.operator("reconstruct", _fake_tiles)
 def reconstruct_forward(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the forward kernel: [S, O, I]."""
     out = empty((len(row_offsets) - 1, left.shape[2], right.shape[2]), left)
-    _launch_tiles(reconstruct_tile, len(out), values, columns, row_offsets, left, right, out_ptr=out)
+    _launch_tiles(reconstruct_tile, values, columns, row_offsets, left, right, out_ptr=out)
     return out
 
 
-def _no_norm(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
-    return grad.new_empty(len(grad))
-
-
-@common.operator("squared_residual_norm", _no_norm)
+@common.operator("squared_residual_norm", lambda *inputs: inputs[5].new_empty(len(inputs[5])))
 def residual_norm_forward(
     values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, grad: Tensor
 ) -> Tensor:
@@ -78,19 +59,14 @@ def residual_norm_forward(
     blocks = common.row_for("residual_norm_tile", left)[0].blocks
     tiles = (ceil_div(left.shape[2], blocks["BLOCK_O"]), ceil_div(right.shape[2], blocks["BLOCK_I"]))
     parts = empty((len(grad), *tiles), grad, common.wide(grad.dtype))
-    _launch_tiles(
-        residual_norm_tile, len(grad), values, columns, row_offsets, left, right, parts_ptr=parts, grad_ptr=grad
-    )
+    own = {"parts_ptr": parts, "grad_ptr": grad}
+    _launch_tiles(residual_norm_tile, values, columns, row_offsets, left, right, **own)
     return parts.sum((1, 2)).to(grad.dtype)
 
 
-def _no_residual(
-    scale: Tensor, grad: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
-) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-
-@common.operator("squared_residual", _no_residual)
+@common.operator(
+    "squared_residual", lambda scale, grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format)
+)
 def residual(
     scale: Tensor, grad: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
 ) -> Tensor:
@@ -99,25 +75,17 @@ def residual(
         grad = grad.contiguous()
     out = empty(grad.shape, grad)
     own = {"out_ptr": out, "scale_ptr": scale, "grad_ptr": grad, "stride_grad_s": grad.stride(0)}
-    _launch_tiles(residual_tile, len(grad), values, columns, row_offsets, left, right, **own)
+    _launch_tiles(residual_tile, values, columns, row_offsets, left, right, **own)
     return out
 
 
-def _no_side(
-    d_out: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    column_order: Tensor,
-    column_offsets: Tensor,
-    left: Tensor,
-    right: Tensor,
-    to_left: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_side(d_out: Tensor, values: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    *_, left, right, to_left = inputs
     wide, side = common.wide(left.dtype), left if to_left else right
     return side.new_empty(side.shape, dtype=wide), values.new_empty(values.numel() if to_left else 0, dtype=wide)
 
 
-@common.operator("reconstruct_backward", _no_side)
+@common.operator("reconstruct_backward", _fake_side)
 def side_backward(
     d_out: Tensor,
     values: Tensor,
@@ -136,150 +104,81 @@ def side_backward(
     tiles = (ceil_div(A, row.blocks["BLOCK_A"]), ceil_div(R, block_r))
     out = empty(side.shape, side, common.wide(side.dtype))
     parts = empty((values.numel() if to_left else 0, *tiles), out)
-    common.launch(
-        reconstruct_backward,
-        (K, *tiles),
-        row,
-        left.device,
-        d_a_ptr=out,
-        parts_ptr=parts,
-        d_out_ptr=d_out,
-        values_ptr=values,
-        rows_ptr=rows,
-        column_order_ptr=column_order,
-        column_offsets_ptr=column_offsets,
-        a_ptr=side,
-        b_ptr=other,
-        stride_d_a=d_out.shape[2] if to_left else 1,
-        stride_d_b=1 if to_left else d_out.shape[2],
-        N=values.numel(),
-        A=A,
-        B=other.shape[2],
-        R=R,
-        WITH_VALUES=to_left,
-        PRECISION=precision,
-        BLOCK_R=block_r,
-    )
+    pointers = {"d_a_ptr": out, "parts_ptr": parts, "d_out_ptr": d_out, "values_ptr": values, "rows_ptr": rows}
+    pointers |= {"column_order_ptr": column_order, "column_offsets_ptr": column_offsets, "a_ptr": side, "b_ptr": other}
+    strides = (d_out.shape[2], 1) if to_left else (1, d_out.shape[2])
+    sizes: dict[str, Any] = dict(zip(("stride_d_a", "stride_d_b"), strides, strict=True))
+    sizes |= {"N": values.numel(), "A": A, "B": other.shape[2], "R": R}
+    flags = {"WITH_VALUES": to_left, "PRECISION": precision, "BLOCK_R": block_r}
+    common.launch(reconstruct_backward, (K, *tiles), row, left.device, **pointers, **sizes, **flags)
     return out, parts.sum((1, 2))
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class Indices(NamedTuple):
-    """Where the kept entries are: the fields of SparseCoefficients that kernels read."""
-
-    rows: Tensor
-    columns: Tensor
-    row_offsets: Tensor
-    column_order: Tensor
-    column_offsets: Tensor
+def _forward(values: Tensor, left: Tensor, right: Tensor, *order: Tensor) -> Tensor:
+    _, columns, row_offsets, _, _ = order
+    return reconstruct_forward(values, columns, row_offsets, left, right)
 
 
-def _indices(kept: SparseCoefficients) -> Indices:
-    return Indices(*(getattr(kept, name).contiguous() for name in Indices._fields))
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    values, left, right, rows, _, _, *by_column = saved
+    d_values = d_left = d_right = None
+    if needs[0] or needs[1]:
+        d_left, d_values = side_backward(d_out, values, rows, *by_column, left, right, True)
+        d_left, d_values = d_left.to(left.dtype), d_values.to(values.dtype)
+    if needs[2]:
+        d_right = side_backward(d_out, values, rows, *by_column, left, right, False)[0].to(right.dtype)
+    return [d_values if needs[0] else None, d_left if needs[1] else None, d_right]
 
 
-class _Reconstruct(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        values: Tensor,
-        left: Tensor,
-        right: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        row_offsets: Tensor,
-        column_order: Tensor,
-        column_offsets: Tensor,
-    ) -> Tensor:
-        return reconstruct_forward(values, columns, row_offsets, left, right)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        values, left, right, *fields = ctx.saved_tensors
-        at, needs = Indices(*fields), ctx.needs_input_grad
-        order = (at.rows, at.column_order, at.column_offsets)
-        d_values = d_left = d_right = None
-        if needs[0] or needs[1]:
-            d_left, d_values = side_backward(d_out, values, *order, left, right, True)
-            d_left, d_values = d_left.to(left.dtype), d_values.to(values.dtype)
-        if needs[2]:
-            d_right = side_backward(d_out, values, *order, left, right, False)[0].to(right.dtype)
-        return d_values if needs[0] else None, d_left if needs[1] else None, d_right, *(None for _ in at)
+def _forward_norm(values: Tensor, left: Tensor, right: Tensor, grad: Tensor, *order: Tensor) -> Tensor:
+    _, columns, row_offsets, _, _ = order
+    return residual_norm_forward(values, columns, row_offsets, left, right, grad)
 
 
-class _ResidualNorm(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        values: Tensor,
-        left: Tensor,
-        right: Tensor,
-        grad: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        row_offsets: Tensor,
-        column_order: Tensor,
-        column_offsets: Tensor,
-    ) -> Tensor:
-        return residual_norm_forward(values, columns, row_offsets, left, right, grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Form the scaled residual for a few rows of O at a time, and walk it once for each side."""
-        values, left, right, grad, *fields = ctx.saved_tensors
-        at, needs = Indices(*fields), ctx.needs_input_grad
-        order = (at.rows, at.column_order, at.column_offsets)
-        scale = 2 * upstream.to(common.wide(grad.dtype))
-        d_grad: list[Tensor] = []
-        d_left: list[Tensor] = []
-        d_values: list[Tensor] = []
-        d_right: list[Tensor] = []
-        budget = max(1, common.WORKSPACE // max(1, len(grad) * grad.shape[2]))
-        for start in range(0, grad.shape[1], budget):
-            piece = slice(start, min(start + budget, grad.shape[1]))
-            part = left[:, :, piece].contiguous()
-            rest = residual(scale, grad[:, piece], values, at.columns, at.row_offsets, part, right)
+def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor | None]:
+    """Form the scaled residual for a few rows of O at a time, and read it once for each side."""
+    values, left, right, grad, rows, columns, row_offsets, *by_column = saved
+    scale = 2 * upstream.to(common.wide(grad.dtype))
+    d_grad: list[Tensor] = []
+    d_left: list[Tensor] = []
+    d_values: list[Tensor] = []
+    d_right: list[Tensor] = []
+    budget = max(1, common.WORKSPACE // max(1, len(grad) * grad.shape[2]))
+    for start in range(0, grad.shape[1], budget):
+        piece = slice(start, min(start + budget, grad.shape[1]))
+        part = left[:, :, piece].contiguous()
+        rest = residual(scale, grad[:, piece], values, columns, row_offsets, part, right)
+        if needs[3]:
             d_grad.append(rest)
-            if needs[0] or needs[1]:
-                for total, own in zip(
-                    (d_left, d_values), side_backward(rest, values, *order, part, right, True), strict=True
-                ):
-                    total.append(-own)
-            if needs[2]:
-                d_right.append(-side_backward(rest, values, *order, part, right, False)[0])
-            if not needs[3]:
-                d_grad.clear()
-        return (
-            torch.stack(d_values).sum(0).to(values.dtype) if needs[0] else None,
-            torch.cat(d_left, 2).to(left.dtype) if needs[1] else None,
-            torch.stack(d_right).sum(0).to(right.dtype) if needs[2] else None,
-            torch.cat(d_grad, 1) if needs[3] else None,
-            *(None for _ in at),
-        )
+        if needs[0] or needs[1]:
+            to_left, to_values = side_backward(rest, values, rows, *by_column, part, right, True)
+            d_left.append(-to_left)
+            d_values.append(-to_values)
+        if needs[2]:
+            d_right.append(-side_backward(rest, values, rows, *by_column, part, right, False)[0])
+    return [
+        torch.stack(d_values).sum(0).to(values.dtype) if needs[0] else None,
+        torch.cat(d_left, 2).to(left.dtype) if needs[1] else None,
+        torch.stack(d_right).sum(0).to(right.dtype) if needs[2] else None,
+        torch.cat(d_grad, 1) if needs[3] else None,
+    ]
+
+
+_reconstruct = common.differentiable(_forward, _backward)
+_residual_norm = common.differentiable(_forward_norm, _backward_norm)
 
 
 def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.reconstruct` with Triton kernels."""
-    return _Reconstruct.apply(*common.autocast_alike(kept.values, left, right), *_indices(kept))
+    return _reconstruct(*common.contiguous(kept.values, left, right, *kept.indices()))
 
 
 def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_residual_norm` with Triton kernels."""
-    return _ResidualNorm.apply(*common.autocast_alike(kept.values, left, right, grad), *_indices(kept))
+    return _residual_norm(*common.contiguous(kept.values, left, right, grad, *kept.indices()))
 
 
 TRITON["reconstruct"] = reconstruct

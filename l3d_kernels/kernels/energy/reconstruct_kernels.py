@@ -1,4 +1,4 @@
-"""Reconstructions of materialised gradients, and the squared distance from them.
+"""Reconstruct materialised gradients, and measure the squared distance from the gradients: the kernels.
 
     ĝ_s = Σ_{i kept for s} c_i V_k(i) = Σ_q c_q left_q ⊗ right_q      [S, O, I]
     ‖G_s − ĝ_s‖²                                                      [S]
@@ -6,43 +6,35 @@
     kept: N coefficients c_i; left [K, R, O], right [K, R, I], grad [S, O, I]; q runs over a sample's rows (i, r)
     torch.einsum("sk,kro,kri->soi", kept.dense(), left, right)
 
-A program forms a tile [O, I] of one sample's ĝ from the rows that the sample keeps, R·O·I multiply-adds an entry, and
-stores it, or takes the difference to `grad` and sums its squares. V is never formed. Gradients from the upstream
-D = ∂/∂ĝ [S, O, I], over a subnetwork's entries i:
+A program forms a tile [O, I] of one sample's ĝ from the rows that the sample keeps, R·O·I multiply-adds an entry. It
+stores the tile, or subtracts it from `grad` and sums the squares. V is never formed. Gradients from the upstream
+gradient D = ∂/∂ĝ [S, O, I], over a subnetwork's entries i:
 
     d_left[k, r] = Σ_i c_i D_s right_kr,   d_right[k, r] = Σ_i c_i D_sᵀ left_kr,   d_c_i = Σ_r left_kr . (D_s right_kr)
 
-For the distance, D = −2 g_s (G_s − ĝ_s) is formed for a few rows of O at a time. Torch equivalents:
-`l3d_kernels.reference.reconstruct` and `squared_residual_norm`.
+For the distance, D = −2 g_s (G_s − ĝ_s) is formed for a few rows of O at a time. Specifications: `reconstruct` and
+`squared_residual_norm` of `l3d_kernels.reference`.
 """
 
 import triton
 import triton.language as tl
 
-from l3d_kernels.kernels.energy.gram_energy import rows_of
-from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, feed, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.kernels.energy.gram_energy_backward import rows_of
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
-def add_reconstruction(
-    acc,
-    values_ptr,
-    columns_ptr,
-    row_offsets_ptr,
-    left_ptr,
-    right_ptr,
-    sample,
-    offs_o,
-    offs_i,
-    O,
-    I,
-    R,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """Return acc + a tile [O, I] of a sample's reconstruction."""
+def reconstruction(
+    values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R,
+    PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Return (sample, offs_o, offs_i, tile [O, I] of the sample's reconstruction) for this program's tile."""
+    sample = tl.program_id(0).to(tl.int64)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
+    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
     first = tl.load(row_offsets_ptr + sample)
     n_rows = ((tl.load(row_offsets_ptr + sample + 1) - first) * R).to(tl.int32)
     for start in range(0, n_rows, BLOCK_Q):
@@ -51,7 +43,7 @@ def add_reconstruction(
         left = load(left_ptr + rows[None, :] * O + offs_o[:, None], mask[None, :] & (offs_o < O)[:, None])  # [O, Q]
         right = load(right_ptr + rows[:, None] * I + offs_i[None, :], mask[:, None] & (offs_i < I)[None, :])  # [Q, I]
         acc = add_dot(feed(left.to(acc.dtype) * value[None, :], left_ptr), right, acc, PRECISION)
-    return acc
+    return sample, offs_o, offs_i, acc
 
 
 @triton.jit
@@ -71,14 +63,9 @@ def reconstruct_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """Store a tile of a sample's reconstruction."""
-    sample = tl.program_id(0).to(tl.int64)
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
-    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
-    acc = add_reconstruction(
-        acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
-        PRECISION, BLOCK_Q,
-    )  # fmt: skip
+    sample, offs_o, offs_i, acc = reconstruction(
+        values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R, PRECISION, BLOCK_O, BLOCK_I, BLOCK_Q
+    )
     places = (sample * O + offs_o[:, None]) * I + offs_i[None, :]
     store(out_ptr + places, acc, (offs_o < O)[:, None] & (offs_i < I)[None, :])
 
@@ -103,14 +90,9 @@ def residual_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """Store a tile of a sample's scaled residual."""
-    sample = tl.program_id(0).to(tl.int64)
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)
-    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
-    acc = add_reconstruction(
-        acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
-        PRECISION, BLOCK_Q,
-    )  # fmt: skip
+    sample, offs_o, offs_i, acc = reconstruction(
+        values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R, PRECISION, BLOCK_O, BLOCK_I, BLOCK_Q
+    )
     mask, places = (offs_o < O)[:, None] & (offs_i < I)[None, :], offs_o.to(tl.int64)[:, None] * I + offs_i[None, :]
     grad = load(grad_ptr + sample * stride_grad_s + places, mask).to(acc.dtype)  # [O, I]
     store(out_ptr + sample * O * I + places, tl.load(scale_ptr + sample) * (grad - acc), mask)
@@ -134,20 +116,14 @@ def residual_norm_tile(
     BLOCK_Q: tl.constexpr,
 ):
     """Sum the squares of a tile of a sample's residual; the difference is taken first, so nothing cancels."""
-    sample, tile_o, tile_i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    offs_o, offs_i = tile_o * BLOCK_O + tl.arange(0, BLOCK_O), tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    acc = zeros(left_ptr, BLOCK_O, BLOCK_I)
-    acc = add_reconstruction(
-        acc, values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, sample, offs_o, offs_i, O, I, R,
-        PRECISION, BLOCK_Q,
-    )  # fmt: skip
+    sample, offs_o, offs_i, acc = reconstruction(
+        values_ptr, columns_ptr, row_offsets_ptr, left_ptr, right_ptr, O, I, R, PRECISION, BLOCK_O, BLOCK_I, BLOCK_Q
+    )
     places = (sample * O + offs_o[:, None]) * I + offs_i[None, :]
     grad = load(grad_ptr + places, (offs_o < O)[:, None] & (offs_i < I)[None, :]).to(acc.dtype)  # [O, I]
     difference = grad - acc
-    tl.store(
-        parts_ptr + (sample * tl.num_programs(1) + tile_o) * tl.num_programs(2) + tile_i,
-        tl.sum(difference * difference),
-    )
+    place = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(parts_ptr + place, tl.sum(difference * difference))
 
 
 @triton.jit
@@ -201,7 +177,7 @@ def reconstruct_backward(
     tl.store(d_a_ptr + places, total, mask=mask)
 
 
-# --- launch table and ahead-of-time cases; the launches are in reconstruction.py ---------------------------------
+# --- launch table and ahead-of-time cases; the launches are in reconstruct.py ------------------------------------
 
 LARGEST_RANKS = 32  # of a subnetwork in a tile of the backward pass
 for kernel_name in ("reconstruct_tile", "residual_tile", "residual_norm_tile"):
@@ -218,23 +194,14 @@ TABLE["reconstruct_backward"] = {
 }
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
     integers = ("columns_ptr", "row_offsets_ptr", "rows_ptr", "column_order_ptr", "column_offsets_ptr")
-    sums = ("parts_ptr", "scale_ptr", "d_a_ptr")
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        for kernel in (reconstruct_tile, residual_tile, residual_norm_tile, reconstruct_backward):
-            types = {name: "*i64" for name in integers if name in kernel.arg_names}
-            types |= {name: "*fp32" for name in sums if name in kernel.arg_names}
-            row = lookup(kernel.fn.__name__, kind, bits)
-            if kernel is not reconstruct_backward:
-                cases.append(common.CompileCase(kernel, dtype, {"PRECISION": precision}, row, types, long=long))
-                continue
-            for block_r, left in ((16, True), (16, False), (LARGEST_RANKS, True)):
-                constants = {"PRECISION": precision, "BLOCK_R": block_r, "WITH_VALUES": left}
-                constants["stride_d_b" if left else "stride_d_a"] = 1
-                own_long = long or block_r == LARGEST_RANKS
-                cases.append(common.CompileCase(kernel, dtype, constants, row, types, True, own_long, ("A", "B")))
-    return cases
+    types = dict.fromkeys(integers, "*i64") | dict.fromkeys(("parts_ptr", "scale_ptr", "d_a_ptr"), "*fp32")
+    tiles = (reconstruct_tile, residual_tile, residual_norm_tile)
+    cases = [case for kernel in tiles for case in cases_of_kernel(kernel, kind, types=types)]
+    forms = [
+        ({"BLOCK_R": block_r, "WITH_VALUES": left, "stride_d_b" if left else "stride_d_a": 1}, block_r == LARGEST_RANKS)
+        for block_r, left in ((16, True), (16, False), (LARGEST_RANKS, True))
+    ]
+    return cases + cases_of_kernel(reconstruct_backward, kind, forms, types, ("A", "B"))

@@ -1,13 +1,13 @@
-"""Squared norm of every sample's gradient, without the gradient.
+"""Compute the squared norm of every sample's gradient without forming the gradient.
 
     ‖G_s‖² = Σ_tt' (x[b, t] . x[b, t']) (dy[s, t] . dy[s, t']) = Σ_oi (Σ_t dy[s, t, o] x[b, t, i])²      [S]
 
     x [B, T, I] or integers [B, T], dy [S, T, O], b = s // (S // B)
     torch.einsum("sti,sto->soi", x.repeat_interleave(S // B, 0), dy).square().sum((1, 2))
 
-From pairs of positions, T²(I+O) multiply-adds a sample, or from tiles of G, T·I·O, whichever is less; one position
-needs two sums of squares. Bound by bytes up to some hundred positions. Torch equivalent:
-`l3d_kernels.reference.squared_gradient_norm`. The gradients, which training never asks for, are library products.
+From pairs of positions that takes T²(I+O) multiply-adds a sample, from tiles of G T·I·O; the cheaper is taken. One
+position needs two sums of squares. Memory traffic bounds the time up to some hundred positions. The gradients, which
+training never asks for, are library products. Specification: `l3d_kernels.reference.squared_gradient_norm`.
 """
 
 from typing import Any
@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, empty, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
-from l3d_kernels.reference import pieces
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel, compile_dtypes
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import add_dot, load, row_products, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.registry import TRITON
+from l3d_kernels.splitting import pieces
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def norm_pairs(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Let a tile of a sample's positions meet another; those below the diagonal are counted with those above."""
+    """Sum over the pairs of two tiles of a sample's positions; pairs above the diagonal count twice, none below it."""
     sample, tile_a, tile_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     total = tl.sum(zeros(dy_ptr, BLOCK_T, 1))
     if tile_a <= tile_b:
@@ -48,15 +50,13 @@ def norm_pairs(
         if INDEXED:
             index_a = tl.load(x_ptr + first_x + offs_a, mask=mask_a, other=-1)  # [T]
             index_b = tl.load(x_ptr + first_x + offs_b, mask=mask_b, other=-2)  # [T]
-            seen = (index_a[:, None] == index_b[None, :]).to(total.dtype)
+            x_products = (index_a[:, None] == index_b[None, :]).to(total.dtype)
         else:
-            seen = zeros(dy_ptr, BLOCK_T, BLOCK_T)
             rows_a, rows_b = (first_x + offs_a) * I, (first_x + offs_b) * I
-            seen = add_row_products(seen, x_ptr, rows_a, mask_a, x_ptr, rows_b, mask_b, I, PRECISION, BLOCK_D)
-        back = zeros(dy_ptr, BLOCK_T, BLOCK_T)
+            x_products = row_products(x_ptr, rows_a, mask_a, x_ptr, rows_b, mask_b, I, PRECISION, BLOCK_D)
         rows_a, rows_b = (first + offs_a) * O, (first + offs_b) * O
-        back = add_row_products(back, dy_ptr, rows_a, mask_a, dy_ptr, rows_b, mask_b, O, PRECISION, BLOCK_D)
-        total += tl.sum(seen * back) * tl.where(tile_a < tile_b, 2, 1)
+        dy_products = row_products(dy_ptr, rows_a, mask_a, dy_ptr, rows_b, mask_b, O, PRECISION, BLOCK_D)
+        total += tl.sum(x_products * dy_products) * tl.where(tile_a < tile_b, 2, 1)
     place = (sample.to(tl.int64) * tl.num_programs(1) + tile_a) * tl.num_programs(2) + tile_b
     tl.store(parts_ptr + place, total)
 
@@ -101,7 +101,7 @@ def norm_single(
     INDEXED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """‖x‖² ‖dy‖² of a sample with one position."""
+    """Compute ‖x‖² ‖dy‖² of a sample with one position."""
     sample = tl.program_id(0)
     norm = sum_squares(dy_ptr, sample.to(tl.int64) * O, O, BLOCK_D)
     if not INDEXED:
@@ -140,11 +140,7 @@ TABLE["norm_single"] = {
 LARGEST_TILE = 64  # positions
 
 
-def _no_norm(x: Tensor, dy: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0])
-
-
-@common.operator("squared_gradient_norm", _no_norm)
+@common.operator("squared_gradient_norm", lambda x, dy: dy.new_empty(dy.shape[0]))
 def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
     """Launch the kernel that has least to do: [S]."""
     S, T, O = dy.shape
@@ -174,62 +170,46 @@ def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class _Norm(torch.autograd.Function):
-    generate_vmap_rule = True
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    """Compute the gradients by library products: d_dy = 2 g (x xᵀ) dy, d_x = Σ_s 2 g (dy dyᵀ) x."""
+    x, dy = saved
+    B, T = x.shape[:2]
+    share = dy.shape[0] // B if B else 1
+    d_x, d_dy = [], []
+    for piece in pieces(B, share * T * T):
+        part, samples = x[piece], slice(piece.start * share, piece.stop * share)
+        own = dy[samples].unflatten(0, (len(part), share))  # [b, P, T, O]
+        scaled = 2 * d_out[samples].view(len(part), share, 1, 1) * own
+        if needs[1]:
+            same = part @ part.mT if x.is_floating_point() else (part[:, :, None] == part[:, None]).to(dy.dtype)
+            d_dy.append((same[:, None] @ scaled).flatten(0, 1))
+        if needs[0]:
+            d_x.append((own @ scaled.mT).sum(1) @ part)
+    return [
+        (torch.cat(d_x) if d_x else torch.zeros_like(x)) if needs[0] else None,
+        (torch.cat(d_dy) if d_dy else torch.zeros_like(dy)) if needs[1] else None,
+    ]
 
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor) -> Tensor:
-        return norm_forward(x, dy)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, dy = ctx.saved_tensors
-        B, T = x.shape[:2]
-        share = dy.shape[0] // B if B else 1
-        d_x, d_dy = [], []
-        for piece in pieces(B, share * T * T):
-            part, samples = x[piece], slice(piece.start * share, piece.stop * share)
-            returned = dy[samples].unflatten(0, (len(part), share))  # [b, P, T, O]
-            scaled = 2 * upstream[samples].view(len(part), share, 1, 1) * returned
-            if ctx.needs_input_grad[1]:
-                same = part @ part.mT if x.is_floating_point() else (part[:, :, None] == part[:, None]).to(dy.dtype)
-                d_dy.append((same[:, None] @ scaled).flatten(0, 1))
-            if ctx.needs_input_grad[0]:
-                d_x.append((returned @ scaled.mT).sum(1) @ part)
-        return (
-            (torch.cat(d_x) if d_x else torch.zeros_like(x)) if ctx.needs_input_grad[0] else None,
-            (torch.cat(d_dy) if d_dy else torch.zeros_like(dy)) if ctx.needs_input_grad[1] else None,
-        )
+_norm = common.differentiable(norm_forward, _backward)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
-    if x.is_floating_point():
-        return _Norm.apply(*common.autocast_alike(x, dy))
-    return _Norm.apply(x.contiguous(), *common.autocast_alike(dy))
+    return _norm(*common.contiguous(x, dy))
 
 
 TRITON["squared_gradient_norm"] = squared_gradient_norm
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    assert kind in KINDS
-    cases = []
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        types = {"parts_ptr": "*fp32"}
-        pairs, outer, single = (lookup(name, kind, bits) for name in ("norm_pairs", "norm_outer", "norm_single"))
-        for indexed, block in ((False, 16), (False, 64), (True, 32)):
-            constants = {"INDEXED": indexed, "PRECISION": precision, "BLOCK_T": block}
-            own = {**types, **({"x_ptr": "*i64"} if indexed else {})}
-            cases.append(common.CompileCase(norm_pairs, dtype, constants, pairs, own, long=long or indexed))
-        cases.append(common.CompileCase(norm_outer, dtype, {"PRECISION": precision}, outer, types, long=long))
+    types = {"parts_ptr": "*fp32"}
+    cases = cases_of_kernel(norm_outer, kind, types=types)
+    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": False, "BLOCK_T": t}, False) for t in (16, 64)], types)
+    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": True, "BLOCK_T": 32}, True)], types | {"x_ptr": "*i64"})
+    for dtype, bits, precision, long in compile_dtypes(kind):
         if not (precision == "tf32" or (bits == "32" and precision == "ieee" and long)):
-            form: dict[str, Any] = {"is_matrix": False, "long": long}
-            cases.append(common.CompileCase(norm_single, dtype, {"INDEXED": False}, single, **form))
+            row = lookup("norm_single", kind, bits)
+            cases.append(CompileCase(norm_single, dtype, {"INDEXED": False}, row, is_matrix=False, long=long))
     return cases

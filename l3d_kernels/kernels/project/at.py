@@ -1,13 +1,13 @@
-"""Coefficients at the kept pairs only.
+"""Project at the kept pairs only.
 
     c[n] = Σ_t Σ_r (x[b, t] . right[k, r]) (dy[s, t] . left[k, r]),  (s, k) = pair n, b = s // (S // B)      [N]
 
     x [B, T, I] or integers [B, T], dy [S, T, O], left [K, R, O], right [K, R, I]
     project(x, dy, left, right)[kept.rows, kept.columns]
 
-At the cost of the kept pairs, a tile of one subnetwork's for each program (`pairs`); the gradients to left and right
-are those of `project_at_backward`. Where nearly all pairs are kept, `project` and a gather cost less: `costs`
-makes that choice, so there is no second path here.
+The cost is that of the kept pairs; each program takes a tile of one subnetwork's pairs (`pairs`). `at_backward`
+computes the gradients to left and right. Where nearly all pairs are kept, `project` and a gather cost less; the caller
+makes that choice by counted cost, so there is no second path here. Specification: `l3d_kernels.reference.project_at`.
 """
 
 from typing import Any
@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.project.at_backward import project_at_backward
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import empty, store, zeros
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
+from l3d_kernels.kernels.shared.common import empty
+from l3d_kernels.kernels.shared.device import store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE
+from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -38,17 +40,16 @@ def project_at_values(
     T,
     I,
     O,
-    K,
     R,
     share,
-    SEEN: tl.constexpr,
+    SOURCE: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOT_T: tl.constexpr,  # positions of a pair in one tile
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The coefficients of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
+    """Compute the coefficients of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
     k, places, mask_pairs, offs_s = lines_of_tile(tile_ptr, sample_ptr, SLOT_T, BLOCK_ROWS)
     if k >= 0:
         total = tl.sum(zeros(dy_ptr, BLOCK_ROWS, 1), 1)  # [ROWS]
@@ -57,11 +58,11 @@ def project_at_values(
             mask_rows = mask_pairs & (offs_t < T)
             for start_r in range(0, R, BLOCK_COLS):
                 offs_r = start_r + tl.arange(0, BLOCK_COLS)
-                seen, returned = products_of_lines(
+                x_right, dy_left = products_of_lines(
                     x_ptr, dy_ptr, left_ptr, right_ptr, offs_s, offs_t, mask_rows, k, offs_r,
-                    T, I, O, K, R, share, SEEN, PRECISION, BLOCK_D,
+                    T, I, O, R, share, SOURCE, PRECISION, BLOCK_D,
                 )  # fmt: skip
-                total += tl.sum(seen * returned, 1)
+                total += tl.sum(x_right * dy_left, 1)
         values = tl.sum(tl.reshape(total, [BLOCK_ROWS // SLOT_T, SLOT_T]), 1)
         own_ptr = tile_ptr + tl.program_id(0).to(tl.int64) * 3
         own_places = tl.load(own_ptr + 1) + tl.arange(0, BLOCK_ROWS // SLOT_T)
@@ -78,13 +79,7 @@ TABLE["project_at_values"] = {
 }
 
 
-def _no_values(
-    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
-) -> Tensor:
-    return dy.new_empty(rows.shape[0])
-
-
-@common.operator("project_at", _no_values)
+@common.operator("project_at", lambda x, dy, left, right, order, offsets, rows: dy.new_empty(rows.shape[0]))
 def project_at_forward(
     x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
 ) -> Tensor:
@@ -102,39 +97,24 @@ def project_at_forward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class _ProjectAt(torch.autograd.Function):
-    generate_vmap_rule = True
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    return [None, None, *project_at_backward(d_out, *saved)]
 
-    @staticmethod
-    def forward(
-        x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
-    ) -> Tensor:
-        return project_at_forward(x, dy, left, right, order, offsets, rows)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        d_left, d_right = project_at_backward(d_out, *ctx.saved_tensors)
-        return None, None, d_left, d_right, None, None, None
+_project_at = common.differentiable(project_at_forward, _backward)
 
 
 def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:
-    """Run `l3d_kernels.reference.project_at` with Triton kernels; no gradients to x and dy."""
+    """Run `l3d_kernels.reference.project_at` with Triton kernels; there are no gradients to x and dy."""
     if torch.is_grad_enabled() and (x.requires_grad or dy.requires_grad):
         raise ValueError("x, dy: the kernels of project_at have no gradient to them; detach them, or use 'torch'")
-    floats = common.autocast_alike(*(t for t in (x, dy, left, right) if t.is_floating_point()))
-    x, dy, left, right = floats if len(floats) == 4 else (x.contiguous(), *floats)
-    indices = (kept.column_order.contiguous(), kept.column_offsets.contiguous(), kept.rows.contiguous())
-    return _ProjectAt.apply(x, dy, left, right, *indices)
+    order = kept.column_order, kept.column_offsets, kept.rows
+    return _project_at(*common.contiguous(x, dy, left, right, *order))
 
 
 TRITON["project_at"] = project_at
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
     return cases_of(project_at_values, kind)

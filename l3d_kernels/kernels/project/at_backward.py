@@ -1,11 +1,11 @@
-"""Gradients of `project_at` for an upstream gradient g [N]; shapes as in `l3d_kernels.kernels.project.at`.
+"""Compute the gradients of `project_at` for an upstream gradient g [N]; shapes as in `l3d_kernels.kernels.project.at`.
 
     d_left[k, r]  = Σ_{n of k} Σ_t g[n] (x[b, t] . right[k, r]) dy[s, t]
     d_right[k, r] = Σ_{n of k} Σ_t g[n] (dy[s, t] . left[k, r]) x[b, t]
 
-Both weighted products are written down, [N, T, R] (in pieces of at most common.WORKSPACE elements), and their outer
-products with dy and x are summed, one program for each subnetwork and tile of columns. No gradients to x and dy:
-training has none to give them, and the public function refuses what it cannot do.
+Both weighted products are written to memory, [N, T, R], in pieces of at most common.WORKSPACE elements. Their outer
+products with dy and x are summed, one program for each subnetwork and tile of columns. There are no gradients to x and
+dy: training needs none, and the public function raises an error where one is asked for.
 """
 
 from typing import Any
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile, wide_ranks
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, ceil_div, empty, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import add_dot, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -26,8 +28,8 @@ from l3d_kernels.kernels.shared.segment_sum import sum_by_key
 
 @triton.jit
 def project_at_rows(
-    seen_out_ptr,  # [places, T, R] g x.right, in column order
-    returned_out_ptr,  # [places, T, R] g dy.left
+    x_right_out_ptr,  # [places, T, R] g x·right, in column order
+    dy_left_out_ptr,  # [places, T, R] g dy·left
     weight_ptr,  # [places] g, in column order
     tile_ptr,  # [tiles, 3] int64, of `schedule`
     sample_ptr,  # [places] int64
@@ -38,17 +40,16 @@ def project_at_rows(
     T,
     I,
     O,
-    K,
     R,
     share,
-    SEEN: tl.constexpr,
+    SOURCE: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOT_T: tl.constexpr,  # positions of a pair in one tile
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Both weighted products of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
+    """Compute both weighted products of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
     k, places, mask_pairs, offs_s = lines_of_tile(tile_ptr, sample_ptr, SLOT_T, BLOCK_ROWS)
     if k >= 0:
         weight = load(weight_ptr + places, mask_pairs)  # [ROWS]
@@ -57,14 +58,14 @@ def project_at_rows(
             mask_rows = mask_pairs & (offs_t < T)
             for start_r in range(0, R, BLOCK_COLS):
                 offs_r = start_r + tl.arange(0, BLOCK_COLS)
-                seen, returned = products_of_lines(
+                x_right, dy_left = products_of_lines(
                     x_ptr, dy_ptr, left_ptr, right_ptr, offs_s, offs_t, mask_rows, k, offs_r,
-                    T, I, O, K, R, share, SEEN, PRECISION, BLOCK_D,
+                    T, I, O, R, share, SOURCE, PRECISION, BLOCK_D,
                 )  # fmt: skip
                 starts = ((places * T + offs_t) * R)[:, None] + offs_r[None, :]
                 mask = mask_rows[:, None] & (offs_r < R)[None, :]
-                store(seen_out_ptr + starts, seen * weight[:, None], mask)
-                store(returned_out_ptr + starts, returned * weight[:, None], mask)
+                store(x_right_out_ptr + starts, x_right * weight[:, None], mask)
+                store(dy_left_out_ptr + starts, dy_left * weight[:, None], mask)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def project_at_outer(
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile [R, D] of one subnetwork's gradient: its rows' outer products with dy or x, one after another."""
+    """Sum a tile [R, D] of one subnetwork's gradient: the outer products of its rows with dy or x, in order."""
     k = tl.program_id(0).to(tl.int64)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(2) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -119,7 +120,7 @@ TABLE["project_at_outer"] = {
 
 
 def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divide: int) -> Tensor:
-    """Launch one gradient: rows [places, T, R] and dy or x as `side` -> [columns, R, D]."""
+    """Launch the gradient to one factor: rows [places, T, R], with dy or x as `side` -> [columns, R, D]."""
     (_, T, R), D, columns = rows.shape, side.shape[2], len(offsets) - 1
     out, (row, precision) = empty((columns, R, D), rows), common.row_for("project_at_outer", rows)
     block = wide_ranks(R, 64)
@@ -131,7 +132,7 @@ def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divi
 
 
 def sum_by_index(rows: Tensor, index: Tensor, offsets: Tensor, n_inputs: int) -> Tensor:
-    """Sum rows [places, T, R] into the columns that indices [places, T] name: [columns, R, n_inputs]."""
+    """Sum rows [places, T, R] by the inputs that indices [places, T] name: [columns, R, n_inputs]."""
     columns = len(offsets) - 1
     places = torch.arange(len(rows), device=rows.device)
     column = torch.searchsorted(offsets, places, right=True) - 1
@@ -140,7 +141,7 @@ def sum_by_index(rows: Tensor, index: Tensor, offsets: Tensor, n_inputs: int) ->
 
 
 def pieces(offsets: Tensor, n_pairs: int, per_pair: int) -> list[tuple[int, int, int, int]]:
-    """Cut the subnetworks so that a piece's products fit in the workspace: (start, stop, first pair, pairs)."""
+    """Cut the subnetworks so that a piece's products fit in the workspace: (start, stop, first pair, n_pairs)."""
     K = len(offsets) - 1
     if n_pairs * per_pair <= common.WORKSPACE:
         return [(0, K, 0, n_pairs)]
@@ -155,13 +156,11 @@ def pieces(offsets: Tensor, n_pairs: int, per_pair: int) -> list[tuple[int, int,
     return out
 
 
-def _no_gradients(
-    d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(left), torch.empty_like(right)
 
 
-@common.operator("project_at_backward", _no_gradients)
+@common.operator("project_at_backward", _fake_backward)
 def project_at_backward(
     d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -172,29 +171,24 @@ def project_at_backward(
         return d_left, d_right
     pairs, weight = Pairs(x, dy, left, right, (order, offsets, rows)), d_out[order]
     for start, stop, first, n_pairs in pieces(offsets, rows.numel(), T * R):
-        seen, returned = (empty((n_pairs, T, R), dy) for _ in range(2))
+        x_right, dy_left = (empty((n_pairs, T, R), dy) for _ in range(2))
         own, ends = slice(first, first + n_pairs), offsets[start : stop + 1] - first
-        outputs = {"seen_out_ptr": seen, "returned_out_ptr": returned, "weight_ptr": weight[own]}
+        outputs = {"x_right_out_ptr": x_right, "dy_left_out_ptr": dy_left, "weight_ptr": weight[own]}
         pairs.launch(project_at_rows, start, stop, first, n_pairs, **outputs)
         samples = pairs.samples[own]
-        d_left[start:stop] = sum_outer(seen, dy, ends, samples, 1)
+        d_left[start:stop] = sum_outer(x_right, dy, ends, samples, 1)
         if x.is_floating_point():
-            d_right[start:stop] = sum_outer(returned, x, ends, samples, pairs.share)
+            d_right[start:stop] = sum_outer(dy_left, x, ends, samples, pairs.share)
         else:
-            d_right[start:stop] = sum_by_index(returned, x[samples // pairs.share], ends, I)
+            d_right[start:stop] = sum_by_index(dy_left, x[samples // pairs.share], ends, I)
     return d_left, d_right
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    cases, types = cases_of(project_at_rows, kind), {"offsets_ptr": "*i64", "sample_ptr": "*i64"}
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        row = lookup("project_at_outer", kind, bits)
-        for cols in (16, 32, 64):
-            constants, late = {"BLOCK_R": cols, "PRECISION": precision}, long or cols != 32
-            form: dict[str, Any] = {"long": late, "divisible": ("D",)}
-            cases.append(common.CompileCase(project_at_outer, dtype, constants, row, types, **form))
-    return cases
+    types = {"offsets_ptr": "*i64", "sample_ptr": "*i64"}
+    forms = [({"BLOCK_R": cols}, cols != 32) for cols in (16, 32, 64)]
+    return cases_of(project_at_rows, kind) + cases_of_kernel(project_at_outer, kind, forms, types, ("D",))

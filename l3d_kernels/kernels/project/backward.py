@@ -1,22 +1,27 @@
-"""Gradients of `project` for an upstream gradient g [S, K]; shapes as in `l3d_kernels.kernels.project.project`.
+"""Compute the gradients of `project` for an upstream gradient g [S, K]; shapes as in `project`.
 
-    seen[b, t, kr] = x[b, t] . right[kr]                     returned[b, t, kr] = Σ_{s of b} g[s, k] dy[s, t] . left[kr]
-    d_left[kr]  = Σ_s Σ_t g[s, k] seen[b, t, kr] dy[s, t]    d_right[kr] = Σ_b Σ_t returned[b, t, kr] x[b, t]
-    d_dy[s, t]  = Σ_kr g[s, k] seen[b, t, kr] left[kr]       d_x[b, t]   = Σ_kr returned[b, t, kr] right[kr]
+    x_right[b, t, kr] = x[b, t] . right[kr]                   dy_left[b, t, kr] = Σ_{s of b} g[s, k] dy[s, t] . left[kr]
+    d_left[kr]  = Σ_s Σ_t g[s, k] x_right[b, t, kr] dy[s, t]  d_right[kr] = Σ_b Σ_t dy_left[b, t, kr] x[b, t]
+    d_dy[s, t]  = Σ_kr g[s, k] x_right[b, t, kr] left[kr]     d_x[b, t]   = Σ_kr dy_left[b, t, kr] right[kr]
 
-Subnetworks are taken a few at a time, so that `seen` and `returned` fit in common.WORKSPACE; nothing is carried from
-one piece to the next but d_x and d_dy. What two of three steps are, plain products, is left to the library.
+Subnetworks are taken a few at a time, so that `x_right` and `dy_left` fit in common.WORKSPACE; only d_x and d_dy are
+carried from one piece to the next. Two of the three steps are plain products and are left to the library.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from l3d_kernels.kernels.project.fused import tile
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, add_row_products, ceil_div, empty, feed, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -40,7 +45,7 @@ def project_returned(
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile of `returned`: dy.left of each sample of the sequence, times its upstream gradient."""
+    """Sum a tile of `dy_left` over the samples of a sequence: dy·left times the upstream gradient."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask_rows, mask_cols = rows < rows_out, cols < cols_out
@@ -49,19 +54,8 @@ def project_returned(
     total = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
     for member in range(0, share):
         offs_s = (rows // T) * share + member
-        product = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-        product = add_row_products(
-            product,
-            dy_ptr,
-            (offs_s * T + rows % T) * O,
-            mask_rows,
-            left_ptr,
-            starts_left,
-            mask_cols,
-            O,
-            PRECISION,
-            BLOCK_D,
-        )
+        starts_dy = (offs_s * T + rows % T) * O
+        product = row_products(dy_ptr, starts_dy, mask_rows, left_ptr, starts_left, mask_cols, O, PRECISION, BLOCK_D)
         weight = load((d_out_ptr + offs_s * K_all)[:, None] + (cols // R)[None, :], mask)  # [ROWS, COLS]
         total += weight * product
     store((out_ptr + rows * cols_out)[:, None] + cols[None, :], total, mask)
@@ -71,8 +65,8 @@ def project_returned(
 def project_weighted(
     out_ptr,  # [splits, K*R, O]
     d_out_ptr,  # [S, K_all], from this piece's first subnetwork on
-    seen_ptr,  # [rows, K*R]
-    index_ptr,  # [B, T] integers, rows of `seen`; read where INDEXED
+    x_right_ptr,  # [rows, K*R]
+    index_ptr,  # [B, T] integers, rows of `x_right`; read where INDEXED
     dy_ptr,  # [S, T, O]
     rows_in,  # S*T
     cols_out,  # K*R
@@ -88,7 +82,7 @@ def project_weighted(
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile [K*R, O] of d_left: the sum over some rows (s, t) of g seen dy."""
+    """Sum a tile [K*R, O] of d_left over some rows (s, t): g x_right dy."""
     cols = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_o = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     first = tl.program_id(2).to(tl.int64) * rows_split
@@ -99,23 +93,19 @@ def project_weighted(
         rows = first + start + tl.arange(0, BLOCK_D)
         mask_rows = rows < stop
         offs_s = rows // T
-        seen_rows = (offs_s // share) * T + rows % T
+        x_rows = (offs_s // share) * T + rows % T
         if INDEXED:
-            seen_rows = tl.load(index_ptr + seen_rows, mask=mask_rows, other=0).to(tl.int64)
+            x_rows = tl.load(index_ptr + x_rows, mask=mask_rows, other=0).to(tl.int64)
         mask = mask_cols[:, None] & mask_rows[None, :]
-        seen = load((seen_ptr + seen_rows * cols_out)[None, :] + cols[:, None], mask)  # [K*R, D]
+        x_right = load((x_right_ptr + x_rows * cols_out)[None, :] + cols[:, None], mask)  # [K*R, D]
         weight = load((d_out_ptr + offs_s * K_all)[None, :] + (cols // R)[:, None], mask)  # [K*R, D]
         dy = load((dy_ptr + rows * O)[:, None] + offs_o[None, :], mask_rows[:, None] & mask_o[None, :])  # [D, O]
-        total = add_dot(feed(seen.to(total.dtype) * weight.to(total.dtype), dy_ptr), dy, total, PRECISION)
+        total = add_dot(feed(x_right.to(total.dtype) * weight.to(total.dtype), dy_ptr), dy, total, PRECISION)
     places = (out_ptr + (tl.program_id(2).to(tl.int64) * cols_out + cols) * O)[:, None] + offs_o[None, :]
     store(places, total, mask_cols[:, None] & mask_o[None, :])
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
-
-
-def tile(rows: int, cols: int, depth: int, warps: int, stages: int = 3) -> Launch:
-    return Launch({"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "BLOCK_D": depth}, warps, stages)
 
 
 TABLE["project_returned"] = {
@@ -133,16 +123,15 @@ TABLE["project_weighted"] = {
     (None, "32"): tile(128, 64, 16, 8),
     ("sm_80", "32"): tile(64, 64, 32, 8),
 }
-PROGRAMS = 264  # that a launch should have at least, where the sum is long enough to be split
 
 
 def splits_of(rows: int, tiles: int, depth: int) -> int:
     """Return into how many parts a sum over `rows` is cut when the output has `tiles` tiles."""
-    return max(1, min(ceil_div(PROGRAMS, max(1, tiles)), rows // (4 * depth)))
+    return max(1, min(ceil_div(common.PROGRAMS, max(1, tiles)), rows // (4 * depth)))
 
 
 class Piece:
-    """The work on some subnetworks: `start` is the first; everything else is their part of the inputs."""
+    """The gradients of some subnetworks, start..stop: their part of the inputs, and the steps of the backward pass."""
 
     def __init__(self, d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, start: int, stop: int):
         self.d_out, self.x, self.dy = d_out, x, dy
@@ -151,12 +140,12 @@ class Piece:
         self.sizes = {"T": dy.shape[1], "O": dy.shape[2], "R": left.shape[1], "K_all": d_out.shape[1]}
         self.weights = d_out[:, start:stop]
 
-    def seen(self) -> Tensor:
-        """Return x.right, a row per position; for indices, a row per index: [rows, K*R]."""
+    def x_right(self) -> Tensor:
+        """Compute x·right, a row per position; for indices, a row per index: [rows, K*R]."""
         return self.x.flatten(0, 1) @ self.right.mT if self.x.is_floating_point() else self.right.mT.contiguous()
 
-    def returned(self) -> Tensor:
-        """Launch `returned`: [B*T, K*R]."""
+    def dy_left(self) -> Tensor:
+        """Launch `dy_left`: [B*T, K*R]."""
         rows = self.x.shape[0] * self.x.shape[1]
         out = empty((rows, self.cols), self.dy)
         row, precision = common.row_for("project_returned", self.dy)
@@ -166,14 +155,20 @@ class Piece:
         common.launch(project_returned, grid, row, out.device, PRECISION=precision, **pointers, **sizes)
         return out
 
-    def d_left(self, seen: Tensor) -> Tensor:
+    def d_left(self, x_right: Tensor) -> Tensor:
         """Launch d_left of these subnetworks: [K*R, O]."""
         (S, T, O), dy = self.dy.shape, self.dy
         row, precision = common.row_for("project_weighted", dy)
         tiles = (ceil_div(self.cols, row.blocks["BLOCK_ROWS"]), ceil_div(O, row.blocks["BLOCK_COLS"]))
         splits = splits_of(S * T, tiles[0] * tiles[1], row.blocks["BLOCK_D"])
         out = empty((splits, self.cols, O), dy, None if splits == 1 else common.wide(dy.dtype))
-        pointers = {"out_ptr": out, "d_out_ptr": self.weights, "seen_ptr": seen, "index_ptr": self.x, "dy_ptr": dy}
+        pointers = {
+            "out_ptr": out,
+            "d_out_ptr": self.weights,
+            "x_right_ptr": x_right,
+            "index_ptr": self.x,
+            "dy_ptr": dy,
+        }
         sizes = {"rows_in": S * T, "cols_out": self.cols, "share": self.share, **self.sizes}
         flags = {"INDEXED": not self.x.is_floating_point(), "PRECISION": precision}
         rows_split = ceil_div(S * T, splits)
@@ -182,41 +177,39 @@ class Piece:
         )
         return out[0] if splits == 1 else out.sum(0).to(dy.dtype)
 
-    def d_right(self, returned: Tensor) -> Tensor:
-        """Return d_right of these subnetworks: [K*R, I]."""
+    def d_right(self, dy_left: Tensor) -> Tensor:
+        """Compute d_right of these subnetworks: [K*R, I]."""
         if self.x.is_floating_point():
-            return returned.mT @ self.x.flatten(0, 1)
-        return sum_by_key(returned, self.x.flatten(), self.right.shape[1]).mT
+            return dy_left.mT @ self.x.flatten(0, 1)
+        return sum_by_key(dy_left, self.x.flatten(), self.right.shape[1]).mT
 
-    def d_dy(self, seen: Tensor) -> Tensor:
-        """Return this piece's part of d_dy: [S, T, O]."""
+    def d_dy(self, x_right: Tensor) -> Tensor:
+        """Compute the part of d_dy that these subnetworks give: [S, T, O]."""
         if not self.x.is_floating_point():
-            seen = seen[self.x.flatten()]
-        by_sequence = seen.view(len(self.x), 1, self.sizes["T"], -1, self.sizes["R"])
+            x_right = x_right[self.x.flatten()]
+        by_sequence = x_right.view(len(self.x), 1, self.sizes["T"], -1, self.sizes["R"])
         weights = self.weights.unflatten(0, (len(self.x), self.share))[:, :, None, :, None]
         return ((by_sequence * weights).flatten(3) @ self.left).flatten(0, 1)
 
 
-def _no_backward(
-    d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_x, d_dy, d_left, d_right = (
-        t.new_empty(t.shape if need else 0, dtype=dy.dtype) for t, need in zip((x, dy, left, right), needs, strict=True)
-    )
-    return d_x, d_dy, d_left, d_right
+def _zeros(inputs: Sequence[Tensor], needs: list[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return zeros in the shape of each input that needs a gradient, and nothing for the others."""
+    each = zip(inputs, needs, dtypes, strict=True)
+    return [t.new_zeros(t.shape if need else 0, dtype=dtype) for t, need, dtype in each]
 
 
-@common.operator("project_backward", _no_backward)
+def _fake_backward(d_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, needs = inputs
+    return tuple(_zeros(tensors, needs, [tensors[1].dtype] * 4))
+
+
+@common.operator("project_backward", _fake_backward)
 def project_backward(
     d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of (x, dy, left, right) that `needs` asks for; the others come back empty."""
-    d_x, d_dy, d_left, d_right = (
-        t.new_zeros(t.shape if need else 0, dtype=dtype)
-        for t, need, dtype in zip(
-            (x, dy, left, right), needs, (*(common.wide(dy.dtype),) * 2, *(dy.dtype,) * 2), strict=True
-        )
-    )
+    """Compute the gradients of (x, dy, left, right) that `needs` asks for; the others are returned empty."""
+    dtypes = (*(common.wide(dy.dtype),) * 2, *(dy.dtype,) * 2)
+    d_x, d_dy, d_left, d_right = _zeros((x, dy, left, right), needs, dtypes)
     (S, T, _), (K, R, _) = dy.shape, left.shape
     per_subnetwork = R * T * (S if needs[1] else len(x))
     step = max(1, common.WORKSPACE // max(1, per_subnetwork))
@@ -224,32 +217,23 @@ def project_backward(
         stop = min(K, start + step)
         piece = Piece(d_out.contiguous(), x, dy, left, right, start, stop)
         if needs[1] or needs[2]:
-            seen = piece.seen()
+            x_right = piece.x_right()
             if needs[1]:
-                d_dy += piece.d_dy(seen)
+                d_dy += piece.d_dy(x_right)
             if needs[2]:
-                d_left[start:stop] = piece.d_left(seen).view_as(d_left[start:stop])
+                d_left[start:stop] = piece.d_left(x_right).view_as(d_left[start:stop])
         if needs[0] or needs[3]:
-            returned = piece.returned()
+            dy_left = piece.dy_left()
             if needs[0]:
-                d_x += (returned @ piece.right).view_as(x)
+                d_x += (dy_left @ piece.right).view_as(x)
             if needs[3]:
-                d_right[start:stop] = piece.d_right(returned).unflatten(0, (stop - start, R))
+                d_right[start:stop] = piece.d_right(dy_left).unflatten(0, (stop - start, R))
     return d_x.to(dy.dtype), d_dy.to(dy.dtype), d_left, d_right
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    cases, index = [], {"index_ptr": "*i64"}
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        constants: dict[str, Any] = {"PRECISION": precision}
-        row = lookup("project_returned", kind, bits)
-        cases.append(common.CompileCase(project_returned, dtype, constants, row, long=long))
-        row = lookup("project_weighted", kind, bits)
-        for indexed in (False, True):
-            own = {**constants, "INDEXED": indexed}
-            cases.append(common.CompileCase(project_weighted, dtype, own, row, index, long=long or indexed))
-            partial = index | {"out_ptr": "*fp32"}
-            if dtype != "fp32":
-                cases.append(common.CompileCase(project_weighted, dtype, own, row, partial, long=True))
-    return cases
+    forms, types = [({"INDEXED": indexed}, indexed) for indexed in (False, True)], {"index_ptr": "*i64"}
+    cases = cases_of_kernel(project_returned, kind) + cases_of_kernel(project_weighted, kind, forms, types)
+    split = cases_of_kernel(project_weighted, kind, forms, types | {"out_ptr": "*fp32"})
+    return cases + [case._replace(long=True) for case in split if case.dtype != "fp32"]

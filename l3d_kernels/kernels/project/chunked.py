@@ -1,50 +1,46 @@
-"""Coefficients from library products a chunk at a time, multiplied and summed by a small kernel.
+"""Project by library products, a chunk at a time, and a small kernel that multiplies and sums them.
 
-    seen[b, t, kr] = x[b, t] . right[kr],  returned[s, t, kr] = dy[s, t] . left[kr]        (library products)
-    c[s, k] = Σ_t Σ_r seen[b, t, kr] returned[s, t, kr],  b = s // (S // B)      [S, K]
+    x_right[b, t, kr] = x[b, t] . right[kr],  dy_left[s, t, kr] = dy[s, t] . left[kr]      (library products)
+    c[s, k] = Σ_t Σ_r x_right[b, t, kr] dy_left[s, t, kr],  b = s // (S // B)      [S, K]
 
-The path of `project` for wide layers, where writing the products down and reading them once costs less than the
-library's lead over a fused kernel. Both chunks together have at most common.WORKSPACE elements (or those of one
-sequence and one subnetwork, if that is more); x.right is made once for each sequence. The products are rounded to
-their inputs' dtype, as the twin's are, and multiplied and summed in float32.
+This is the path of `project` for wide layers: there the library's lead over a fused kernel outweighs the cost of
+writing the products and reading them once. Both chunks together have at most common.WORKSPACE elements (or those of one
+sequence and one subnetwork, if that is more). x·right is computed once for each sequence. The products are rounded to
+their inputs' dtype, as in `l3d_kernels.cpu`, then multiplied and summed in float32.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.epilogue import counting, epilogue, finish
+from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import ceil_div, empty, load, sum_groups, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import load, sum_groups, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
 def project_multiply(
     out_ptr,  # [S, K] with rows `stride` apart
-    histogram_ptr,
-    base_ptr,
-    seen_ptr,  # [B*T, K*R]
-    returned_ptr,  # [S*T, K*R]
+    histogram_ptr,  # [2^bits] int64, to be counted up; or None
+    base_ptr,  # as out, to be added; or None
+    x_right_ptr,  # [B*T, K*R]
+    dy_left_ptr,  # [S*T, K*R]
     S,
     T,
     K,
     R,
     stride,
     share,  # samples of one sequence
-    BASED: tl.constexpr,
-    INFINITY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    SLOT_R: tl.constexpr,  # ranks of a subnetwork that are met at a time
+    SLOT_R: tl.constexpr,  # ranks of a subnetwork in one tile
     BLOCK_T: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """The coefficients of one sample and some subnetworks."""
+    """Compute the coefficients of one sample and some subnetworks."""
     BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
     sample = tl.program_id(0).to(tl.int64)
     line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
@@ -58,12 +54,12 @@ def project_multiply(
             offs_t = start_t + tl.arange(0, BLOCK_T)
             mask = (offs_t < T)[:, None] & mask_cols[None, :]
             rows = (sample // share * T + offs_t) * (K * R)
-            seen = load(seen_ptr + rows[:, None] + cols[None, :], mask)  # [T, COLS]
+            x_right = load(x_right_ptr + rows[:, None] + cols[None, :], mask)  # [T, COLS]
             rows = (sample * T + offs_t) * (K * R)
-            returned = load(returned_ptr + rows[:, None] + cols[None, :], mask)  # [T, COLS]
-            total += seen.to(total.dtype) * returned.to(total.dtype)
+            dy_left = load(dy_left_ptr + rows[:, None] + cols[None, :], mask)  # [T, COLS]
+            total += x_right.to(total.dtype) * dy_left.to(total.dtype)
     total = sum_groups(total, BLOCK_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, stride, BASED, INFINITY, SHIFT, BITS, 1, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, stride, 1, BLOCK_K)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -75,14 +71,14 @@ TABLE["project_multiply"] = {
 
 
 def slot(R: int, block: int) -> int:
-    """Return how many ranks of a subnetwork a program meets at a time: a power of two."""
+    """Return how many ranks of a subnetwork a tile holds: a power of two."""
     return min(block, common.power_of_two(R))
 
 
 def coefficients(
     x: Tensor, dy: Tensor, left: Tensor, right: Tensor, base: Tensor | None, histogram: Tensor | None
 ) -> Tensor:
-    """Launch the products and their sums: `base` plus the coefficients, [S, K]; `histogram` counts magnitudes."""
+    """Launch products and sums: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, _), (K, R, _), B = dy.shape, left.shape, len(x)
     out, share = empty((S, K), dy), S // B if B else 0
     row, _ = common.row_for("project_multiply", dy)
@@ -93,32 +89,26 @@ def coefficients(
     for k in range(0, K, step_k):
         lefts, rights = left[k : k + step_k].flatten(0, 1), right[k : k + step_k].flatten(0, 1)
         for b in range(0, B, step_b):
-            seen = products(x[b : b + step_b], rights)
+            x_right = products(x[b : b + step_b], rights)
             samples, columns = slice(b * share, (b + step_b) * share), slice(k, k + step_k)
             part, own = out[samples, columns], None if base is None else base[samples, columns]
-            pointers = {"out_ptr": part, "seen_ptr": seen, "returned_ptr": products(dy[samples], lefts)}
+            pointers = {"out_ptr": part, "x_right_ptr": x_right, "dy_left_ptr": products(dy[samples], lefts)}
             sizes = {"S": part.shape[0], "T": T, "K": part.shape[1], "R": R, "stride": K, "share": share}
             grid = (part.shape[0], ceil_div(part.shape[1], row.blocks["BLOCK_COLS"] // ranks))
-            flags = {"SLOT_R": ranks, **epilogue(part, own, histogram)}
+            flags = {"SLOT_R": ranks, "base_ptr": own, "histogram_ptr": histogram}
             common.launch(project_multiply, grid, row, dy.device, **pointers, **sizes, **flags)
     return out
 
 
 def products(side: Tensor, factor: Tensor) -> Tensor:
-    """Project rows [n, T, D], or one-hot rows that indices [n, T] stand for, on a factor [K*R, D]: [n*T, K*R]."""
+    """Multiply rows [n, T, D], or the one-hot rows of indices [n, T], with a factor [K*R, D]: [n*T, K*R]."""
     if side.is_floating_point():
         return side.flatten(0, 1) @ factor.mT
     return factor.mT[side.flatten()]
 
 
-def compile_cases(kind: str, count: bool = False, slots: Sequence[int] = (1, 8, 256)) -> list[common.CompileCase]:
+def compile_cases(kind: str, count: bool = False, slots: Sequence[int] = (1, 8, 256)) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device; `count`: as `project_topk` does."""
-    cases = []
-    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        row = lookup("project_multiply", kind, common.size_class(torch_dtype))
-        for ranks in slots:
-            constants: dict[str, Any] = {"SLOT_R": ranks, "BASED": count, **counting(torch_dtype, count)}
-            types, late = {"histogram_ptr": "*i64"}, dtype == "fp16" or ranks != 8
-            form: dict[str, Any] = {"is_matrix": False, "long": late, "divisible": ()}
-            cases.append(common.CompileCase(project_multiply, dtype, constants, row, types, **form))
-    return cases
+    forms = [({"SLOT_R": ranks, **COUNTED[count]}, ranks != 8) for ranks in slots]
+    types = {"histogram_ptr": "*i64"} if count else {}
+    return cases_of_kernel(project_multiply, kind, forms, types, (), is_matrix=False)

@@ -1,13 +1,14 @@
-"""Coefficients of materialised gradients, with the directions built a tile at a time.
+"""Project materialised gradients, with the directions built a tile at a time.
 
     c[s, k] = Σ_o Σ_i grad[s, o, i] V[k, o, i],  V[k, o, i] = Σ_r left[k, r, o] right[k, r, i]      [S, K]
 
     grad [S, O, I], left [K, R, O], right [K, R, I]      einsum("soi,kro,kri->sk", grad, left, right)
 
 A program builds V for some subnetworks on a patch of BLOCK_O x BLOCK_I elements, one small product a subnetwork, and
-multiplies it with the same patch of its samples' gradients. Rows of O are dealt to several programs, whose partial
-sums are added in their order; programs that share a patch are neighbours, so that it is read from memory once.
-The backward pass needs d_V = gᵀ grad, which is formed for a few rows of O at a time by the library.
+multiplies it with the same patch of its samples' gradients. Rows of O are dealt to several programs, whose partial sums
+are added in order. Programs that share a patch are neighbours, so that it is read from memory once. The backward pass
+needs d_V = gᵀ grad; the library forms it for a few rows of O at a time. Specification:
+`l3d_kernels.reference.project_dense`.
 """
 
 from typing import Any
@@ -17,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_dot, ceil_div, empty, feed, load, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
+from l3d_kernels.registry import TRITON
 
 # --- kernel -----------------------------------------------------------------------------------------------------
 
@@ -44,7 +47,7 @@ def project_dense_sum(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """A tile [S, K] of the coefficients, summed over some rows of O."""
+    """Sum a tile [S, K] of the coefficients over some rows of O."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_k, mask_s = offs_k < K, offs_s < S
@@ -93,14 +96,9 @@ TABLE["project_dense_sum"] = {
     (None, "16"): tile(128, 16, 16, 16, 8),
     (None, "32"): tile(32, 16, 8, 16, 8),
 }
-PROGRAMS = 264  # that a launch should have at least
 
 
-def _no_forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape[0], left.shape[0])
-
-
-@common.operator("project_dense", _no_forward)
+@common.operator("project_dense", lambda grad, left, right: grad.new_empty(grad.shape[0], left.shape[0]))
 def project_dense_forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the coefficients: [S, K]."""
     return partial_sums(grad, left, right).sum(0).to(grad.dtype)
@@ -114,7 +112,9 @@ def partial_sums(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     row, precision = common.row_for("project_dense_sum", grad)
     tiles = (ceil_div(K, row.blocks["BLOCK_K"]), ceil_div(S, row.blocks["BLOCK_S"]))
     steps = ceil_div(O, row.blocks["BLOCK_O"])
-    rows_split = ceil_div(steps, min(steps, ceil_div(PROGRAMS, max(1, tiles[0] * tiles[1])))) * row.blocks["BLOCK_O"]
+    rows_split = (
+        ceil_div(steps, min(steps, ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1])))) * row.blocks["BLOCK_O"]
+    )
     splits = ceil_div(O, rows_split)
     out = empty((splits, S, K), grad, common.wide(grad.dtype))
     pointers = {"out_ptr": out, "grad_ptr": grad, "left_ptr": left, "right_ptr": right}
@@ -125,25 +125,22 @@ def partial_sums(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def _no_backward(
+def _fake_backward(
     d_out: Tensor, grad: Tensor, left: Tensor, right: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        grad.new_empty(grad.shape if needs[0] else 0),
-        torch.empty_like(left),
-        torch.empty_like(right),
-    )
+    return grad.new_empty(grad.shape if needs[0] else 0), torch.empty_like(left), torch.empty_like(right)
 
 
-@common.operator("project_dense_backward", _no_backward)
+@common.operator("project_dense_backward", _fake_backward)
 def project_dense_backward(
     d_out: Tensor, grad: Tensor, left: Tensor, right: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients, a few rows of O at a time: library products; that of `grad` only if it is needed.
+    """Compute the gradients by library products, a few rows of O at a time; that of `grad` only if it is needed.
 
-    They move, for each of the O*I elements, S + 3*K numbers: grad is read once, d_V written and read twice. A kernel
-    that kept d_V in registers would read grad once for every 16 subnetworks, S*K/16, and leave 2*K*R/16 partial sums of
-    d_right: 1,600 + 312 against 556 at S=256, K=100, R=25; 16,000 + 1,000 against 3,256 at K=1,000, R=8.
+    The products move S + 3*K numbers for each of the O*I elements: grad is read once, d_V is written once and read
+    twice. A kernel that kept d_V in registers would read grad once for every 16 subnetworks, S*K/16 numbers, and write
+    2*K*R/16 partial sums of d_right. At S=256, K=100, R=25 that is 1,600 + 312 against 556; at K=1,000, R=8 it is
+    16,000 + 1,000 against 3,256.
     """
     (_, O, I), K = grad.shape, len(left)
     d_grad = grad.new_empty(grad.shape if needs[0] else 0)
@@ -163,39 +160,25 @@ def project_dense_backward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class _ProjectDense(torch.autograd.Function):
-    generate_vmap_rule = True
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    grads = project_dense_backward(d_out, *saved, list(needs))
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
-    @staticmethod
-    def forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return project_dense_forward(grad, left, right)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads = project_dense_backward(d_out, *ctx.saved_tensors, list(ctx.needs_input_grad))
-        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
+_project_dense = common.differentiable(project_dense_forward, _backward)
 
 
 def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_dense` with Triton kernels."""
-    return _ProjectDense.apply(*common.autocast_alike(grad, left, right))
+    return _project_dense(*common.contiguous(grad, left, right))
 
 
 TRITON["project_dense"] = project_dense
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    cases = []
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
-        for block_r in (16, 32) if bits == "16" else (16,):
-            constants = {"PRECISION": precision, "BLOCK_R": block_r}
-            types, row = {"out_ptr": "*fp32"}, lookup("project_dense_sum", kind, bits)
-            late = long or (bits, block_r) == ("16", 16)
-            cases.append(common.CompileCase(project_dense_sum, dtype, constants, row, types, long=late))
-    return cases
+    cases = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 16}, False)], {"out_ptr": "*fp32"})
+    cases = [case._replace(long=case.long or case.dtype != "fp32") for case in cases]
+    wide = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 32}, False)], {"out_ptr": "*fp32"})
+    return cases + [case for case in wide if case.dtype != "fp32"]

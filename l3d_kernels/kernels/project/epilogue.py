@@ -1,60 +1,39 @@
-"""How a kernel that has made coefficients leaves them: stored, added to what other tensors gave, and counted.
+"""Store the coefficients that a kernel has computed: add those of other weight tensors, count their magnitudes.
 
-The histogram of |c| is what batch top-k starts from (`l3d_kernels.kernels.project.topk`); counting it here saves the
-selection a pass over the coefficients.
+Batch top-k starts from the histogram of |c| (`l3d_kernels.kernels.project.topk`). Counting it here saves the selection
+a pass over the coefficients.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from l3d_kernels.kernels.shared.common import load, store
-from l3d_kernels.kernels.topk import radix
+from l3d_kernels.kernels.shared.device import load, store
 from l3d_kernels.kernels.topk.radix import count_magnitudes
 
 
 @triton.jit
 def finish(
     out_ptr,  # [S, K] with rows `stride` apart
-    histogram_ptr,  # [2^BITS] int64, counted up where BITS > 0
-    base_ptr,  # as out, added where BASED
+    histogram_ptr,  # [2^bits] int64, to be counted up; or None
+    base_ptr,  # as out, to be added; or None
     total,  # [BLOCK_S, BLOCK_K]
     S,
     K,
     stride,
-    BASED: tl.constexpr,
-    INFINITY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Store a program's coefficients, with `base` added and their magnitudes counted if asked."""
+    """Store a program's coefficients, with `base` added and their magnitudes counted where those are given."""
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     places = offs_s[:, None] * stride + offs_k[None, :]
     mask = (offs_s < S)[:, None] & (offs_k < K)[None, :]
-    if BASED:
+    if base_ptr is not None:
         total += load(base_ptr + places, mask)
     store(out_ptr + places, total, mask)
-    if BITS > 0:
-        count_magnitudes(histogram_ptr, total, mask, out_ptr, INFINITY, SHIFT, BITS)
+    if histogram_ptr is not None:
+        count_magnitudes(histogram_ptr, total, mask, out_ptr)
 
 
-def epilogue(out: Tensor, base: Tensor | None, histogram: Tensor | None) -> dict[str, Any]:
-    """Return the arguments by which a kernel adds `base` to `out` and counts magnitudes, or does not."""
-    return {
-        "base_ptr": out if base is None else base,
-        "histogram_ptr": out if histogram is None else histogram,
-        "BASED": base is not None,
-        **counting(out.dtype, histogram is not None),
-    }
-
-
-def counting(dtype: torch.dtype, count: bool) -> dict[str, int]:
-    """Return the constants by which magnitudes of `dtype` are counted."""
-    shift, bits = radix.DIGITS[dtype.itemsize][0]
-    return {"INFINITY": radix.INFINITIES[dtype], "SHIFT": shift, "BITS": bits if count else 0}
+# the constants of a form compiled ahead of time, by whether it counts and adds
+COUNTED: tuple[dict[str, None], dict[str, None]] = ({"base_ptr": None, "histogram_ptr": None}, {})

@@ -1,25 +1,26 @@
-"""Coefficients with both products of a tile kept in registers: the path of `project` that writes none of them.
+"""Project with both products of a tile kept in registers: the path of `project` that writes neither of them.
 
     c[s, k] = Σ_t Σ_r (x[b, t] . right[k, r]) (dy[s, t] . left[k, r]),  b = s // (S // B)      [S, K]
 
-A program makes the coefficients of a few samples and a few subnetworks. A tile's rows are some positions of each of
-its samples (SLOT_T, a power of two), its columns some ranks of each of its subnetworks (SLOT_R); tiles follow one
-another until all positions and ranks were met. Both products stay in registers, are multiplied there and summed by
-sample and subnetwork. Where samples share their sequence, x.right comes first, from the library, [B·T, K·R], and each
-tile loads its part of it; for indices that product is a look-up.
+A program computes the coefficients of a few samples and a few subnetworks. The rows of a tile are some positions of
+each of its samples (SLOT_T, a power of two), its columns some ranks of each of its subnetworks (SLOT_R); the program
+walks over tiles until all positions and ranks are done. Both products stay in registers, are multiplied there and
+summed by sample and subnetwork. Where samples share a sequence, the library computes x·right first, [B·T, K·R], and
+each tile loads its part of it; for indices that product is a look-up in `right`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.epilogue import counting, epilogue, finish
+from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import add_row_products, ceil_div, empty, load, sum_groups, zeros
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes
+from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.device import load, row_products, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows, lookup
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -28,8 +29,8 @@ from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows, lookup
 @triton.jit
 def project_pair(
     out_ptr,  # [S, K]
-    histogram_ptr,  # [2^BITS] int64, counted up where BITS > 0
-    base_ptr,  # [S, K], added where BASED
+    histogram_ptr,  # [2^bits] int64, to be counted up; or None
+    base_ptr,  # [S, K], to be added; or None
     x_ptr,  # [S, T, I]
     dy_ptr,  # [S, T, O]
     left_ptr,  # [K, R, O]
@@ -40,10 +41,6 @@ def project_pair(
     O,
     K,
     R,
-    BASED: tl.constexpr,
-    INFINITY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOT_T: tl.constexpr,  # positions of a sample in one tile
     SLOT_R: tl.constexpr,  # ranks of a subnetwork in one tile
@@ -51,7 +48,7 @@ def project_pair(
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Coefficients of a tile of samples and subnetworks, where every sample has its own sequence."""
+    """Compute the coefficients of a tile of samples and subnetworks, where every sample has its own sequence."""
     BLOCK_S: tl.constexpr = BLOCK_ROWS // SLOT_T
     BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
     line_s, line_t = tl.arange(0, BLOCK_ROWS) // SLOT_T, tl.arange(0, BLOCK_ROWS) % SLOT_T
@@ -67,25 +64,19 @@ def project_pair(
             offs_r = start_r + line_r
             mask_cols = (offs_k < K) & (offs_r < R)
             cols = offs_k * R + offs_r
-            seen = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-            seen = add_row_products(
-                seen, x_ptr, rows * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D
-            )
-            returned = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-            returned = add_row_products(
-                returned, dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D
-            )
-            total += sum_groups(seen * returned, SLOT_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BASED, INFINITY, SHIFT, BITS, BLOCK_S, BLOCK_K)
+            x_right = row_products(x_ptr, rows * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D)
+            dy_left = row_products(dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D)
+            total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
 
 
 @triton.jit
 def project_seen(
     out_ptr,  # [S, K]
-    histogram_ptr,  # [2^BITS] int64, counted up where BITS > 0
-    base_ptr,  # [S, K], added where BASED
-    seen_ptr,  # [rows, K*R] x.right: a row per b*T + t, or per index
-    index_ptr,  # [B, T] integers, rows of `seen`; read where INDEXED
+    histogram_ptr,  # [2^bits] int64, to be counted up; or None
+    base_ptr,  # [S, K], to be added; or None
+    x_right_ptr,  # [rows, K*R] x·right: a row per b*T + t, or per index
+    index_ptr,  # [B, T] integers, rows of x_right; read where INDEXED
     dy_ptr,  # [S, T, O]
     left_ptr,  # [K, R, O]
     S,
@@ -95,10 +86,6 @@ def project_seen(
     R,
     share,  # samples of one sequence
     INDEXED: tl.constexpr,
-    BASED: tl.constexpr,
-    INFINITY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
     PRECISION: tl.constexpr,
     SLOT_T: tl.constexpr,
     SLOT_R: tl.constexpr,
@@ -106,7 +93,7 @@ def project_seen(
     BLOCK_COLS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Coefficients of a tile of samples and subnetworks, where x.right is looked up."""
+    """Compute the coefficients of a tile of samples and subnetworks from a given x·right."""
     BLOCK_S: tl.constexpr = BLOCK_ROWS // SLOT_T
     BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
     line_s, line_t = tl.arange(0, BLOCK_ROWS) // SLOT_T, tl.arange(0, BLOCK_ROWS) % SLOT_T
@@ -118,21 +105,20 @@ def project_seen(
         offs_t = start_t + line_t
         mask_rows = (offs_s < S) & (offs_t < T)
         rows = offs_s * T + offs_t
-        seen_rows = (offs_s // share) * T + offs_t
+        x_rows = (offs_s // share) * T + offs_t
         if INDEXED:
-            seen_rows = tl.load(index_ptr + seen_rows, mask=mask_rows, other=0).to(tl.int64)
+            x_rows = tl.load(index_ptr + x_rows, mask=mask_rows, other=0).to(tl.int64)
         for start_r in range(0, R, SLOT_R):
             offs_r = start_r + line_r
             mask_cols = (offs_k < K) & (offs_r < R)
-            cols = offs_k * R + offs_r  # int32: they add to the rows' int64
-            returned = zeros(dy_ptr, BLOCK_ROWS, BLOCK_COLS)
-            returned = add_row_products(
-                returned, dy_ptr, rows * O, mask_rows, left_ptr, cols.to(tl.int64) * O, mask_cols, O, PRECISION, BLOCK_D
+            cols = offs_k * R + offs_r  # int32; added to the rows' int64 below
+            dy_left = row_products(
+                dy_ptr, rows * O, mask_rows, left_ptr, cols.to(tl.int64) * O, mask_cols, O, PRECISION, BLOCK_D
             )
-            places = (seen_ptr + seen_rows * (K * R))[:, None] + cols[None, :]
-            seen = load(places, mask_rows[:, None] & mask_cols[None, :])  # [ROWS, COLS]
-            total += sum_groups(seen * returned, SLOT_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BASED, INFINITY, SHIFT, BITS, BLOCK_S, BLOCK_K)
+            places = (x_right_ptr + x_rows * (K * R))[:, None] + cols[None, :]
+            x_right = load(places, mask_rows[:, None] & mask_cols[None, :])  # [ROWS, COLS]
+            total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -156,7 +142,7 @@ TABLE["project_pair"] = OTHERS | {
     ("sm_90", "16"): tile(128, 128, 32, 8, 4),
 }
 TABLE["project_seen"] = OTHERS | {("sm_80", "32"): tile(64, 32, 32, 8)}
-# "spread": few positions share a sum, so that the sums take registers beside the products
+# "spread": few positions share a sum, so that the sums need registers beside the products
 TABLE["project_pair spread"] = OTHERS | {
     ("sm_80", "32"): tile(64, 32, 32, 8),
     ("sm_90", "32"): tile(64, 64, 32, 8),
@@ -171,7 +157,7 @@ TABLE["project_seen spread"] = OTHERS | {
 
 
 def is_spread(slot_t: int, slot_r: int) -> bool:
-    """Whether so few lines of a tile share a sum that smaller tiles are needed."""
+    """Return whether so few lines of a tile share a sum that the tile must be smaller."""
     return slot_t < 16 or slot_t * slot_r < 32
 
 
@@ -188,9 +174,9 @@ def tiling(kernel: str, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any
 
 
 def slots(size: int, block: int) -> int:
-    """Return how many positions (or ranks) of one group a tile of `block` lines meets at a time: a power of two.
+    """Return how many positions (or ranks) of one group a tile of `block` lines holds: a power of two.
 
-    The largest for which at most an eighth of the lines is padding.
+    It is the largest for which at most an eighth of the lines is padding.
     """
     slot = block if size else 1
     while ceil_div(size, slot) * slot > 1.125 * size:
@@ -199,7 +185,7 @@ def slots(size: int, block: int) -> int:
 
 
 def sequence_products(x: Tensor, right: Tensor) -> Tensor:
-    """Return x.right once per sequence, a row per position; for indices, a row per index instead: [rows, K*R]."""
+    """Compute x·right once per sequence, a row per position; for indices, a row per index instead: [rows, K*R]."""
     if not x.is_floating_point():
         return right.flatten(0, 1).mT.contiguous()
     return x.flatten(0, 1) @ right.flatten(0, 1).mT
@@ -208,17 +194,17 @@ def sequence_products(x: Tensor, right: Tensor) -> Tensor:
 def coefficients(
     x: Tensor, dy: Tensor, left: Tensor, right: Tensor, base: Tensor | None, histogram: Tensor | None
 ) -> Tensor:
-    """Launch the kernel: `base` plus the coefficients, [S, K]; `histogram` counts their magnitudes."""
+    """Launch the kernel: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, O), (K, R, I) = dy.shape, right.shape
     out = empty((S, K), dy)
     pair = x.is_floating_point() and len(x) == S
     row, constants, grid = tiling("project_pair" if pair else "project_seen", dy, left)
     shared = {"out_ptr": out, "dy_ptr": dy, "left_ptr": left, "S": S, "T": T, "O": O, "K": K, "R": R, **constants}
-    shared |= epilogue(out, base, histogram)
+    shared |= {"base_ptr": base, "histogram_ptr": histogram}
     if pair:
         common.launch(project_pair, grid, row, dy.device, x_ptr=x, right_ptr=right, I=I, **shared)
     elif S:
-        look_up = {"seen_ptr": sequence_products(x, right), "index_ptr": x}
+        look_up = {"x_right_ptr": sequence_products(x, right), "index_ptr": x}
         indexed = not x.is_floating_point()
         common.launch(project_seen, grid, row, dy.device, INDEXED=indexed, share=S // len(x), **look_up, **shared)
     return out
@@ -227,23 +213,21 @@ def coefficients(
 TILES = ((16, 4), (1, 1), (16, 2), (16, 32), (32, 1), (64, 32), (8, 32), (16, 1))  # (SLOT_T, SLOT_R)
 
 
-def compile_cases(kind: str, count: bool = False, tiles: Sequence[tuple[int, int]] = TILES) -> list[common.CompileCase]:
+def compile_cases(kind: str, count: bool = False, tiles: Sequence[tuple[int, int]] = TILES) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device; `count`: as `project_topk` does.
 
-    Those that are not `long` are the first two of TILES; of other tiles, all.
+    Of TILES only the first two are in the short test; of other tiles, all are.
     """
-    cases, types = [], {"index_ptr": "*i64", "histogram_ptr": "*i64"}
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for dtype, bits, precision, long in common.compile_dtypes(kind):
+    cases, types = [], {"index_ptr": "*i64"} | ({"histogram_ptr": "*i64"} if count else {})
+    for dtype, bits, precision, long in compile_dtypes(kind):
         for slot_t, slot_r in tiles:
             spread = " spread" if is_spread(slot_t, slot_r) else ""
             late = long or (tiles is TILES and (slot_t, slot_r) not in TILES[:2])
-            constants = {"PRECISION": precision, "SLOT_T": slot_t, "SLOT_R": slot_r}
-            constants |= {"BASED": count, **counting(names[dtype], count)}
+            constants = {"PRECISION": precision, "SLOT_T": slot_t, "SLOT_R": slot_r, **COUNTED[count]}
             row = lookup(f"project_pair{spread}", kind, bits)
-            cases.append(common.CompileCase(project_pair, dtype, constants, row, types, long=late))
+            cases.append(CompileCase(project_pair, dtype, constants, row, types, long=late))
             row = lookup(f"project_seen{spread}", kind, bits)
             for indexed in (False, True):
                 own = {**constants, "INDEXED": indexed}
-                cases.append(common.CompileCase(project_seen, dtype, own, row, types, long=late or indexed))
+                cases.append(CompileCase(project_seen, dtype, own, row, types, long=late or indexed))
     return cases

@@ -1,12 +1,12 @@
-"""Coefficients from the gradients multiplied out a few rows of O at a time, met by directions built on the fly.
+"""Project from gradients that are multiplied out a few rows of O at a time, with directions built on the fly.
 
-    c[s, k] = <V_k, G_s>,  G_s = Σ_t dy[s, t] (x) x[b, t],  b = s // (S // B)      [S, K]
+    c[s, k] = <V_k, G_s>,  G_s = Σ_t dy[s, t] ⊗ x[b, t],  b = s // (S // B)      [S, K]
 
     x [B, T, I], dy [S, T, O], left [K, R, O], right [K, R, I]      project_dense(outer(x, dy), left, right)
 
-A piece of G, [S, rows, I] of at most common.WORKSPACE elements, is one batched library product; the kernel of
-`l3d_kernels.kernels.project.dense` meets it, so that neither [S, O, I] nor [K, O, I] ever exists. The backward pass
-does the same, a piece of G again and its gradients.
+One batched library product forms a piece of G, [S, rows, I] of at most common.WORKSPACE elements; the kernel of
+`l3d_kernels.kernels.project.dense` projects it. So neither [S, O, I] nor [K, O, I] ever exists. The backward pass forms
+each piece of G again. Specification: `l3d_kernels.reference.project_tiled`.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.project.dense import partial_sums, project_dense_backward
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.reference import outer
+from l3d_kernels.registry import TRITON
+from l3d_kernels.splitting import outer
 
 
 def _pieces(dy: Tensor, I: int) -> list[slice]:
@@ -26,11 +26,7 @@ def _pieces(dy: Tensor, I: int) -> list[slice]:
     return [slice(start, min(O, start + step)) for start in range(0, O, step)]
 
 
-def _no_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0], left.shape[0])
-
-
-@common.operator("project_tiled", _no_forward)
+@common.operator("project_tiled", lambda x, dy, left, right: dy.new_empty(dy.shape[0], left.shape[0]))
 def project_tiled_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the coefficients, a piece at a time: [S, K]."""
     total = dy.new_zeros((dy.shape[0], left.shape[0]), dtype=common.wide(dy.dtype))
@@ -39,11 +35,7 @@ def project_tiled_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) ->
     return total.to(dy.dtype)
 
 
-def _no_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(left), torch.empty_like(right)
-
-
-@common.operator("project_tiled_backward", _no_backward)
+@common.operator("project_tiled_backward", lambda *inputs: tuple(torch.empty_like(side) for side in inputs[3:]))
 def project_tiled_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients to left and right, a piece at a time."""
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
@@ -54,26 +46,16 @@ def project_tiled_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, r
     return d_left, d_right.to(right.dtype)
 
 
-class _ProjectTiled(torch.autograd.Function):
-    generate_vmap_rule = True
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    return [None, None, *project_tiled_backward(d_out, *saved)]
 
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return project_tiled_forward(x, dy, left, right)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *project_tiled_backward(d_out, *ctx.saved_tensors)
+_project_tiled = common.differentiable(project_tiled_forward, _backward)
 
 
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_tiled` with Triton kernels."""
-    return _ProjectTiled.apply(*common.autocast_alike(x, dy, left, right))
+    return _project_tiled(*common.contiguous(x, dy, left, right))
 
 
 TRITON["project_tiled"] = project_tiled

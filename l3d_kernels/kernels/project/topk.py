@@ -1,35 +1,33 @@
-"""Project and select in one go: the projection's epilogue counts the histogram that batch top-k starts from.
+"""Project and select together: the projection's epilogue counts the histogram that batch top-k starts from.
 
     kept = batch_topk(base + project(x, dy, left, right), n)      shapes as in `l3d_kernels.kernels.project.project`
 
-The first digit of every |c| is counted while c is in registers, so that the radix selection reads the coefficients
-once less. The backward pass sees the kept pairs only: it is that of `project_at`.
+The first digit of every |c| is counted while c is in registers, so that the radix selection reads the coefficients once
+less. The backward pass needs the kept pairs only: it is that of `project_at`. Specification:
+`l3d_kernels.reference.project_topk`.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.project import chunked as project_chunked
 from l3d_kernels.kernels.project import fused as project_fused
 from l3d_kernels.kernels.project import project
 from l3d_kernels.kernels.project.at_backward import project_at_backward
 from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
 from l3d_kernels.kernels.topk import batch_topk, radix
+from l3d_kernels.kernels.topk.batch_topk import Parts
+from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+def _fake_parts(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> Parts:
+    return batch_topk.parts_for(dy.new_empty(dy.shape[0], left.shape[0]), n)
 
 
-def _no_launch(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> Parts:
-    S, K = dy.shape[0], left.shape[0]
-    indices = [dy.new_empty(size, dtype=torch.int64) for size in (n, n, S + 1, n, K + 1)]
-    return dy.new_empty(n), indices[0], indices[1], indices[2], indices[3], indices[4], dy.new_empty(())
-
-
-@common.operator("project_topk", _no_launch)
+@common.operator("project_topk", _fake_parts)
 def project_topk_forward(
     x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -39,46 +37,38 @@ def project_topk_forward(
     return batch_topk.select(dense, n, histogram)
 
 
-class _ProjectTopk(torch.autograd.Function):
-    generate_vmap_rule = True
+def _keep(inputs: tuple[Any, ...], parts: Parts) -> tuple[Tensor, ...]:
+    """Return what the backward pass needs: x, dy, left, right and the kept pairs in column order."""
+    _, rows, _, _, column_order, column_offsets, _ = parts
+    return *inputs[:4], column_order, column_offsets, rows
 
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> Parts:
-        return project_topk_forward(x, dy, left, right, n, base)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
-        _, rows, _, _, column_order, column_offsets, _ = output
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs[:4], column_order, column_offsets, rows)
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[Tensor | None]:
+    return [None, None, *project_at_backward(d_values, *saved)]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_values: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        d_left, d_right = project_at_backward(d_values, *ctx.saved_tensors)
-        return None, None, d_left, d_right, None, None
+
+_project_topk = common.differentiable(project_topk_forward, _backward, _keep)
 
 
 def project_topk(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> SparseCoefficients:
     """Run `l3d_kernels.reference.project_topk` with Triton kernels."""
-    floats = common.autocast_alike(*(t for t in (x, dy, left, right) if t.is_floating_point()))
-    x, dy, left, right = floats if len(floats) == 4 else (x.contiguous(), *floats)
+    x, dy, left, right = common.contiguous(x, dy, left, right)
     base = None if base is None else base.to(dy.dtype).contiguous()
-    parts: Parts = _ProjectTopk.apply(x, dy, left, right, n, base)
+    parts: Parts = _project_topk(x, dy, left, right, n, base)
     return SparseCoefficients(*parts, shape=(dy.shape[0], left.shape[0]))
 
 
 TRITON["project_topk"] = project_topk
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
-    """Return the forms of the projection's kernels that count and add; most are left to the long test."""
+def compile_cases(kind: str) -> list[CompileCase]:
+    """Return the forms of the projection's kernels that count and add; most are in the long test only."""
     cases = project_fused.compile_cases(kind, count=True)
     cases = [case._replace(long=case.long or case.constants["SLOT_T"] != 1) for case in cases]
     return cases + project_chunked.compile_cases(kind, count=True)
 
 
-def counting_cases(kind: str, largest: int) -> list[common.CompileCase]:
+def counting_cases(kind: str, largest: int) -> list[CompileCase]:
     """Return the forms that count for any T and R from 1 to `largest`, each once."""
     sizes = range(1, largest + 1)
     lines = {project_fused.slots(size, 128) for size in sizes}

@@ -1,7 +1,7 @@
-"""Launch configurations: one row per kernel, kind of device and size class; nothing is tuned while a program runs.
+"""Look up launch configurations: one row per kernel, kind of device and size class; no program tunes while it runs.
 
-A row was compiled ahead of time for its devices (no spills, shared memory within the limit: tests/kernels/
-test_compile.py). None of them has been timed on a GPU yet.
+Every row compiles ahead of time for its devices without register spills and within the limit of shared memory, which
+tests/kernels/test_compile.py checks. No row has been timed on a GPU yet.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 
 
 class Launch(NamedTuple):
-    """Block sizes (the kernel's constexprs of those names) and how many warps and pipeline stages they run with."""
+    """Block sizes (the kernel's constexprs of those names), and the number of warps and pipeline stages."""
 
     blocks: dict[str, int]
     warps: int = 4
@@ -19,7 +19,8 @@ class Launch(NamedTuple):
     def options(self, kind: str) -> dict[str, int]:
         """Return the compiler's options on a kind of device.
 
-        Left alone, NVIDIA's assembler spills a few registers to fit one more block on a processor.
+        The register limit is stated for NVIDIA: without it the assembler spills a few registers, so that one more block
+        fits on a processor.
         """
         options = {"num_warps": self.warps, "num_stages": self.stages}
         if kind.startswith("sm_"):
@@ -30,13 +31,13 @@ class Launch(NamedTuple):
 KINDS = ("sm_80", "sm_90", "sm_100", "gfx942")  # what is compiled ahead of time
 
 # kernel -> {(kind, class): Launch}. A kind or class of None stands for all that have no row of their own. The kind
-# "interpreter" has small blocks: a test's sizes shall need several of them.
+# "interpreter" has small blocks, so that a test's sizes need several of them.
 Rows = dict[tuple[str | None, str | None], Launch]
 TABLE: dict[str, Rows] = {}
 
 
 def kind_of(device: torch.device) -> str:
-    """Return the device's kind: a row of the table, or the nearest older one."""
+    """Return the device's kind: its architecture, or the nearest older one that the table knows."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:

@@ -1,8 +1,9 @@
-"""Sum rows that share a key, without atomics: an embedding's gradient.
+"""Sum the rows that share a key, without atomics: the gradient of an embedding.
 
     out[i] = Σ_{j: key[j] = i} rows[j]      rows [J, C], key [J] -> [I, C];  zeros(I, C).index_add_(0, key, rows)
 
-A stable sort brings equal keys together; the program at the first row of a key sums its rows in their order.
+A stable sort brings equal keys together. The program at the first row of a key sums that key's rows in their order, so
+that the result is the same on every run.
 """
 
 import torch
@@ -11,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import ceil_div, load, store
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
+from l3d_kernels.kernels.shared.common import ceil_div
+from l3d_kernels.kernels.shared.device import load, store, zeros
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
@@ -26,17 +29,14 @@ def segment_sum(
     C,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Sum one key's rows, if this program's is the first of them."""
+    """Sum one key's rows, if this program's row is the first of them."""
     first = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask_c = offs_c < C
     key = tl.load(key_ptr + first)
     previous = tl.load(key_ptr + first - 1, mask=first > 0, other=-1)
     if key != previous:
-        if rows_ptr.dtype.element_ty == tl.float64:
-            total = tl.zeros([BLOCK_COLS], tl.float64)
-        else:
-            total = tl.zeros([BLOCK_COLS], tl.float32)
+        total = tl.sum(zeros(rows_ptr, BLOCK_COLS, 1), 1)
         stop = tl.load(stop_ptr + first).to(tl.int32)
         for place in range(first, stop):
             row = tl.load(order_ptr + place)
@@ -59,12 +59,7 @@ def sum_by_key(rows: Tensor, key: Tensor, n_keys: int) -> Tensor:
     return out
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    types = {"key_ptr": "*i64", "order_ptr": "*i64", "stop_ptr": "*i64"}
-    return [
-        common.CompileCase(
-            segment_sum, dtype, {}, lookup("segment_sum", kind, bits), types, is_matrix=False, long=dtype == "fp16"
-        )
-        for dtype, bits in (("bf16", "16"), ("fp16", "16"), ("fp32", "32"))
-    ]
+    types = dict.fromkeys(("key_ptr", "order_ptr", "stop_ptr"), "*i64")
+    return cases_of_kernel(segment_sum, kind, types=types, is_matrix=False)

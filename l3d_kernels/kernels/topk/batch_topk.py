@@ -1,14 +1,14 @@
-"""Keep the n entries of largest |c| of a matrix [S, K] by radix selection, in order by row and by column.
+"""Keep the n entries of largest magnitude of a matrix [S, K] by radix selection, in order by row and by column.
 
     kept = {(s, k): |c_sk| > τ, or |c_sk| = τ and flat index <= limit},   n of them
 
-The bits of |c|, read as an integer, order as |c| does; NaN counts as infinity. Digit by digit from the top, a
-histogram of the entries that share the digits chosen so far tells the next digit of τ. Histograms are integers, so
-those of several processes may be summed (`batch_topk_over_ranks`), and `project` may count the first one while the
-coefficients are in registers. Then one pass counts kept entries per tile, by row and by column, and one writes them in
-place.
+The bits of |c|, read as an integer, order as |c| does; NaN counts as infinity. Digit by digit from the top, a histogram
+of the entries that share the threshold's digits so far gives the next digit of τ. Histograms hold integers, so those
+of several processes may be summed (`batch_topk_over_ranks`), and `project` may count the first one while the
+coefficients are in registers. Then one pass counts the kept entries per tile, by row and by column, and one pass writes
+them to their places.
 
-Torch equivalent: `l3d_kernels.reference.batch_topk`. The kernels see the coefficients as integers of their width.
+Specification: `l3d_kernels.reference.batch_topk`. The kernels read the coefficients as integers of their width.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3d_kernels.dispatch import TRITON
 from l3d_kernels.kernels.shared import common
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
 from l3d_kernels.kernels.shared.common import ceil_div
-from l3d_kernels.kernels.shared.launch_table import Launch, lookup
+from l3d_kernels.kernels.shared.launch_table import Launch, kind_of, lookup, size_class
 from l3d_kernels.kernels.topk import places, radix
 from l3d_kernels.kernels.topk.places import topk_count, topk_scan_columns, topk_scan_rows, topk_write
 from l3d_kernels.kernels.topk.radix import DIGITS, INFINITIES
-from l3d_kernels.sparse import SparseCoefficients
+from l3d_kernels.registry import TRITON
+from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the tensors of SparseCoefficients, in order
 
 
-def _parts(coefficients: Tensor, n: int) -> Parts:
-    """Return memory for the tensors of SparseCoefficients, in its order."""
+def parts_for(coefficients: Tensor, n: int) -> Parts:
+    """Return memory for the tensors of SparseCoefficients, of n entries of a matrix."""
     S, K = coefficients.shape
 
     def indices(size: int) -> Tensor:
@@ -45,52 +46,27 @@ def _parts(coefficients: Tensor, n: int) -> Parts:
 def _count(coefficients: Tensor, histogram: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the counting pass: (bits, counts by row, counts by column, state with the threshold's key)."""
     S, K = coefficients.shape
-    bits = radix.as_integers(coefficients)
-    row = _row("topk_count", coefficients)
-    # at least one tile: a rank without rows still settles the threshold
-    tiles_s, tiles_k = max(1, ceil_div(S, row.blocks["BLOCK_S"])), ceil_div(K, row.blocks["BLOCK_K"])
+    bits, row = radix.as_integers(coefficients), _row("topk_count", coefficients)
+    # at least one tile: a rank without rows still computes the threshold
+    grid = tiles_s, tiles_k = max(1, ceil_div(S, row.blocks["BLOCK_S"])), ceil_div(K, row.blocks["BLOCK_K"])
     row_counts = common.empty((2, S, tiles_k), bits, torch.int32)
     column_counts = common.empty((2, tiles_s, K), bits, torch.int32)
     state_out = common.empty(state.shape, state)
-    common.launch(
-        topk_count,
-        (tiles_s, tiles_k),
-        row,
-        bits.device,
-        row_counts_ptr=row_counts,
-        column_counts_ptr=column_counts,
-        state_out_ptr=state_out,
-        bits_ptr=bits,
-        previous_ptr=histogram,
-        state_ptr=state,
-        S=S,
-        K=K,
-        INFINITY=INFINITIES[coefficients.dtype],
-        PREVIOUS_BITS=DIGITS[coefficients.dtype.itemsize][-1][1],
-    )
+    outputs = {"row_counts_ptr": row_counts, "column_counts_ptr": column_counts, "state_out_ptr": state_out}
+    pointers = {"bits_ptr": bits, "previous_ptr": histogram, "state_ptr": state}
+    flags = {"INFINITY": INFINITIES[coefficients.dtype], "PREVIOUS_BITS": DIGITS[coefficients.dtype.itemsize][-1][1]}
+    common.launch(topk_count, grid, row, bits.device, **outputs, **pointers, S=S, K=K, **flags)
     return bits, row_counts, column_counts, state_out
 
 
 def _scan_rows(coefficients: Tensor, bits: Tensor, row_counts: Tensor, state: Tensor, earlier: Tensor) -> Any:
     """Launch the scan by row: (each row tile's first place, [2] where the ties end and how many entries are kept)."""
-    starts = common.empty(row_counts.shape[1:], bits, torch.int64)
-    limit = common.empty((2,), bits, torch.int64)
-    common.launch(
-        topk_scan_rows,
-        (1,),
-        _row("topk_scan_rows", coefficients),
-        bits.device,
-        starts_ptr=starts,
-        limit_ptr=limit,
-        row_counts_ptr=row_counts,
-        bits_ptr=bits,
-        state_ptr=state,
-        earlier_ptr=earlier,
-        n_tiles=starts.numel(),
-        n_tiles_k=starts.shape[1],
-        K=coefficients.shape[1],
-        INFINITY=INFINITIES[coefficients.dtype],
-    )
+    starts, limit = common.empty(row_counts.shape[1:], bits, torch.int64), common.empty((2,), bits, torch.int64)
+    pointers = {"starts_ptr": starts, "limit_ptr": limit, "row_counts_ptr": row_counts, "bits_ptr": bits}
+    pointers |= {"state_ptr": state, "earlier_ptr": earlier}
+    sizes = {"n_tiles": starts.numel(), "n_tiles_k": starts.shape[1], "K": coefficients.shape[1]}
+    flags = {"INFINITY": INFINITIES[coefficients.dtype]}
+    common.launch(topk_scan_rows, (1,), _row("topk_scan_rows", coefficients), bits.device, **pointers, **sizes, **flags)
     return starts, limit
 
 
@@ -99,60 +75,31 @@ def _write(
 ) -> Parts:
     """Launch the scan by column and the writing pass."""
     S, K = coefficients.shape
-    parts = values, rows, columns, row_offsets, column_order, column_offsets, threshold = _parts(coefficients, n)
-    ranks = common.empty(column_counts.shape[1:], bits, torch.int64)
-    totals = common.empty((K,), bits, torch.int64)
-    shared: dict[str, Any] = {
-        "bits_ptr": bits,
-        "state_ptr": state,
-        "limit_ptr": limit,
-        "ranks_ptr": ranks,
-        "totals_ptr": totals,
-    }
-    shared |= {"S": S, "K": K, "INFINITY": INFINITIES[coefficients.dtype]}
-    common.launch(
-        topk_scan_columns,
-        (starts.shape[1],),
-        _row("topk_scan_columns", coefficients),
-        bits.device,
-        column_counts_ptr=column_counts,
-        n_tiles_s=len(ranks),
-        **shared,
-    )
-    common.launch(
-        topk_write,
-        (len(ranks), starts.shape[1]),
-        _row("topk_write", coefficients),
-        bits.device,
-        values_ptr=values.view(bits.dtype),
-        rows_ptr=rows,
-        columns_ptr=columns,
-        row_offsets_ptr=row_offsets,
-        column_order_ptr=column_order,
-        column_offsets_ptr=column_offsets,
-        threshold_ptr=threshold.view(bits.dtype),
-        starts_ptr=starts,
-        N=n,
-        **shared,
-    )
+    parts = values, rows, columns, row_offsets, column_order, column_offsets, threshold = parts_for(coefficients, n)
+    ranks, totals = common.empty(column_counts.shape[1:], bits, torch.int64), common.empty((K,), bits, torch.int64)
+    shared: dict[str, Any] = {"bits_ptr": bits, "state_ptr": state, "limit_ptr": limit, "ranks_ptr": ranks}
+    shared |= {"totals_ptr": totals, "S": S, "K": K, "INFINITY": INFINITIES[coefficients.dtype]}
+    row, own = _row("topk_scan_columns", coefficients), {"column_counts_ptr": column_counts, "n_tiles_s": len(ranks)}
+    common.launch(topk_scan_columns, (starts.shape[1],), row, bits.device, **own, **shared)
+    outputs = {"values_ptr": values.view(bits.dtype), "rows_ptr": rows, "columns_ptr": columns}
+    outputs |= {"row_offsets_ptr": row_offsets, "column_order_ptr": column_order, "column_offsets_ptr": column_offsets}
+    outputs |= {"threshold_ptr": threshold.view(bits.dtype)}
+    row, grid = _row("topk_write", coefficients), (len(ranks), starts.shape[1])
+    common.launch(topk_write, grid, row, bits.device, **outputs, starts_ptr=starts, N=n, **shared)
     return parts
 
 
 def _row(kernel: str, coefficients: Tensor) -> Launch:
-    return lookup(kernel, common.kind_of(coefficients.device), common.size_class(coefficients.dtype))
+    return lookup(kernel, kind_of(coefficients.device), size_class(coefficients.dtype))
 
 
 def _nothing(coefficients: Tensor) -> Parts:
-    """Return the parts where nothing is kept."""
-    values, rows, columns, row_offsets, column_order, column_offsets, threshold = _parts(coefficients, 0)
+    """Return the parts where nothing is kept: offsets of zero, a threshold of infinity."""
+    values, rows, columns, row_offsets, column_order, column_offsets, threshold = parts_for(coefficients, 0)
     return values, rows, columns, row_offsets.zero_(), column_order, column_offsets.zero_(), threshold.fill_(torch.inf)
 
 
-def _no_launch(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
-    return _parts(coefficients, n)
-
-
-@common.operator("batch_topk", _no_launch)
+@common.operator("batch_topk", lambda coefficients, n, histogram: parts_for(coefficients, n))
 def select(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
     """Launch the kernels: the tensors of SparseCoefficients. histogram: the first digit's, if it is counted already."""
     if n == 0:
@@ -170,7 +117,7 @@ def select(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
 def batch_topk_over_ranks(
     coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor], earlier: Callable[[Tensor], Tensor]
 ) -> SparseCoefficients:
-    """Run `l3d_kernels.reference.batch_topk_over_ranks` with Triton kernels."""
+    """Run `l3d_kernels.ops.batch_topk_over_ranks` with Triton kernels."""
     own = coefficients.detach()
     if n == 0:
         kept = _sparse(_nothing(own), own)
@@ -193,40 +140,38 @@ def _sparse(parts: Parts, coefficients: Tensor) -> SparseCoefficients:
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-class _BatchTopk(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
-        return select(coefficients, n, histogram)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[1], output[2])
-        ctx.shape = inputs[0].shape
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_values: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-        rows, columns = ctx.saved_tensors
-        S, K = ctx.shape
-        d_flat = d_values.new_zeros(S * K).scatter(0, rows * K + columns, d_values)
-        return d_flat.view(S, K), None, None
+def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[Tensor]:
+    """Put the upstream gradients [N] where the kept coefficients were: [S, K]."""
+    rows, columns, row_offsets, column_offsets = saved
+    S, K = len(row_offsets) - 1, len(column_offsets) - 1
+    return [d_values.new_zeros(S * K).scatter(0, rows * K + columns, d_values).view(S, K)]
 
 
-def batch_topk(coefficients: Tensor, n: int, histogram: Tensor | None = None) -> SparseCoefficients:
-    """Run `l3d_kernels.reference.batch_topk` with Triton kernels.
+_select = common.differentiable(select, _backward, lambda inputs, parts: (*parts[1:4], parts[5]))
 
-    histogram: that of the first digit (`radix.count_magnitudes`), if a kernel before has counted it.
-    """
-    return _sparse(_BatchTopk.apply(coefficients, n, histogram), coefficients)
+
+def select_one(coefficients: Tensor, n: int, histogram: Tensor | None = None) -> SparseCoefficients:
+    """Select in one group of columns; histogram: the first digit's, if `radix.count_magnitudes` has counted it."""
+    return _sparse(_select(coefficients, n, histogram), coefficients)
+
+
+def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoefficients:
+    """Run `l3d_kernels.reference.batch_topk` with Triton kernels, one group of columns after another."""
+    if n_groups == 1:
+        return select_one(coefficients, n)
+    parts = [select_one(part.contiguous(), n) for part in coefficients.chunk(n_groups, dim=1)]
+    n_rows, width = parts[0].shape
+    rows = torch.cat([part.rows for part in parts])
+    columns = torch.cat([part.columns + i * width for i, part in enumerate(parts)])
+    order = torch.argsort(rows * (width * len(parts)) + columns)
+    values, threshold = torch.cat([part.values for part in parts])[order], torch.stack([p.threshold for p in parts])
+    return sparse_coefficients(values, rows[order], columns[order], threshold, (n_rows, width * len(parts)))
 
 
 TRITON["batch_topk"] = batch_topk
 TRITON["batch_topk_over_ranks"] = batch_topk_over_ranks
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
     return radix.compile_cases(kind) + places.compile_cases(kind)

@@ -1,19 +1,17 @@
-"""Where the entries of a matrix that a threshold keeps go, in order by row and by column.
+"""Write the entries that a threshold keeps to their places, in order by row and by column.
 
-One pass counts the entries above the threshold and at it, tile by tile, by row and by column. Two scans sum the counts
-up; the one by row finds the flat index after which ties are no longer kept. One pass writes every kept entry to its
-place by row, and that place by column. Nothing depends on the order in which programs run.
+One pass counts the entries above the threshold and at it, tile by tile, by row and by column. Two scans sum the counts;
+the one by row finds the flat index after which ties are no longer kept. One pass writes every kept entry to its place
+by row, and writes that place in the order by column. Nothing depends on the order in which programs run.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
-from l3d_kernels.kernels.topk.radix import DIGITS, INFINITIES, load_keys, magnitude_key, narrow
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup, size_class
+from l3d_kernels.kernels.topk.radix import COMPILED, DIGITS, INFINITIES, load_keys, magnitude_key, narrow
 
 
 @triton.jit
@@ -31,7 +29,7 @@ def topk_count(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Settle the threshold; count what is above it and at it, tile by tile."""
+    """Compute the threshold; count the entries above it and at it, tile by tile."""
     tile_s, tile_k = tl.program_id(0), tl.program_id(1)
     threshold, ties = narrow(previous_ptr, state_ptr, PREVIOUS_BITS)
     offs_s, offs_k = tile_s * BLOCK_S + tl.arange(0, BLOCK_S), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -56,7 +54,7 @@ def topk_scan_rows(
     row_counts_ptr,  # [2, S, tiles of K] int32
     bits_ptr,  # [S, K]
     state_ptr,  # [2] int64: the threshold's key, how many entries at it are kept
-    earlier_ptr,  # [] int64: how many entries at it come before this matrix (are held by lower ranks)
+    earlier_ptr,  # [] int64: how many entries at the threshold lower ranks hold
     n_tiles,
     n_tiles_k,
     K,
@@ -64,7 +62,7 @@ def topk_scan_rows(
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the row counts up in flat order and find where the ties end; one program."""
+    """Sum the row counts in flat order and find the last tie that is kept; one program."""
     threshold, ties = tl.load(state_ptr), tl.load(state_ptr + 1)
     tied_before = tl.load(earlier_ptr)
     kept_before = tied_before * 0
@@ -82,7 +80,7 @@ def topk_scan_rows(
         last_rank += tl.sum(tl.where(is_last, ties - rank, 0), 0)
         tied_before += tl.sum(tied, 0)
         kept_before += tl.sum(kept, 0)
-    # ties that all belong to this matrix or to lower ranks: every tie up to the matrix's end is kept
+    # Where fewer ties than are wanted lie up to this matrix's end, all of them are kept.
     limit = tl.where(tied_before < ties, 0x7FFFFFFFFFFFFFFF, -1)
     if last_tile >= 0:
         offs_k = (last_tile % n_tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -110,7 +108,7 @@ def topk_scan_columns(
     BLOCK_K: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """Sum the column counts up along the rows; the tile in which the ties end is counted again."""
+    """Sum the column counts along the rows; the tile with the last kept tie is counted again."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     threshold, limit = tl.load(state_ptr), tl.load(limit_ptr)
@@ -150,7 +148,7 @@ def topk_write(
     limit_ptr,  # [2] int64: flat index of the last kept entry at the threshold; how many entries are kept
     S,
     K,
-    N,  # no entry is written beyond it, whatever the counts say
+    N,  # no entry is written beyond N, also where the counts are wrong
     INFINITY: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -204,22 +202,17 @@ for kernel_name, blocks, small in (
     TABLE[kernel_name] = {("interpreter", None): Launch(small), (None, None): Launch(blocks, warps=8, stages=1)}
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    assert kind in KINDS
     cases = []
-    for dtype, integer in ((torch.bfloat16, "i16"), (torch.float16, "i16"), (torch.float32, "i32")):
-        form: dict[str, Any] = {"is_matrix": False, "divisible": (), "long": dtype == torch.float16}
+    for dtype, integer in COMPILED:
+        constants = {"INFINITY": INFINITIES[dtype], "PREVIOUS_BITS": DIGITS[dtype.itemsize][-1][1]}
         for kernel in (topk_count, topk_scan_rows, topk_scan_columns, topk_write):
-            name = kernel.fn.__name__
-            constants: dict[str, Any] = {"INFINITY": INFINITIES[dtype]}
-            if kernel is topk_count:
-                constants["PREVIOUS_BITS"] = DIGITS[dtype.itemsize][-1][1]
+            types = {name: "*i32" if "counts" in name else "*i64" for name in kernel.arg_names if name.endswith("_ptr")}
             types = {
-                argument: "*i32" if "counts" in argument else "*i64"
-                for argument in kernel.arg_names
-                if argument.endswith("_ptr") and argument not in ("bits_ptr", "values_ptr", "threshold_ptr")
+                name: own for name, own in types.items() if name not in ("bits_ptr", "values_ptr", "threshold_ptr")
             }
-            row = lookup(name, kind, common.size_class(dtype))
-            cases.append(common.CompileCase(kernel, integer, constants, row, types, **form))
+            own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            row, long = lookup(kernel.fn.__name__, kind, size_class(dtype)), dtype == torch.float16
+            cases.append(CompileCase(kernel, integer, own, row, types, False, long, ()))
     return cases

@@ -1,11 +1,9 @@
-"""Radix selection of a threshold: histograms of the digits of |c|, from the top, that tell its digits one by one.
+"""Find the threshold of a top-k by radix selection: one histogram of the digits of |c| gives one digit of it.
 
-The bits of |c|, read as an integer, order as |c| does; NaN counts as infinity. Histograms are of integers: the order
-in which they are added up is free, over programs as over ranks. `project` counts the first digit's while the
-coefficients are in registers. All kernels here see coefficients as integers of their width.
+The bits of |c|, read as an integer, order as |c| does; NaN counts as infinity. Histograms hold integers, so the order
+in which programs or ranks add them is free. `project` counts the first digit's histogram while the coefficients are in
+registers. All kernels here read coefficients as integers of their width.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -13,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import INTERPRETED, ceil_div
-from l3d_kernels.kernels.shared.launch_table import KINDS, TABLE, Launch, lookup
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
+from l3d_kernels.kernels.shared.common import ceil_div
+from l3d_kernels.kernels.shared.device import INTERPRETED, bfloat16_bits
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, kind_of, lookup, size_class
 
 # (shift, bits) of each digit of a magnitude, the highest first, by the dtype's bytes. The first of float32 is the
 # exponent and three bits of the mantissa: coefficients spread over a hundred bins or so.
@@ -25,7 +25,8 @@ DIGITS = {
 }
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 INFINITIES = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
-PROGRAMS = 512  # that count a histogram: enough to fill a GPU, few enough that adding their counts up is cheap
+COMPILED = ((torch.bfloat16, "i16"), (torch.float16, "i16"), (torch.float32, "i32"))  # (dtype, pointer type)
+PROGRAMS = 512  # that count a histogram: enough to fill a GPU, few enough that adding their counts is cheap
 
 
 # --- device functions -------------------------------------------------------------------------------------------
@@ -44,29 +45,37 @@ def magnitude_key(bits, INFINITY: tl.constexpr):
 
 @triton.jit
 def bits_of(tile, pointer):
-    """Return the bits that `common.store` writes for a floating tile where `pointer` points."""
+    """Return the bits that `device.store` writes for a floating tile where `pointer` points."""
     if pointer.dtype.element_ty == tl.float64:
         return tile.to(tl.int64, bitcast=True)
     elif pointer.dtype.element_ty == tl.float32:
         return tile.to(tl.float32).to(tl.int32, bitcast=True)
     elif INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
-        bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+        return bfloat16_bits(tile).to(tl.int16)
     else:
         return tile.to(pointer.dtype.element_ty).to(tl.int16, bitcast=True)
 
 
+@triton.constexpr_function
+def first_digit(element):
+    """Return (infinity's key, shift, bits) of the first digit of magnitudes, for an element type of Triton."""
+    dtype = getattr(torch, {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[element.name])
+    return INFINITIES[dtype], *DIGITS[dtype.itemsize][0]
+
+
 @triton.jit
-def count_magnitudes(
-    histogram_ptr, tile, mask, out_ptr, INFINITY: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr
-):
-    """Add a tile's entries to the histogram [2^BITS] int64 of the first digit, as they are stored at `out_ptr`.
+def count_magnitudes(histogram_ptr, tile, mask, out_ptr):
+    """Add a tile's entries to the histogram [2^bits] int64 of the first digit, as they are stored at `out_ptr`.
 
     For an epilogue that has the coefficients in registers; the sums are of integers, so their order is free.
     """
+    DIGIT: tl.constexpr = first_digit(out_ptr.dtype.element_ty)
+    INFINITY: tl.constexpr = DIGIT[0]
+    SHIFT: tl.constexpr = DIGIT[1]
+    BITS: tl.constexpr = DIGIT[2]
     digit = (magnitude_key(bits_of(tile, out_ptr), INFINITY) >> SHIFT).to(tl.int32)
     # Triton (3.6 to 3.9) lets each reshape before a histogram reorder its elements, and reorders a tile and its mask
-    # differently where their layouts differ. So the mask travels inside the digit, through one reshape.
+    # differently where their layouts differ. So the mask is part of the digit and both go through one reshape.
     digit = tl.ravel(tl.where(mask, digit, -1))
     counts = tl.histogram(tl.maximum(digit, 0), 1 << BITS, mask=digit >= 0)
     tl.atomic_add(histogram_ptr + tl.arange(0, 1 << BITS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
@@ -74,9 +83,9 @@ def count_magnitudes(
 
 @triton.jit
 def narrow(histogram_ptr, state_ptr, BITS: tl.constexpr):
-    """Return (the threshold's digits so far, how many entries that share them are still to be kept).
+    """Return (the threshold's digits so far, how many of the entries that share them are still to be kept).
 
-    state_ptr: both before the histogram [2^BITS]. BITS = 0: they stand as they are.
+    state_ptr: both numbers before the histogram [2^BITS] is worked in. BITS = 0: there is no histogram to work in.
     """
     digits, remaining = tl.load(state_ptr), tl.load(state_ptr + 1)
     if BITS > 0:
@@ -104,7 +113,7 @@ def load_keys(bits_ptr, offs_s, offs_k, S, K, INFINITY: tl.constexpr):
 @triton.jit
 def topk_histogram(
     histogram_ptr,  # [2^BITS] int64, zeros before
-    state_out_ptr,  # [2] int64: `state` narrowed by the digit before
+    state_out_ptr,  # [2] int64: `state` with `previous` worked in
     bits_ptr,  # [size]
     previous_ptr,  # [2^PREVIOUS_BITS] int64, histogram of the digit before
     state_ptr,  # [2] int64
@@ -151,7 +160,7 @@ def begin(n: int, device: torch.device) -> Tensor:
 
 
 def first_histogram(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros [2^BITS] int64 for `count_magnitudes`, to be counted by another kernel's epilogue."""
+    """Return zeros [2^bits] int64, the first digit's histogram that another kernel's epilogue is to count."""
     return torch.zeros(1 << DIGITS[dtype.itemsize][0][1], dtype=torch.int64, device=device)
 
 
@@ -160,46 +169,31 @@ def digit_histogram(
 ) -> tuple[Tensor, Tensor]:
     """Count digit number `digit` (0: the highest) of the entries that share the threshold's digits so far.
 
-    state [2] int64 and previous, the histogram of the digit before, belong together: what the last call returned,
-    the histogram summed over ranks if there are several. Returns (histogram, state with `previous` worked in).
+    state [2] int64 and previous, the histogram of the digit before, are what the last call returned; with several
+    ranks the histogram is summed over them. Returns (histogram, state with `previous` worked in).
     """
     bits, digits = as_integers(coefficients), DIGITS[coefficients.dtype.itemsize]
     shift, width = digits[digit]
     histogram = torch.zeros(1 << width, dtype=torch.int64, device=bits.device)
     state_out = common.empty(state.shape, state)
-    kind = common.kind_of(bits.device)
-    row = lookup("topk_histogram", kind, common.size_class(coefficients.dtype))
+    row = lookup("topk_histogram", kind_of(bits.device), size_class(coefficients.dtype))
     n_tiles = ceil_div(bits.numel(), row.blocks["BLOCK"])
-    common.launch(
-        topk_histogram,
-        (max(1, min(n_tiles, PROGRAMS)),),  # with no entries the state is still narrowed
-        row,
-        bits.device,
-        histogram_ptr=histogram,
-        state_out_ptr=state_out,
-        bits_ptr=bits,
-        previous_ptr=histogram if previous is None else previous,
-        state_ptr=state,
-        size=bits.numel(),
-        n_tiles=n_tiles,
-        INFINITY=INFINITIES[coefficients.dtype],
-        SHIFT=shift,
-        BITS=width,
-        PREVIOUS_BITS=digits[digit - 1][1] if digit else 0,
-    )
+    pointers = {"histogram_ptr": histogram, "state_out_ptr": state_out, "bits_ptr": bits, "state_ptr": state}
+    pointers["previous_ptr"] = histogram if previous is None else previous
+    flags = {"INFINITY": INFINITIES[coefficients.dtype], "SHIFT": shift, "BITS": width}
+    flags["PREVIOUS_BITS"] = digits[digit - 1][1] if digit else 0
+    grid = (max(1, min(n_tiles, PROGRAMS)),)  # also without entries: the state is still worked out
+    common.launch(topk_histogram, grid, row, bits.device, size=bits.numel(), n_tiles=n_tiles, **pointers, **flags)
     return histogram, state_out
 
 
-def compile_cases(kind: str) -> list[common.CompileCase]:
+def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    assert kind in KINDS
     cases = []
-    for dtype, integer in ((torch.bfloat16, "i16"), (torch.float16, "i16"), (torch.float32, "i32")):
-        digits = DIGITS[dtype.itemsize]
+    types = dict.fromkeys(("histogram_ptr", "state_out_ptr", "previous_ptr", "state_ptr"), "*i64")
+    for dtype, integer in COMPILED:
+        digits, row = DIGITS[dtype.itemsize], lookup("topk_histogram", kind, size_class(dtype))
         for (shift, width), (_, previous) in zip(digits, ((0, 0), *digits), strict=False):
             constants = {"INFINITY": INFINITIES[dtype], "SHIFT": shift, "BITS": width, "PREVIOUS_BITS": previous}
-            row = lookup("topk_histogram", kind, common.size_class(dtype))
-            form: dict[str, Any] = {"is_matrix": False, "divisible": (), "long": dtype == torch.float16}
-            types = dict.fromkeys(("histogram_ptr", "state_out_ptr", "previous_ptr", "state_ptr"), "*i64")
-            cases.append(common.CompileCase(topk_histogram, integer, constants, row, types, **form))
+            cases.append(CompileCase(topk_histogram, integer, constants, row, types, False, dtype == torch.float16, ()))
     return cases

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import l3d_kernels as lk
-from l3d_kernels import reference
+from l3d_kernels import splitting
+from l3d_kernels.cpu import projection
 
 from helpers import assert_relative
 
@@ -13,7 +14,7 @@ from helpers import assert_relative
 @pytest.mark.parametrize("share", [1, 3])
 def test_tiled_equals_factored(chunk, share, monkeypatch):
     """Values and gradients of both factors agree in float64, however small the tiles."""
-    monkeypatch.setattr(reference, "CHUNK", chunk)
+    monkeypatch.setattr(splitting, "CHUNK", chunk)
     x, dy = torch.randn(4, 5, 7, dtype=torch.float64), torch.randn(4 * share, 5, 6, dtype=torch.float64)
     left = torch.randn(8, 2, 6, dtype=torch.float64, requires_grad=True)
     right = torch.randn(8, 2, 7, dtype=torch.float64, requires_grad=True)
@@ -35,11 +36,11 @@ def test_indices_are_refused():
 
 def test_no_tensor_of_the_whole_gradient_exists(monkeypatch):
     """With a small budget no intermediate is as large as [S, O, I] or [K, O, I]."""
-    monkeypatch.setattr(reference, "CHUNK", 16 * 64 * 2)
+    monkeypatch.setattr(splitting, "CHUNK", 16 * 64 * 2)
     seen = []
-    outer, directions = reference.outer, reference.directions
-    monkeypatch.setattr(reference, "outer", lambda *a: seen.append(outer(*a)) or seen[-1])
-    monkeypatch.setattr(reference, "directions", lambda *a: seen.append(directions(*a)) or seen[-1])
+    outer, directions = projection.outer, projection.directions
+    monkeypatch.setattr(projection, "outer", lambda *a: seen.append(outer(*a)) or seen[-1])
+    monkeypatch.setattr(projection, "directions", lambda *a: seen.append(directions(*a)) or seen[-1])
     left, right = torch.randn(12, 2, 48, requires_grad=True), torch.randn(12, 2, 64, requires_grad=True)
     lk.project_tiled(torch.randn(16, 3, 64), torch.randn(16, 3, 48), left, right).sum().backward()
     assert seen
