@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from inspect import getdoc, ismodule
+from inspect import getdoc, isfunction, ismodule
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,7 +88,9 @@ def first_sentence(name: str) -> str:
     item: Any = griffe_package(package)
     for part in rest:
         item = item[part]
-    text = item.docstring.value if item.docstring else ""
+    if item.docstring is None:
+        return f"`{item.annotation}`" if item.is_attribute else ""
+    text = item.docstring.value
     return plain(text.split("\n\n")[0]).replace("\n", " ").replace("|", r"\|")
 
 
@@ -124,8 +126,14 @@ def python_page(module: ModuleType) -> str:
         if not ismodule(item):
             entries.append(f"::: {path}\n    options:\n      heading: {path}\n      toc_label: {name}\n")
     table = "\n".join(["| name | what it does |", "|---|---|", *rows])
-    summary = (getdoc(module) or "").split("\n\n")[0]
-    return f"# {module.__name__}\n\n{summary}\n\n{table}\n\n" + "\n".join(entries)
+    summary = plain((getdoc(module) or "").split("\n\n")[0])
+    return f"# {module.__name__}\n\n{summary}\n\n{table}\n\n{for_all(module)}\n\n" + "\n".join(entries)
+
+
+def for_all(module: ModuleType) -> str:
+    """Return what holds for all functions of a package: the docstring of the one file that they share, if they do."""
+    homes = {item.__module__ for item in (getattr(module, name) for name in public_names(module)) if isfunction(item)}
+    return plain(getdoc(import_module(homes.pop())) or "") if len(homes) == 1 and module.__name__ not in homes else ""
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

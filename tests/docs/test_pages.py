@@ -142,6 +142,7 @@ def test_pairs_of_texts_isolate_a_behaviour(data_dir: Path, monkeypatch: pytest.
 FEWER = {
     "toy": ["--steps", "10", "--evaluate_rows", "32", "--describe", "16"],
     "decompose": ["--steps", "10", "--evaluate_rows", "64", "--describe", "16"],
+    "evaluate": ["--evaluate_rows", "64", "--describe", "16"],
     "intervene": ["--rows", "32", "--samples", "4"],
     "sweep": ["--steps", "10", "--evaluate_rows", "64"],
 }
