@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from l3d.data.arguments import check_index
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.model import Params, select_parameters
 from l3d.storage.identity import check_identity, moving
@@ -43,6 +44,7 @@ def intervene(
         raise ValueError(f"params: {params!r} matches no decomposed parameter")
     moves: dict[str, Tensor] = {}
     for index, delta in deltas.items():
+        check_index(index, decomposition.n_subnetworks)
         for name, direction in decomposition.subnetwork(index).items():
             if name in chosen:
                 moves[name] = moves.get(name, 0) + delta * direction

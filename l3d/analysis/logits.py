@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from l3d.data.arguments import check_index
 from l3d.data.batch import to_device
 from l3d.gradients.model import check_fixed, model_output
 from l3d.storage.identity import check_identity
@@ -84,6 +85,7 @@ def top_logits(
     >>> top_logits(model, d, 0, torch.randn(5, 4), n=2).raised.shape
     torch.Size([5, 2])
     """
+    check_index(index, decomposition.n_subnetworks)
     direction = decomposition.subnetwork(index)
     if not any_weights:
         check_identity(decomposition.base_model, dict(model.named_parameters(remove_duplicate=False)))

@@ -44,8 +44,11 @@ def toy_suite(settings: Settings) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
         raise ValueError(f"--out: {out} holds no results of l3d toy all, so --overwrite will not touch it")
     out.mkdir(parents=True, exist_ok=True)  # before the work, not after
-    given = {name: value for name, value in settings.items() if value is not None}
-    arguments = {name: value for name, value in job_module.arguments(given).items() if name != "seed"}
+    names = [option.name for option in options.DECOMPOSE if option.name != "seed"]
+    given = {name: settings[name] for name in names if settings[name] is not None}
+    for name in ("gradients", "replacement"):
+        given |= {name: settings[name]} if any(value is not None for value in settings[name].values()) else {}
+    arguments = job_module.arguments(given)
     first = settings["seed"] or 0
     seeds = range(first, first + n_seeds)
     results: suite.Results = {}

@@ -34,3 +34,12 @@ def check_fraction(name: str, value: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1:
         raise ValueError(f"{name}: expected a fraction in (0, 1], got {value!r}")
     return number
+
+
+def check_index(index: int, n_subnetworks: int) -> None:
+    """Refuse a subnetwork that does not exist; a negative index would count from the end where it is read.
+
+    Raises ValueError.
+    """
+    if not 0 <= index < n_subnetworks:
+        raise ValueError(f"index: expected 0 <= index < {n_subnetworks}, got {index}")
