@@ -284,7 +284,16 @@ _OLDER = {
 
 
 def _regroup(old: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Put arguments by their older names where they belong now."""
+    """Put arguments by their older names where they belong now; raise ValueError where both are given."""
+    for name, value in old.items():
+        new = _OLDER[name].partition("=")[0]
+        given = kwargs.get(new)
+        if (
+            value
+            and given is not None
+            and (new in ("existing", "memory", "gradients") or isinstance(given, GradientCache))
+        ):
+            raise ValueError(f"{name}: {new} is given too; use {new} alone")
     if old.get("progress") is False and kwargs.get("callbacks") is None:
         kwargs["callbacks"] = []
     if old.get("overwrite") and old.get("resume"):

@@ -142,3 +142,21 @@ def test_names_that_never_were_or_are_gone_are_a_type_error(name: str) -> None:
 
 def test_the_signature_shows_the_new_names_only() -> None:
     assert not set(inspect.signature(l3d.decompose).parameters) & set(NEW_NAMES)
+
+
+@pytest.mark.parametrize(
+    "both",
+    [
+        {"overwrite": True, "existing": "resume"},
+        {"recompute": True, "memory": Memory(2)},
+        {"shuffle": True, "gradients": GradientOptions()},
+        {"cache_reads": "on", "cache": GradientCache("store")},
+    ],
+    ids=lambda each: ",".join(each),
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_older_name_beside_the_new_one_is_refused(both: dict[str, Any]) -> None:
+    """Neither silently wins."""
+    old, new = both
+    with pytest.raises(ValueError, match=f"^{old}: {new} is given too; use {new} alone"):
+        l3d.decompose(Net(), points(), **{**QUICK, **both})
