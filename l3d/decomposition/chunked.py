@@ -8,7 +8,6 @@ gradients are those of `l3d.decomposition.objective` up to the order of summatio
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def objective_in_chunks(
     with torch.no_grad():
         for chunk in chunks:
             n = n_kept(k, chunk.n_samples, encoder.n_subnetworks)
-            plans.append(replace(plan, small=False).for_batch(chunk, encoder, n))
+            plans.append(plan._replace(small=False).for_batch(chunk, encoder, n))
             coefficients.append(project(chunk, (encoder,), chunk.shapes, plans[-1]))
             norms.append(chunk.squared_norm(plan.backend))
         chunks.sizes = [len(each) for each in norms]

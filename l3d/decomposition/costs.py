@@ -5,7 +5,7 @@ bound by memory. All paths are exact, so that a wrong guess costs time and nothi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from l3d.decomposition.directions import Directions, Whole
@@ -31,8 +31,7 @@ class Path(NamedTuple):
     sampled: bool  # after top-k, project the kept pairs only; else all pairs, and pick
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a batch's coefficients and loss are computed; every plan gives the same values up to rounding.
 
     What is None is chosen by counted cost when the batch is known (`for_batch`).
@@ -51,7 +50,7 @@ class Plan:
             small = paths is None and self.coactive is None and is_small(gradients, directions, self.backend)
         if paths is None and not small:
             paths = choose_paths(gradients, directions, n_kept)
-        return replace(self, small=small, paths=paths)
+        return self._replace(small=small, paths=paths)
 
     def path(self, name: str) -> Path:
         """Return one tensor's path, once it has been chosen."""

@@ -303,10 +303,10 @@ def test_a_subnetwork_is_a_copy() -> None:
     assert torch.equal(flattened(d.decoder), before)
 
 
-@pytest.mark.parametrize("index", [-1, 3, 100])
+@pytest.mark.parametrize("index", [-4, 3, 100])
 def test_a_subnetwork_that_is_not_there_is_refused(index: int) -> None:
-    """An index out of range names itself and the limit; negative ones do not count from the end."""
-    with pytest.raises(ValueError, match=rf"index: expected 0 <= index < 3, got {index}"):
+    """An index out of range names itself and the limits; negative ones count from the end."""
+    with pytest.raises(IndexError, match=rf"index: expected -3 <= index < 3, got {index}"):
         Decomposition(SHAPES, 3, 2).subnetwork(index)
 
 

@@ -230,9 +230,8 @@ def test_float32_resolves_an_error_of_1e_4(coactive: bool, path: Path) -> None:
     gradients, d = nearly_exact(3, 5e-3)
     truth = brute_force(gradients, d.encoder, d.decoder, 6)
     narrow = d.float()
-    result = objective(
-        gradients.to(next(narrow.parameters())), d.encoder, d.decoder, 1 / 6, paths={"weight": path}, coactive=coactive
-    )
+    plan = Plan(paths={"weight": path}, coactive=coactive)
+    result = objective(gradients.to(next(narrow.parameters())), d.encoder, d.decoder, 1 / 6, plan)
     assert result.loss.dtype == torch.float32
     assert_relative(result.loss, truth.loss, 1e-2)
 

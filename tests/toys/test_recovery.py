@@ -660,7 +660,7 @@ def test_a_text_without_the_lines_is_refused_and_left_alone(text: str, new: str 
     """The error names the file and the lines; None looks for them, and changes nothing."""
     path = tmp_path / "a.md"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"a\.md: expected the lines <!-- toys --> and <!-- /toys -->") as error:
+    with pytest.raises(ValueError, match=r"a\.md: expected the marker lines <!-- toys --> and <!-- /toys -->") as error:
         replace_between(path, MARKS, new)
     assert "\n" not in str(error.value)
     assert path.read_text() == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,13 @@ from l3d.studies.paper.pictures import Picture
 from l3d.studies.recovery_suite import short
 from l3d.toys import Toy, make, one_thread, recovery
 from l3d.train import decompose
+from l3d.training.options import PRESETS, Replacement
 
 if TYPE_CHECKING:
     from l3d.api import Decomposition
     from l3d.decomposition.directions import Directions
 
+WITHOUT_REPLACEMENT = replace(PRESETS["default"], replacement=Replacement(enabled=False))
 SEEDS = 3  # number of toy networks over which errors against rank or K are averaged
 
 Study = Callable[[int], Iterator[Picture]]
@@ -95,7 +98,7 @@ def tmcs(seed: int) -> Iterator[Picture]:
 def high_rank(seed: int) -> Iterator[Picture]:
     """Circuits of higher rank: 25 features present in groups of five, ten subnetworks."""
     size = 5
-    toy, d = _decomposed("high_rank", seed, rank=3, revive=False)
+    toy, d = _decomposed("high_rank", seed, rank=3, preset=WITHOUT_REPLACEMENT)
     owner = measure.owners(toy, d, size)
     yield pictures.diagrams(toy, d, owner, "group")
     energy = torch.stack(
