@@ -64,7 +64,7 @@ def recording(kept: list[Any]) -> Iterator[None]:
 
     def noting(run: Run, gradients: Any) -> StepResult | None:
         # steps in numpy do not list what they keep; tests/training/test_numpy_step.py holds them to those that do
-        run.stepper.plan = replace(run.stepper.plan, small=False)
+        run.stepper.plan = run.stepper.plan._replace(small=False)
         found = take_step(run, gradients)
         result = results.pop()
         result = result[0] if run.micro_batch_size is not None or run.group is not None else result
