@@ -8,7 +8,7 @@
 #   TRITON       what to install as triton beside it: the release the kernels' registers are counted with. Empty beside
 #                another torch, which may need a release of its own
 #   WORKERS      test processes, each with one torch thread (0: all in one process)
-#   TESTS        what to test: make test TESTS=tests/test_topk.py
+#   TESTS        what to test: make test TESTS=tests/ops/test_topk.py
 #   PYTEST_ARGS  more arguments for pytest: make test PYTEST_ARGS="-k ties -x"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

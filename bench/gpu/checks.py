@@ -1,7 +1,7 @@
 """Whether the kernels are right here: against float64, on fresh random inputs, outputs filled with NaN first.
 
 A result may be off by twice the torch twin's error in the same dtype, plus four units in the last place (of tf32, where
-products are made in it) of the largest true element: the rule of tests/kernels/tools.py. Where a result has few
+products are made in it) of the largest true element: the rule of tests/support/tools.py. Where a result has few
 elements its twin may be exact by luck; several draws are then compared as one.
 """
 

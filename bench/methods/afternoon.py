@@ -1,7 +1,7 @@
 """What a good engineer would write in an afternoon, for comparison: vmap(grad) and dense matrix products.
 
-Every gradient by torch.func.vmap over torch.func.grad, so that a text goes through the model once per target
-position; directions multiplied out, dense products, autograd and Adam. tests/test_bench.py holds loss and gradients
+Every gradient by torch.func.vmap over torch.func.grad, so that a text goes through the model once per target position;
+directions multiplied out, dense products, autograd and Adam. tests/bench/test_baselines.py holds loss and gradients
 against ours.
 """
 

@@ -3,8 +3,8 @@
 Per-sample gradients by `torch.func.jacrev` over the batch's losses, so that every sample costs a backward pass of the
 whole batch. A direction is a Tucker product per tensor, a core and one factor per mode; coefficients and
 reconstructions are one `torch.einsum` a tensor over the gradients and these. Plain Adam, and after every step each
-decoder direction is rescaled to unit norm. Written here from the description of the method; tests/test_bench.py holds
-loss and gradients against ours.
+decoder direction is rescaled to unit norm. Written here from the description of the method;
+tests/bench/test_baselines.py holds loss and gradients against ours.
 
 torch.einsum contracts its operands from left to right (opt_einsum, where it is installed, is switched off). They stand
 in an order in which the gradients meet one factor after the other: with the factors multiplied out first this part

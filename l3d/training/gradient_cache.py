@@ -69,7 +69,7 @@ class Cache:
         seconds: Callable[[], float] | None = None,
     ) -> None:
         if reads not in READS:
-            raise ValueError(f"cache_reads: expected one of {', '.join(READS)}, got {reads!r}")
+            raise ValueError(f"cache: reads: expected one of {', '.join(READS)}, got {reads!r}")
         self.path, self.n_steps, self.extract, self.group = Path(path), n_steps, extract, group
         self.seconds = seconds
         self.identity = {"format": FORMAT, **identity}
