@@ -42,11 +42,7 @@ def n_kept(k: float, n_samples: int, n_subnetworks: int) -> int:
 
 
 def objective(
-    gradients: Gradients,
-    encoder: Directions,
-    decoder: Directions,
-    k: float,
-    plan: Plan = Plan(),
+    gradients: Gradients, encoder: Directions, decoder: Directions, k: float, plan: Plan = Plan()
 ) -> Objective:
     """Compute the loss of a batch at the kept fraction k.
 
@@ -73,11 +69,7 @@ def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tens
 
 
 def keep(
-    gradients: Gradients,
-    encoder: Directions,
-    decoder: Directions,
-    n: int,
-    plan: Plan,
+    gradients: Gradients, encoder: Directions, decoder: Directions, n: int, plan: Plan
 ) -> tuple[lk.SparseCoefficients, Tensor]:
     """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
     sides = encoder, decoder

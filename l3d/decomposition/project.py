@@ -11,12 +11,7 @@ from l3d.decomposition.directions import Directions, Whole
 from l3d.gradients.factors import Dense, Gradients, Rows
 
 
-def project(
-    gradients: Gradients,
-    directions: Sequence[Directions],
-    names: Collection[str],
-    plan: Plan,
-) -> Tensor:
+def project(gradients: Gradients, directions: Sequence[Directions], names: Collection[str], plan: Plan) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, for all directions of all sets: [S, Σ K]."""
     total: Tensor | None = None
     for contribution in _contributions(gradients, directions, names, plan):
@@ -28,10 +23,7 @@ def project(
 
 
 def _contributions(
-    gradients: Gradients,
-    directions: Sequence[Directions],
-    names: Collection[str],
-    plan: Plan,
+    gradients: Gradients, directions: Sequence[Directions], names: Collection[str], plan: Plan
 ) -> Iterator[Tensor]:
     for (name, first), *others in zip(*(each.items() for each in directions), strict=True):
         if name not in names or not gradients.parts[name]:
@@ -55,12 +47,7 @@ def _contributions(
 
 
 def project_topk(
-    gradients: Gradients,
-    directions: Directions,
-    base: Tensor,
-    n: int,
-    names: Sequence[str],
-    plan: Plan,
+    gradients: Gradients, directions: Directions, base: Tensor, n: int, names: Sequence[str], plan: Plan
 ) -> lk.SparseCoefficients:
     """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K], at least one name.
 
@@ -80,11 +67,7 @@ def project_topk(
 
 
 def project_at(
-    gradients: Gradients,
-    directions: Directions,
-    kept: lk.SparseCoefficients,
-    names: Collection[str],
-    plan: Plan,
+    gradients: Gradients, directions: Directions, kept: lk.SparseCoefficients, names: Collection[str], plan: Plan
 ) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, at the kept pairs only: [N].
 

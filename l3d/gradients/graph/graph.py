@@ -13,31 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from l3d.gradients.graph.row_order import keeps_rows
+from l3d.gradients.graph.row_order import REARRANGE_DIMS, keeps_rows
 
 # Nodes that only rearrange, copy or cast their one input.
-REARRANGE = {
-    "Alias",
-    "AsStrided",
-    "Chunk",
-    "Clone",
-    "Expand",
-    "Permute",
-    "ReshapeAlias",
-    "Select",
-    "Slice",
-    "Split",
-    "SplitWithSizes",
-    "Squeeze",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unbind",
-    "UnsafeSplit",
-    "UnsafeView",
-    "Unsqueeze",
-    "View",
-}
+REARRANGE = REARRANGE_DIMS | {"Alias", "AsStrided", "Chunk", "Clone", "ReshapeAlias", "T", "ToCopy", "UnsafeSplit"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +24,7 @@ class Use:
     """One use of a parameter: input `slot` of `node` is the parameter after the rearranging operations `chain`."""
 
     name: str
-    node: Node
+    node: Any  # a Node; each operation saves tensors of its own
     slot: int
     chain: tuple[str, ...]  # operations between node and parameter, the node's neighbour first
 
