@@ -23,10 +23,11 @@ from l3d.gradients.chunks import Chunks
 from l3d.gradients.divergence import Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
+from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, refuse_sharded
 from l3d.gradients.model import Params
 from l3d.storage.lock import release
 from l3d.training.checkpoints import restore, save
-from l3d.training.checks import check_finite, naming_step
+from l3d.training.checks import check_finite, naming_step, not_finite
 from l3d.training.options import GradientCache, GradientOptions, Memory, Preset, documented, older_names
 from l3d.training.run import Run
 from l3d.training.settings import resolve
@@ -142,15 +143,17 @@ def decompose(
     first = next(model.parameters(), None)
     if first is None:
         raise ValueError("model: has no parameters to decompose")
+    check_fixed(model)
+    refuse_sharded(model, "decompose")
     home, folder = first.device, None
     target = home if device is None else torch.device(device)
     model.to(target)
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
         run = Run(settings, extractor, data, target, n_restarts, memory, Decomposition)
+        run.check()
         if cache is not None and cache.folder is not None:
             run.use_cache(cache)
-        run.check()
         with ExitStack() as open_bar:
             shown = callbacks is None and run.is_first()
             told = [open_bar.enter_context(ProgressBar())] if shown else list(callbacks or ()) * run.is_first()
@@ -168,6 +171,8 @@ def decompose(
         best = cast(Decomposition, run.best())
         if folder is not None and run.is_first():
             best.save(folder.path)
+    except NotFiniteRowsError as error:
+        raise ValueError(not_finite(data) or str(error)) from error
     finally:
         model.to(home)
         if folder is not None and run.is_first():

@@ -17,7 +17,7 @@ from l3d.data.batches import mix
 from l3d.decomposition.objective import n_kept, objective
 from l3d.estimate import plan
 from l3d.gradients.divergence import kl, mse, reference_outputs
-from l3d.gradients.model import run_fixed
+from l3d.gradients.fixed import run_fixed
 from l3d.toys import make
 from l3d.train import turn
 

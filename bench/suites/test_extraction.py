@@ -15,7 +15,7 @@ from bench.measure.timing import METHODS, QUICK, timed
 from bench.methods.cases import CASES, Case
 from l3d.data.batches import mix
 from l3d.gradients.factors import Gradients
-from l3d.gradients.model import run_fixed
+from l3d.gradients.fixed import run_fixed
 from l3d.toys import one_thread
 
 pytestmark = QUICK

@@ -21,7 +21,7 @@ from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, kind_of
 from l3d.analysis.words import DescriptionParts, short
 from l3d.data.batch import to_device
-from l3d.gradients.model import run_fixed
+from l3d.gradients.fixed import run_fixed
 from l3d.storage.run_folder import SUBNETWORKS_FORMAT
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Score a decomposition on data: reconstruction error, activation rates, and each subnetwork's impact per sample."""
 
 import copy
+import math
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import BY_NAME, REFERENCES, Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
+from l3d.gradients.fixed import refuse_sharded
 from l3d.gradients.model import exact_pattern
 from l3d.gradients.precision import own_precision
 from l3d.storage.identity import check_identity
@@ -99,6 +101,7 @@ def evaluate(
     Batch top-k selects within each batch, so the batch size changes the figures a little. Raises ValueError for
     arguments out of range, and for data whose gradients are all zero.
     """
+    refuse_sharded(model, "evaluate")
     decomposition = _widened(decomposition)
     k = decomposition.settings.get("k", 0.1) if k is None else k
     total_residual = total_norm = 0.0
@@ -111,9 +114,10 @@ def evaluate(
     seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
     with torch.no_grad():
         for gradients in _gradients(decomposition, model, data, divergence, reference, batch_size, seeds, any_weights):
-            kept, residual = score(gradients, decomposition, k, selection, refit, backend)
-            total_residual += float(residual.sum())
-            total_norm += float(gradients.squared_norm().sum())
+            gradients, e = gradients.in_range()
+            kept, residual = score(gradients, decomposition, k, selection, refit, backend, e)
+            total_residual += math.ldexp(float(residual.sum()), -2 * e)
+            total_norm += math.ldexp(float(gradients.squared_norm_in_range().sum()), -2 * e)
             counts += kept.column_offsets.diff().cpu()
             n_samples += gradients.n_samples
             n_kept += kept.rows.numel()
@@ -130,9 +134,12 @@ def evaluate(
 
 @own_precision()
 def score(
-    gradients: Gradients, decomposition: Subnetworks, k: float, selection: str, refit: bool, backend: str
+    gradients: Gradients, decomposition: Subnetworks, k: float, selection: str, refit: bool, backend: str, e: int = 0
 ) -> tuple[lk.SparseCoefficients, Tensor]:
-    """Return a batch's kept coefficients and each gradient's squared residual norm ‖g_s − ĝ_s‖²: [S]."""
+    """Return a batch's kept coefficients and each gradient's squared residual norm ‖g_s − ĝ_s‖²: [S].
+
+    e: the gradients are 2^e times what they were extracted as, so that their squares lie in range.
+    """
     encoder, decoder = decomposition.encoder, decomposition.decoder
     if selection == "batch" and not refit:
         result = objective(gradients, encoder, decoder, k, Plan(backend))
@@ -143,7 +150,7 @@ def score(
     if selection == "batch":
         kept = lk.batch_topk(coefficients, n_kept_of(k, *coefficients.shape), backend=backend)
     else:
-        kept = decomposition.above_threshold(coefficients)
+        kept = decomposition.above_threshold(coefficients, e)
     if refit:
         kept = kept._replace(values=least_squares(kept, overlaps, decoder.gram()))
     energies = energy(kept, decoder, plan)

@@ -14,7 +14,8 @@ from l3d.data.arguments import check_whole
 from l3d.data.batch import to_device
 from l3d.data.batches import Batches
 from l3d.decomposition.subnetworks import Subnetworks
-from l3d.gradients.model import check_fixed, model_output, only_trainable
+from l3d.gradients.fixed import check_fixed, only_trainable
+from l3d.gradients.model import model_output
 from l3d.storage.store import write_tensors
 
 Loss = Callable[[Tensor, Any], Tensor]

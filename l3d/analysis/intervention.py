@@ -1,13 +1,17 @@
 """Move a model's weights along its subnetworks inside a block, and restore them on exit."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from l3d.data.arguments import check_index
 from l3d.decomposition.subnetworks import Subnetworks
+from l3d.gradients.fixed import disturbed, refuse_cached, refuse_sharded
 from l3d.gradients.model import Params, select_parameters
 from l3d.storage.identity import check_identity, moving
 
@@ -30,8 +34,10 @@ def intervene(
         params: glob or globs of the parameters to move; None moves all decomposed parameters.
         any_weights: accept a model whose weights differ from the decomposed ones.
 
-    Raises ValueError if a subnetwork does not exist, or the model has other parameters or other weights.
+    Raises ValueError if a subnetwork does not exist, or the model has other parameters or other weights, and in the
+    block's first forward pass (which is run twice) if the model's output does not depend on the moved weights.
     """
+    refuse_sharded(model, "intervene")
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, shape in decomposition.shapes.items():
         if name not in named or named[name].shape != shape:
@@ -48,8 +54,36 @@ def intervene(
         for name, direction in decomposition.subnetwork(index).items():
             if name in chosen:
                 moves[name] = moves.get(name, 0) + delta * direction
-    with shifted(model, moves):
+    refuse_cached()
+    with shifted(model, moves), _watched(model, moves):
         yield model
+
+
+@contextmanager
+def _watched(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise ValueError in the block's first forward pass if its output is the same whatever the moved weights are."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+
+    def check(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        handle.remove()
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        with torch.no_grad(), disturbed(named[name] for name in moves):
+            try:
+                again = tree_leaves(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+            except Exception:  # it cannot be run twice on these, or fails on such weights
+                return
+        again = [leaf for leaf in again if isinstance(leaf, Tensor)]
+        if leaves and len(again) == len(leaves) and all(map(torch.equal, again, leaves)):
+            raise ValueError(
+                f"model: its output does not depend on {', '.join(moves)}, so an intervention has no effect; it keeps "
+                "computed or compiled weights (a cache, freezing, merged adapters): renew them or use the plain model"
+            )
+
+    handle = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

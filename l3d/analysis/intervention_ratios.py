@@ -23,7 +23,8 @@ from l3d.decomposition.objective import n_kept
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
-from l3d.gradients.model import Params, check_fixed, model_output, select_parameters
+from l3d.gradients.fixed import check_fixed
+from l3d.gradients.model import Params, model_output, select_parameters
 from l3d.gradients.samples import Samples, padding_mask
 
 # Default δ, as fractions of the norm of the decomposed weights. They are small because a decomposition is local. On

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l3d.data.arguments import check_index
 from l3d.data.batch import to_device
-from l3d.gradients.model import check_fixed, model_output
+from l3d.gradients.fixed import check_fixed
+from l3d.gradients.model import model_output
 from l3d.storage.identity import check_identity
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
-"""Check arguments that are a count or a fraction."""
+"""Check arguments that are a count or a fraction, and warn a caller."""
 
 import operator
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -43,3 +45,11 @@ def check_index(index: int, n_subnetworks: int) -> None:
     """
     if not 0 <= index < n_subnetworks:
         raise ValueError(f"index: expected 0 <= index < {n_subnetworks}, got {index}")
+
+
+def warn(message: str) -> None:
+    """Warn at the caller's own line: the nearest one that is neither ours nor torch's."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("l3d", "torch", "contextlib"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, stacklevel=depth)

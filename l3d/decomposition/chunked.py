@@ -46,7 +46,7 @@ def objective_in_chunks(
             n = n_kept(k, chunk.n_samples, encoder.n_subnetworks)
             plans.append(plan._replace(small=False).for_batch(chunk, encoder, n))
             coefficients.append(project(chunk, (encoder,), chunk.shapes, plans[-1]))
-            norms.append(chunk.squared_norm(plan.backend))
+            norms.append(chunk.squared_norm_in_range(plan.backend))
         chunks.sizes = [len(each) for each in norms]
         kept = _kept(torch.cat(coefficients), k, plan, group)
         squared_norms = torch.cat(norms)

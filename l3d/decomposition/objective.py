@@ -54,7 +54,7 @@ def objective(
     if plan.small:
         return _relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
     kept, overlap = keep(gradients, encoder, decoder, n, plan)
-    squared_norms = gradients.squared_norm(plan.backend)
+    squared_norms = gradients.squared_norm_in_range(plan.backend)
     residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, plan))
     return _relative(kept, residual, squared_norms)
 

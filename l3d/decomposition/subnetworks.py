@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -154,11 +155,11 @@ class Subnetworks(nn.Module):
         """
         return self.above_threshold(self.encode(gradients))
 
-    def above_threshold(self, coefficients: Tensor) -> lk.SparseCoefficients:
-        """Return those of the coefficients [S, K] that `code` keeps."""
+    def above_threshold(self, coefficients: Tensor, exponent: int = 0) -> lk.SparseCoefficients:
+        """Return those of the coefficients [S, K] that `code` keeps, where they are those of 2^exponent g_s."""
         if self.threshold != self.threshold:
             raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
-        return above(coefficients, self.threshold)
+        return above(coefficients, math.ldexp(self.threshold, exponent))
 
     @own_precision()
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:
@@ -168,7 +169,8 @@ class Subnetworks(nn.Module):
         `l3d.decomposition.objective`.
         """
         k = check_fraction("k", self.settings.get("k", 0.1) if k is None else k)
-        return objective(self._checked(gradients), self.encoder, self.decoder, k).loss
+        gradients, _ = self._checked(gradients).in_range()  # a factor on all gradients does not change the ratio
+        return objective(gradients, self.encoder, self.decoder, k).loss
 
     @torch.no_grad()
     def subnetwork(self, index: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ separated there, else by a backward pass from the output.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -19,14 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from l3d.data.arguments import warn
 from l3d.data.batch import count_rows_of, join, without_label
 from l3d.gradients import divergence as div
 from l3d.gradients.checks import check_logits, check_tokens
 from l3d.gradients.factors import Dense, Gradients, Part, combine, compact
+from l3d.gradients.fixed import (
+    check_evaluating,
+    check_fixed,
+    check_repeats,
+    check_seen,
+    forget,
+    is_sharded,
+    only_trainable,
+    run_fixed,
+    whole_weights,
+)
 from l3d.gradients.graph.graph import Use, n_outputs, no_gradient, output_shape, read_graph
 from l3d.gradients.graph.layout import Layout, find_layouts
 from l3d.gradients.graph.positions import last_apart, positionwise_head
-from l3d.gradients.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
+from l3d.gradients.model import Params, select_parameters
 from l3d.gradients.precision import own_precision
 from l3d.gradients.rules import has_rule, part_of
 from l3d.gradients.samples import BatchPart, Samples, check_same_padding, padding_mask
@@ -80,6 +92,7 @@ class Extractor:
         positions: str | int = "all",
     ) -> None:
         check_fixed(model)
+        forget(model)
         self.model = model
         self.divergence = div.resolve_divergence(divergence)
         self.is_kl = self.divergence is div.kl
@@ -88,9 +101,14 @@ class Extractor:
         if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
         self.positions = None if self.by_row else positions
-        self.parameters = select_parameters(model, params)
+        self._whole = whole_weights if is_sharded(model) else nullcontext
+        with self._whole(model):
+            self.parameters = select_parameters(model, params)
         self._output_width: tuple[int, ...] | None = None
         self._batches = 0
+        self._lacking: set[str] = set()  # parameters that the last batch's graph does not hold
+        self._apart: set[str] = set()  # those of them of which the output was found to be independent
+        self.exponent = 0  # gradients are of 2^exponent times the divergence, to lie well inside their dtype's range
         self.rows_stay = False  # whether the last batch's graph alone shows that its rows are independent
         self.graph_bytes = 0  # about what the last batch's graph held
 
@@ -117,8 +135,13 @@ class Extractor:
                 outputs = self._outputs_of(samples, output)
                 contrast = None if contrast_output is None else samples.gather(contrast_output)
                 references = self._references(outputs, contrast, samples, generator, batch_part)
-                d_out = samples.spread(div.output_gradient(self.divergence, outputs, references))
+                d_out = samples.spread(self._output_gradient(outputs, references))
                 gradients = self._gradients(output, samples, d_out)
+                if self._batches == 1 and d_out.dtype == torch.float16:
+                    self._warn_of_zeros(gradients, self._gradients(output, samples, d_out * 64))
+            if lacking := self._lacking - self._apart:
+                check_seen(self.model, inputs, output, {name: self.parameters[name] for name in lacking})
+                self._apart |= lacking
         return gradients if samples.kept is None else gradients.select(samples.kept)
 
     def several(
@@ -146,7 +169,7 @@ class Extractor:
                     samples = Samples(own, self.positions, self.is_kl, generator)
                     outputs = self._outputs_of(samples, own)
                     references = self._references(outputs, None, samples, generator, None)
-                    d_outs.append(div.output_gradient(self.divergence, outputs, references))
+                    d_outs.append(self._output_gradient(outputs, references))
                     each.append(samples)
                 gradients = self._gradients(output, Samples.joined(output, each), torch.cat(d_outs))
         return gradients, [samples.count for samples in each]
@@ -154,9 +177,12 @@ class Extractor:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         """Let autograd record the uses of the chosen parameters, even if the caller has turned it off."""
-        check_fixed(self.model)
-        with torch.inference_mode(False), torch.enable_grad(), only_trainable(self.model, self.parameters):
-            yield
+        check_evaluating(self.model)
+        with torch.inference_mode(False), torch.enable_grad(), self._whole(self.model):
+            if self._whole is whole_weights:  # whose tensors are others each time
+                self.parameters = {name: self.model.get_parameter(name) for name in self.parameters}
+            with only_trainable(self.model, self.parameters):
+                yield
 
     def _outputs_of(self, samples: Samples, output: Tensor) -> Tensor:
         """Check the samples' outputs and return them: [S, ...]."""
@@ -167,6 +193,11 @@ class Extractor:
         self._batches += 1
         return outputs
 
+    def _output_gradient(self, outputs: Tensor, references: Tensor) -> Tensor:
+        """Return 2^exponent ∂D_s/∂f_s of every sample: [S, ...]."""
+        d_out = div.output_gradient(self.divergence, outputs, references)
+        return d_out if self.exponent == 0 else d_out * 2.0**self.exponent
+
     def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:
         """Return the parameters' gradients, padding included, from the gradient at the outputs, d_out [B·P, ...]."""
         with torch.no_grad():
@@ -176,6 +207,14 @@ class Extractor:
         like = torch.empty(0, dtype=dtype, device=output.device)
         compacted = {name: [compact(part.to(like), shapes[name]) for part in combine(parts[name])] for name in shapes}
         return Gradients(compacted, shapes, samples.count, dtype, output.device)
+
+    @staticmethod
+    def _warn_of_zeros(gradients: Gradients, larger: Gradients) -> None:
+        """Warn where float16 holds entries as zero that it would hold if they were larger."""
+        pairs = zip(gradients.tensors(), larger.tensors(), strict=True)
+        lost = sum(int(((a == 0) & (b != 0)).sum()) for (_, a), (_, b) in pairs)
+        if lost:
+            warn(f"model: its float16 loses {lost} entries of the first batch's gradients to zero; use model.float()")
 
     @torch.no_grad()
     def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart) -> Tensor:
@@ -223,11 +262,13 @@ class Extractor:
             raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
         if self._batches == 0:
             self._check_is_batch(inputs, output)
+            check_repeats(self.model, inputs, output)
         if self.is_kl and output.ndim < 2:
             raise ValueError(
                 f"divergence: 'kl' needs logits along a last dimension, got outputs of {list(output.shape)}"
             )
         if output.grad_fn is None:
+            check_seen(self.model, inputs, output, self.parameters)
             raise ValueError(f"params: the model's output depends on none of {', '.join(self.parameters)}")
         return output
 
@@ -260,6 +301,7 @@ class Extractor:
         assert output.grad_fn is not None
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
         uses, layouts = graph.uses, find_layouts(output, graph)
+        self._lacking = set(self.parameters) - graph.reached
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
         from_output = {use.name for use in uses if layouts[use.node] is None}
         from_output |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}

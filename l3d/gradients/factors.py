@@ -10,6 +10,7 @@ A parameter on which the output does not depend has no parts. Letters: B sequenc
 T positions that share the weight, I and O the widths of x and dy.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -148,8 +149,40 @@ class Gradients:
         """Multiply everything out: {name: [S, *shape]}. Training uses `matrix` and `flat`, which keep results."""
         return {name: self.matrix(name).reshape(-1, *shape) for name, shape in self.shapes.items()}
 
+    def exponent(self) -> int:
+        """Return the e for which 2^e times these gradients, and their squares, lie well inside float32's range.
+
+        0 where they do already: where the largest product of two factors' entries is within 2^±27, or all are zero.
+        """
+        largest = 0.0
+        for parts in self.parts.values():
+            for part in parts:
+                tensors = [part.grad] if isinstance(part, Dense) else [part.dy, part.x]
+                tops = [float(t.abs().max()) for t in tensors if t.is_floating_point() and t.numel()]
+                largest = max(largest, math.prod(tops))
+        e = 0 if largest == 0 or math.isinf(largest) else -math.frexp(largest)[1]
+        return 0 if abs(e) <= 27 else max(-126, min(e, 126))
+
+    def in_range(self) -> tuple["Gradients", int]:
+        """Return (2^e times these gradients, e) with e = `exponent()`: exact, and the same object where e is 0."""
+        e = self.exponent()
+        if e == 0:
+            return self, 0
+        scale = 2.0**e
+        parts: dict[str, list[Part]] = {
+            name: [Dense(p.grad * scale) if isinstance(p, Dense) else Rows(p.x, p.dy * scale, p.x_axis) for p in each]
+            for name, each in self.parts.items()
+        }
+        return Gradients(parts, self.shapes, self.n_samples, self.dtype, self.device), e
+
     def squared_norm(self, backend: str = "auto") -> Tensor:
-        """Return ‖g_s‖² over all parameters together: [S]."""
+        """Return ‖g_s‖² over all parameters together: [S]; in float64 where the gradients' dtype could not hold it."""
+        gradients, e = self.in_range()
+        norms = gradients.squared_norm_in_range(backend)
+        return norms if e == 0 else torch.ldexp(norms.double(), torch.tensor(-2 * e))
+
+    def squared_norm_in_range(self, backend: str = "auto") -> Tensor:
+        """Return what `squared_norm` does, without a look at the gradients' size: for those whose exponent is 0."""
         total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
         for name in self.shapes:
             total = total + self._squared_norm_of(name, backend)

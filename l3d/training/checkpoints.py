@@ -1,6 +1,7 @@
 """Write and restore checkpoints: everything a run needs to go on to the same bits."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ def save(run: "Run", folder: RunFolder) -> None:
         return  # another process writes
     decomposition.history = run.recorder.history
     decomposition.timing = run.timing()
-    decomposition.threshold = run.recorder.thresholds[0]  # that of a lone restart
+    lone = run.recorder.thresholds[0]  # that of a lone restart
+    decomposition.threshold = math.ldexp(lone, -run.extractor.exponent)
     folder.save_checkpoint(run.step, decomposition, tensors, state)
 
 

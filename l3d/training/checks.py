@@ -3,13 +3,17 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from l3d.data.batch import tensors_of, without_label
+from l3d.data.batches import count_rows, take
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import Gradients
+from l3d.gradients.fixed import NotFiniteRowsError
 
 
 def dtype_of_sums(asked: str | None, parameters: Mapping[str, Tensor]) -> torch.dtype:
@@ -32,8 +36,20 @@ def naming_step(step: int) -> Iterator[None]:
     """Put the step in front of the message of a ValueError."""
     try:
         yield
+    except NotFiniteRowsError:  # `decompose` says which row of the data that is
+        raise
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
+
+
+def not_finite(data: Any) -> str | None:
+    """Say which row of the data is the first that holds NaN or infinity; None for a stream, which cannot be asked."""
+    for row in range(count_rows(data) or 0):
+        if not all(
+            torch.isfinite(t).all() for t in tensors_of(without_label(take(data, [row]))) if t.is_floating_point()
+        ):
+            return f"data: row {row} (from 0) holds NaN or infinity"
+    return None
 
 
 def check_finite(decomposition: Subnetworks) -> None:

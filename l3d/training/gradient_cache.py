@@ -195,6 +195,7 @@ def contents(model: nn.Module, extractor: Extractor, data: Any, settings: Settin
         "params": list(extractor.parameters),
         "data": digest(_tensors_in(data)),
         "n_references": n_references,
+        **({"exponent": extractor.exponent} if extractor.exponent else {}),
         **chosen,
     }
 

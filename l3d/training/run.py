@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from l3d.callbacks import Callback
-from l3d.data.batch import to_device
+from l3d.data.batch import to_device, without_label
 from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
 from l3d.decomposition.costs import Plan
@@ -21,6 +21,7 @@ from l3d.gradients.ahead import Ahead
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients, concatenate
+from l3d.gradients.fixed import check_rows_apart
 from l3d.gradients.microbatch import Microbatches, in_chunks
 from l3d.gradients.shuffled import shuffled
 from l3d.storage.identity import identity
@@ -106,7 +107,7 @@ class Run:
             self.batches.peek()
             with naming_step(0):
                 first = self.extractor(to_device(self.batches[0], self.device), self._generator(0))
-                self.settings = replace(self.settings, rank=ranks_from_gradients(first) or 1)
+                self.settings = replace(self.settings, rank=ranks_from_gradients(first.in_range()[0]) or 1)
 
     def _start(self, build: type[Subnetworks]) -> Subnetworks:
         """Draw every restart's directions, and lay them side by side."""
@@ -191,9 +192,15 @@ class Run:
     def check(self) -> None:
         """Go through a first step without taking it, to meet bad input before anything is written."""
         self.batches.peek()
+        if self.micro_batch_size is not None or self.group is not None:
+            why = "leave out micro_batch_size" if self.group is None else "train it in one process"
+            first = without_label(to_device(self.batches[0], self.device))
+            check_rows_apart(self.extractor.model, first, why)
         n_samples = 0
         with torch.no_grad():
             for gradients in in_chunks(self._batch(0), False, self._held):
+                if n_samples == 0:  # a factor on all gradients changes no figure
+                    gradients, self.extractor.exponent = gradients.in_range()
                 self.stepper.objective(gradients, 1.0)
                 n_samples += gradients.n_samples
         if self.extractor.is_per_sample() and self.batches.per_epoch is not None:
@@ -299,7 +306,7 @@ class Run:
             best = best.to(torch.bfloat16)
         best.restart_errors = errors
         best.history = self.recorder.history_of(index)
-        best.threshold = self.recorder.thresholds[index]
+        best.threshold = math.ldexp(self.recorder.thresholds[index], -self.extractor.exponent)
         best.timing = self.timing()
         return best
 

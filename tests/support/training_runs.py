@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ class Net(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
-        self.calls, self.at, self.act = 0, at, act
+        self.made, self.at, self.act = SimpleNamespace(calls=0), at, act
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.made.calls += torch.is_grad_enabled()  # the look whether a batch gives the same again is without
         y = self.second(torch.tanh(self.first(x)))
-        return self.act(y) if self.calls == self.at and self.act is not None else y
+        return self.act(y) if self.made.calls == self.at and self.act is not None else y
 
 
 def interrupt(_: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(reads: str, tmp_path: Path)
         ({"params": "0.weight"}, "params"),
         ({"divergence": "mse_published"}, "divergence"),
         ({"reference": "mean"}, "reference"),
-        ({"reference": torch.zeros(8, 3)}, "reference"),
+        ({"reference": torch.zeros(3)}, "reference"),
         ({"seed": 1}, "seed"),
         ({"batch_size": 10}, "batch_size"),
         ({"dtype": "float64"}, "dtype"),

@@ -47,6 +47,7 @@ class Graph(NamedTuple):
     opaque: bool  # a custom autograd.Function may use parameters without an edge: `uses` may be incomplete
     rows_stay: bool  # dimension 0 of every tensor is the batch, or blocks of it; no operation moves or mixes rows
     n_entries: int  # in all operations' outputs, about what the graph holds
+    reached: set[str]  # the chosen parameters that the graph holds
 
 
 def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Graph:
@@ -57,6 +58,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     uses: list[Use] = []
+    reached: set[str] = set()
     opaque = source_of(root, names, n_rows) is not None  # the output is a rearranged parameter: a use without a node
     rows_stay = True
     n_entries = 0
@@ -66,7 +68,10 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
         node = stack.pop()
         kind = operation(node)
         if kind == "AccumulateGrad":
+            reached.add(names.get(id(node.variable), ""))  # type: ignore[attr-defined]
             continue
+        if kind == "WarnNotImplemented":
+            _refuse_below(node, names)
         n_entries += output_shape(node).numel()
         if kind == "CheckpointFunction":
             raise ValueError(
@@ -86,7 +91,22 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             if below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return Graph(uses, opaque, rows_stay, n_entries)
+    return Graph(uses, opaque, rows_stay, n_entries, reached)
+
+
+def _refuse_below(node: Any, names: Mapping[int, str]) -> None:
+    """Raise ValueError if a chosen parameter is below an operation without a derivative, where autograd only warns."""
+    seen, stack = {node}, [node]
+    while stack:
+        at = stack.pop()
+        if operation(at) == "AccumulateGrad" and id(at.variable) in names:
+            raise ValueError(
+                f"params: the output depends on {names[id(at.variable)]!r} through an operation that registers no "
+                "derivative, so its gradient would be missing; register one (torch.library.register_autograd)"
+            )
+        below = {each for each, _ in at.next_functions if each is not None} - seen
+        seen |= below
+        stack += below
 
 
 def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
