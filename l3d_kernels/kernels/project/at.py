@@ -10,8 +10,6 @@ computes the gradients to left and right. Where nearly all pairs are kept, `proj
 makes that choice by counted cost, so there is no second path here. Specification: `l3d_kernels.reference.project_at`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -97,18 +95,9 @@ def project_at_forward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    return [None, None, *project_at_backward(d_out, *saved)]
-
-
-class _ProjectAt(common.Differentiable):
-    @staticmethod
-    def forward(
-        x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
-    ) -> Tensor:
-        return project_at_forward(x, dy, left, right, order, offsets, rows)
-
-    backward = common.backward_of(_backward)
+_project_at = common.differentiable(
+    project_at_forward, lambda needs, saved, d_out: [None, None, *project_at_backward(d_out, *saved)]
+)
 
 
 def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:
@@ -116,7 +105,7 @@ def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseC
     if torch.is_grad_enabled() and (x.requires_grad or dy.requires_grad):
         raise ValueError("x, dy: the kernels of project_at have no gradient to them; detach them, or use 'torch'")
     order = kept.column_order, kept.column_offsets, kept.rows
-    return _ProjectAt.apply(*common.contiguous(x, dy, left, right, *order))
+    return _project_at(*common.contiguous(x, dy, left, right, *order))
 
 
 TRITON["project_at"] = project_at

@@ -71,7 +71,7 @@ def project_at_rows(
 @triton.jit
 def project_at_outer(
     out_ptr,  # [columns, R, D]
-    rows_ptr,  # [places, T, R]
+    product_ptr,  # [places, T, R]
     side_ptr,  # [S / divide, T, D] dy or x
     offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
     sample_ptr,  # [places] int64
@@ -95,7 +95,7 @@ def project_at_outer(
         lines = first + start + tl.arange(0, BLOCK_D)
         mask = lines < stop
         offs_s = tl.load(sample_ptr + lines // T, mask=mask, other=0) // divide
-        places = (rows_ptr + lines * R)[None, :] + offs_r[:, None]
+        places = (product_ptr + lines * R)[None, :] + offs_r[:, None]
         rows = load(places, mask[None, :] & mask_r[:, None])  # [R, lines]
         places = (side_ptr + (offs_s * T + lines % T) * D)[:, None] + offs_d[None, :]
         side = load(places, mask[:, None] & mask_d[None, :])  # [lines, D]
@@ -122,12 +122,11 @@ TABLE["project_at_outer"] = {
 def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divide: int) -> Tensor:
     """Launch the gradient to one factor: rows [places, T, R], with dy or x as `side` -> [columns, R, D]."""
     (_, T, R), D, columns = rows.shape, side.shape[2], len(offsets) - 1
-    out, (row, precision) = empty((columns, R, D), rows), common.row_for("project_at_outer", rows)
-    block = wide_ranks(R, 64)
-    grid = (columns, ceil_div(R, block), ceil_div(D, row.blocks["BLOCK_COLS"]))
-    pointers = {"out_ptr": out, "rows_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
-    flags: dict[str, Any] = {"BLOCK_R": block, "PRECISION": precision}
-    common.launch(project_at_outer, grid, row, out.device, T=T, R=R, D=D, divide=divide, **pointers, **flags)
+    out, row, block = empty((columns, R, D), rows), common.row_for(project_at_outer, rows), wide_ranks(R, 64)
+    grid = (columns, ceil_div(R, block), *row.tiles(COLS=D))
+    pointers = {"out_ptr": out, "product_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
+    sizes = {"T": T, "R": R, "D": D, "divide": divide, "BLOCK_R": block}
+    common.launch(project_at_outer, grid, row, out.device, **pointers, **sizes)
     return out
 
 
@@ -189,6 +188,5 @@ def project_at_backward(
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    types = {"offsets_ptr": "*i64", "sample_ptr": "*i64"}
     forms = [({"BLOCK_R": cols}, cols != 32) for cols in (16, 32, 64)]
-    return cases_of(project_at_rows, kind) + cases_of_kernel(project_at_outer, kind, forms, types, ("D",))
+    return cases_of(project_at_rows, kind) + cases_of_kernel(project_at_outer, kind, forms)

@@ -134,11 +134,11 @@ class Piece:
     """The gradients of some subnetworks, start..stop: their part of the inputs, and the steps of the backward pass."""
 
     def __init__(self, d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, start: int, stop: int):
-        self.d_out, self.x, self.dy = d_out, x, dy
+        self.x, self.dy, self.R = x, dy, left.shape[1]
         self.left, self.right = left[start:stop].flatten(0, 1), right[start:stop].flatten(0, 1)
-        self.cols, self.share = len(self.left), len(dy) // len(x)
-        self.sizes = {"T": dy.shape[1], "O": dy.shape[2], "R": left.shape[1], "K_all": d_out.shape[1]}
-        self.weights = d_out[:, start:stop]
+        self.cols, self.share, self.weights = len(self.left), len(dy) // len(x), d_out[:, start:stop]
+        self.shared = {"d_out_ptr": self.weights, "dy_ptr": dy, "T": dy.shape[1], "O": dy.shape[2], "R": self.R}
+        self.shared |= {"K_all": d_out.shape[1], "cols_out": self.cols, "share": self.share}
 
     def x_right(self) -> Tensor:
         """Compute x·right, a row per position; for indices, a row per index: [rows, K*R]."""
@@ -148,33 +148,21 @@ class Piece:
         """Launch `dy_left`: [B*T, K*R]."""
         rows = self.x.shape[0] * self.x.shape[1]
         out = empty((rows, self.cols), self.dy)
-        row, precision = common.row_for("project_returned", self.dy)
-        grid = (ceil_div(rows, row.blocks["BLOCK_ROWS"]), ceil_div(self.cols, row.blocks["BLOCK_COLS"]))
-        pointers = {"out_ptr": out, "d_out_ptr": self.weights, "dy_ptr": self.dy, "left_ptr": self.left}
-        sizes = {"rows_out": rows, "cols_out": self.cols, "share": self.share, **self.sizes}
-        common.launch(project_returned, grid, row, out.device, PRECISION=precision, **pointers, **sizes)
+        row = common.row_for(project_returned, self.dy)
+        own = {"out_ptr": out, "left_ptr": self.left, "rows_out": rows, **self.shared}
+        common.launch(project_returned, row.tiles(ROWS=rows, COLS=self.cols), row, out.device, **own)
         return out
 
     def d_left(self, x_right: Tensor) -> Tensor:
         """Launch d_left of these subnetworks: [K*R, O]."""
         (S, T, O), dy = self.dy.shape, self.dy
-        row, precision = common.row_for("project_weighted", dy)
-        tiles = (ceil_div(self.cols, row.blocks["BLOCK_ROWS"]), ceil_div(O, row.blocks["BLOCK_COLS"]))
+        row = common.row_for(project_weighted, dy)
+        tiles = row.tiles(ROWS=self.cols, COLS=O)
         splits = splits_of(S * T, tiles[0] * tiles[1], row.blocks["BLOCK_D"])
         out = empty((splits, self.cols, O), dy, None if splits == 1 else common.wide(dy.dtype))
-        pointers = {
-            "out_ptr": out,
-            "d_out_ptr": self.weights,
-            "x_right_ptr": x_right,
-            "index_ptr": self.x,
-            "dy_ptr": dy,
-        }
-        sizes = {"rows_in": S * T, "cols_out": self.cols, "share": self.share, **self.sizes}
-        flags = {"INDEXED": not self.x.is_floating_point(), "PRECISION": precision}
-        rows_split = ceil_div(S * T, splits)
-        common.launch(
-            project_weighted, (*tiles, splits), row, dy.device, rows_split=rows_split, **flags, **pointers, **sizes
-        )
+        own = {"out_ptr": out, "x_right_ptr": x_right, "index_ptr": self.x, "INDEXED": not self.x.is_floating_point()}
+        own |= {"rows_in": S * T, "rows_split": ceil_div(S * T, splits)}
+        common.launch(project_weighted, (*tiles, splits), row, dy.device, **own, **self.shared)
         return out[0] if splits == 1 else out.sum(0).to(dy.dtype)
 
     def d_right(self, dy_left: Tensor) -> Tensor:
@@ -187,7 +175,7 @@ class Piece:
         """Compute the part of d_dy that these subnetworks give: [S, T, O]."""
         if not self.x.is_floating_point():
             x_right = x_right[self.x.flatten()]
-        by_sequence = x_right.view(len(self.x), 1, self.sizes["T"], -1, self.sizes["R"])
+        by_sequence = x_right.view(len(self.x), 1, self.dy.shape[1], -1, self.R)
         weights = self.weights.unflatten(0, (len(self.x), self.share))[:, :, None, :, None]
         return ((by_sequence * weights).flatten(3) @ self.left).flatten(0, 1)
 
@@ -233,7 +221,7 @@ def project_backward(
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    forms, types = [({"INDEXED": indexed}, indexed) for indexed in (False, True)], {"index_ptr": "*i64"}
-    cases = cases_of_kernel(project_returned, kind) + cases_of_kernel(project_weighted, kind, forms, types)
-    split = cases_of_kernel(project_weighted, kind, forms, types | {"out_ptr": "*fp32"})
+    forms = [({"INDEXED": indexed}, indexed) for indexed in (False, True)]
+    cases = cases_of_kernel(project_returned, kind) + cases_of_kernel(project_weighted, kind, forms)
+    split = cases_of_kernel(project_weighted, kind, forms, out_ptr="*fp32")
     return cases + [case._replace(long=True) for case in split if case.dtype != "fp32"]

@@ -81,7 +81,7 @@ def coefficients(
     """Launch products and sums: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, _), (K, R, _), B = dy.shape, left.shape, len(x)
     out, share = empty((S, K), dy), S // B if B else 0
-    row, _ = common.row_for("project_multiply", dy)
+    row = common.row_for(project_multiply, dy)
     ranks = slot(R, row.blocks["BLOCK_COLS"])
     per_subnetwork = (share + 1) * T * R  # of one sequence
     step_k = max(1, min(K, common.WORKSPACE // max(1, per_subnetwork)))
@@ -110,5 +110,4 @@ def products(side: Tensor, factor: Tensor) -> Tensor:
 def compile_cases(kind: str, count: bool = False, slots: Sequence[int] = (1, 8, 256)) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device; `count`: as `project_topk` does."""
     forms = [({"SLOT_R": ranks, **COUNTED[count]}, ranks != 8) for ranks in slots]
-    types = {"histogram_ptr": "*i64"} if count else {}
-    return cases_of_kernel(project_multiply, kind, forms, types, (), is_matrix=False)
+    return cases_of_kernel(project_multiply, kind, forms)

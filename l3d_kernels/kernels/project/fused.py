@@ -18,10 +18,10 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, row_products, sum_groups, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows, lookup
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows
 
 # --- kernels ----------------------------------------------------------------------------------------------------
 
@@ -161,16 +161,16 @@ def is_spread(slot_t: int, slot_r: int) -> bool:
     return slot_t < 16 or slot_t * slot_r < 32
 
 
-def tiling(kernel: str, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any], tuple[int, int]]:
+def tiling(kernel: Any, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any], tuple[int, int]]:
     """Return the launch row, the constants and the grid of a kernel."""
     (S, T, _), (K, R, _) = dy.shape, left.shape
-    row, precision = common.row_for(kernel, dy)
+    row = common.row_for(kernel, dy)
     slot_t, slot_r = slots(T, row.blocks["BLOCK_ROWS"]), slots(R, row.blocks["BLOCK_COLS"])
     if is_spread(slot_t, slot_r):
-        row, _ = common.row_for(f"{kernel} spread", dy)
+        row = common.row_for(kernel, dy, " spread")
         slot_t, slot_r = slots(T, row.blocks["BLOCK_ROWS"]), slots(R, row.blocks["BLOCK_COLS"])
     grid = (ceil_div(S, row.blocks["BLOCK_ROWS"] // slot_t), ceil_div(K, row.blocks["BLOCK_COLS"] // slot_r))
-    return row, {"SLOT_T": slot_t, "SLOT_R": slot_r, "PRECISION": precision}, grid
+    return row, {"SLOT_T": slot_t, "SLOT_R": slot_r}, grid
 
 
 def slots(size: int, block: int) -> int:
@@ -198,15 +198,14 @@ def coefficients(
     (S, T, O), (K, R, I) = dy.shape, right.shape
     out = empty((S, K), dy)
     pair = x.is_floating_point() and len(x) == S
-    row, constants, grid = tiling("project_pair" if pair else "project_seen", dy, left)
+    row, constants, grid = tiling(project_pair if pair else project_seen, dy, left)
     shared = {"out_ptr": out, "dy_ptr": dy, "left_ptr": left, "S": S, "T": T, "O": O, "K": K, "R": R, **constants}
     shared |= {"base_ptr": base, "histogram_ptr": histogram}
     if pair:
         common.launch(project_pair, grid, row, dy.device, x_ptr=x, right_ptr=right, I=I, **shared)
     elif S:
-        look_up = {"x_right_ptr": sequence_products(x, right), "index_ptr": x}
-        indexed = not x.is_floating_point()
-        common.launch(project_seen, grid, row, dy.device, INDEXED=indexed, share=S // len(x), **look_up, **shared)
+        look_up = {"x_right_ptr": sequence_products(x, right), "index_ptr": x, "INDEXED": not x.is_floating_point()}
+        common.launch(project_seen, grid, row, dy.device, share=S // len(x), **look_up, **shared)
     return out
 
 
@@ -218,16 +217,12 @@ def compile_cases(kind: str, count: bool = False, tiles: Sequence[tuple[int, int
 
     Of TILES only the first two are in the short test; of other tiles, all are.
     """
-    cases, types = [], {"index_ptr": "*i64"} | ({"histogram_ptr": "*i64"} if count else {})
-    for dtype, bits, precision, long in compile_dtypes(kind):
-        for slot_t, slot_r in tiles:
-            spread = " spread" if is_spread(slot_t, slot_r) else ""
-            late = long or (tiles is TILES and (slot_t, slot_r) not in TILES[:2])
-            constants = {"PRECISION": precision, "SLOT_T": slot_t, "SLOT_R": slot_r, **COUNTED[count]}
-            row = lookup(f"project_pair{spread}", kind, bits)
-            cases.append(CompileCase(project_pair, dtype, constants, row, types, long=late))
-            row = lookup(f"project_seen{spread}", kind, bits)
-            for indexed in (False, True):
-                own = {**constants, "INDEXED": indexed}
-                cases.append(CompileCase(project_seen, dtype, own, row, types, long=late or indexed))
+    cases = []
+    for slot_t, slot_r in tiles:
+        spread = " spread" if is_spread(slot_t, slot_r) else ""
+        constants = {"SLOT_T": slot_t, "SLOT_R": slot_r, **COUNTED[count]}
+        late = tiles is TILES and (slot_t, slot_r) not in TILES[:2]
+        indexed = [({**constants, "INDEXED": indexed}, late or indexed) for indexed in (False, True)]
+        cases += cases_of_kernel(project_pair, kind, [(constants, late)], spread)
+        cases += cases_of_kernel(project_seen, kind, indexed, spread)
     return cases

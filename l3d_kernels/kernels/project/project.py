@@ -10,8 +10,6 @@ with a small kernel after them (`chunked`). The table in `path_table` chooses. S
 `l3d_kernels.reference.project`.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from l3d_kernels.kernels.project import chunked as project_chunked
@@ -48,26 +46,16 @@ def project_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: st
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    grads = project_backward(d_out, *saved, list(needs[:4]))
-    return [grad if need else None for grad, need in zip(grads, needs[:4], strict=True)]
-
-
-class _Project(common.Differentiable):
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None) -> Tensor:
-        return project_forward(x, dy, left, right, path)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-
-    backward = common.backward_of(_backward)
+_project = common.differentiable(
+    project_forward,
+    lambda needs, saved, d_out: project_backward(d_out, *saved, list(needs[:4])),
+    lambda inputs, output: inputs[:4],
+)
 
 
 def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None = None) -> Tensor:
     """Run `l3d_kernels.reference.project` with Triton kernels, by the path that the table names, or by `path`."""
-    return _Project.apply(*common.contiguous(x, dy, left, right), path)
+    return _project(*common.contiguous(x, dy, left, right), path)
 
 
 TRITON["project"] = project

@@ -9,8 +9,6 @@ One batched library product forms a piece of G, [S, rows, I] of at most common.W
 each piece of G again. Specification: `l3d_kernels.reference.project_tiled`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,21 +44,14 @@ def project_tiled_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, r
     return d_left, d_right.to(right.dtype)
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    return [None, None, *project_tiled_backward(d_out, *saved)]
-
-
-class _ProjectTiled(common.Differentiable):
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return project_tiled_forward(x, dy, left, right)
-
-    backward = common.backward_of(_backward)
+_project_tiled = common.differentiable(
+    project_tiled_forward, lambda needs, saved, d_out: [None, None, *project_tiled_backward(d_out, *saved)]
+)
 
 
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_tiled` with Triton kernels."""
-    return _ProjectTiled.apply(*common.contiguous(x, dy, left, right))
+    return _project_tiled(*common.contiguous(x, dy, left, right))
 
 
 TRITON["project_tiled"] = project_tiled
