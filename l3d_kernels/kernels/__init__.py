@@ -5,44 +5,16 @@ order: formula and shapes, kernels, launch table, launch, gradients, public func
 kernel and `project.project` for how an op is put together.
 """
 
-from l3d_kernels import registry
 from l3d_kernels.kernels.decode import softmax_mean, sparse_decode, sparse_decode_weight
 from l3d_kernels.kernels.energy import gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm
-from l3d_kernels.kernels.project import (
-    at,
-    at_backward,
-    backward,
-    chunked,
-    dense,
-    fused,
-    project,  # noqa: F401 (chooses between chunked and fused)
-    tiled,  # noqa: F401 (launches dense's kernel)
-    topk,
-)
-from l3d_kernels.kernels.shared import device, path_table, segment_sum
+from l3d_kernels.kernels.project import at, at_backward, backward, chunked, dense, fused, project, tiled, topk  # noqa: F401
+from l3d_kernels.kernels.shared import device, segment_sum
+from l3d_kernels.kernels.shared.path_table import torch_is_faster  # noqa: F401 (the registry asks it)
 from l3d_kernels.kernels.topk import batch_topk
 
-# Each has compile_cases(kind): what the ahead-of-time test compiles.
-MODULES = (
-    batch_topk,
-    gram,
-    gram_energy,
-    gram_energy_backward,
-    at,
-    at_backward,
-    backward,
-    chunked,
-    dense,
-    fused,
-    topk,
-    reconstruct,
-    segment_sum,
-    softmax_mean,
-    sparse_decode,
-    sparse_decode_weight,
-    squared_gradient_norm,
-)
+INTERPRETED = bool(device.INTERPRETED.value)  # the kernels run in Triton's interpreter
 
-registry.register(registry.Kernels(bool(device.INTERPRETED.value), path_table.torch_is_faster))
-
-__all__ = ["MODULES"]
+# Each has compile_cases(kind): what the ahead-of-time test compiles. `project` and `tiled` launch the others' kernels.
+ENERGY = (gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm)
+PROJECT = (at, at_backward, backward, chunked, dense, fused, topk)
+MODULES = (batch_topk, *ENERGY, *PROJECT, segment_sum, softmax_mean, sparse_decode, sparse_decode_weight)

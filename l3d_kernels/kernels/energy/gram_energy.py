@@ -114,7 +114,7 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
 
 
 _coactive = common.differentiable(
-    lambda values, left, right, rows, columns, row_offsets, *_: energy_forward(
+    lambda values, left, right, rows, columns, row_offsets, column_order, column_offsets: energy_forward(
         values, columns, row_offsets, left, right
     ),
     _backward,

@@ -142,13 +142,13 @@ def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> l
 
 
 _reconstruct = common.differentiable(
-    lambda values, left, right, rows, columns, row_offsets, *_: reconstruct_forward(
+    lambda values, left, right, rows, columns, row_offsets, column_order, column_offsets: reconstruct_forward(
         values, columns, row_offsets, left, right
     ),
     _backward,
 )
 _residual_norm = common.differentiable(
-    lambda values, left, right, grad, rows, columns, row_offsets, *_: residual_norm_forward(
+    lambda values, left, right, grad, rows, columns, row_offsets, column_order, column_offsets: residual_norm_forward(
         values, columns, row_offsets, left, right, grad
     ),
     _backward_norm,

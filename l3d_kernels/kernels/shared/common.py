@@ -5,6 +5,8 @@ from `device`.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,7 +117,8 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
+        bound: Any = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
+        bound.__signature__ = inspect.signature(function)
         bound.register_fake(fake)
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -146,6 +149,7 @@ def differentiable(
     gradients: a function of (needs, saved, d_out), where needs says which inputs need a gradient, saved holds the saved
     tensors and d_out is the upstream gradient. It returns the gradients of the first inputs; those of the others, and
     what is not needed, are None.
+    operator: takes a fixed number of arguments.
     save: a function of (inputs, output) that returns the tensors to save; all inputs are saved if it is not given.
 
     The result passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient; a second derivative raises.
@@ -155,6 +159,7 @@ def differentiable(
         generate_vmap_rule = True
 
         @staticmethod
+        @functools.wraps(operator, assigned=(), updated=())  # torch.compile looks at the signature
         def forward(*inputs: Any) -> Any:
             return operator(*inputs)
 
