@@ -37,12 +37,13 @@ def load_kernels() -> str:
 
 def interpreted() -> bool:
     """Return whether the loaded kernels run in Triton's interpreter; that is settled when they are imported."""
-    return bool(importlib.import_module("l3d_kernels.kernels").INTERPRETED)
+    return bool(importlib.import_module("l3d_kernels.kernels.shared.device").INTERPRETED.value)
 
 
 def torch_is_faster(op: str, device: torch.device, dtype: torch.dtype, width: str) -> bool:
     """Return whether the loaded kernels' table names plain torch for an op, on a device, for a dtype and a width."""
-    return bool(importlib.import_module("l3d_kernels.kernels").torch_is_faster(op, device, dtype, width))
+    table = importlib.import_module("l3d_kernels.kernels.shared.path_table")
+    return bool(table.path_of(op, device, dtype, width) == table.TWIN)
 
 
 # torch.compile calls these three while it traces and treats what they return as constants, which they are. The mark is

@@ -5,16 +5,22 @@ order: formula and shapes, kernels, launch table, launch, gradients, public func
 kernel and `project.project` for how an op is put together.
 """
 
+from l3d_kernels import registry
 from l3d_kernels.kernels.decode import softmax_mean, sparse_decode, sparse_decode_weight
 from l3d_kernels.kernels.energy import gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm
-from l3d_kernels.kernels.project import at, at_backward, backward, chunked, dense, fused, project, tiled, topk  # noqa: F401
-from l3d_kernels.kernels.shared import device, segment_sum
-from l3d_kernels.kernels.shared.path_table import torch_is_faster  # noqa: F401 (the registry asks it)
+from l3d_kernels.kernels.project import at, at_backward, backward, chunked, dense, fused, project, tiled, topk
+from l3d_kernels.kernels.shared import segment_sum
 from l3d_kernels.kernels.topk import batch_topk
 
-INTERPRETED = bool(device.INTERPRETED.value)  # the kernels run in Triton's interpreter
+PROJECTIONS = (project.project, tiled.project_tiled, at.project_at, dense.project_dense, topk.project_topk)
+SELECTIONS = (batch_topk.batch_topk, batch_topk.batch_topk_over_ranks)
+ENERGIES = (gram.gram, gram_energy.gram_energy, gram_energy.gram_energy_coactive)
+NORMS = (squared_gradient_norm.squared_gradient_norm, reconstruct.squared_residual_norm, reconstruct.reconstruct)
+DECODERS = (sparse_decode.sparse_decode, softmax_mean.softmax_mean)
+for op in (*PROJECTIONS, *SELECTIONS, *ENERGIES, *NORMS, *DECODERS):
+    registry.TRITON[op.__name__] = op
 
-# Each has compile_cases(kind): what the ahead-of-time test compiles. `project` and `tiled` launch the others' kernels.
-ENERGY = (gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm)
+# Each has compile_cases(kind): what the ahead-of-time test compiles.
 PROJECT = (at, at_backward, backward, chunked, dense, fused, topk)
+ENERGY = (gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm)
 MODULES = (batch_topk, *ENERGY, *PROJECT, segment_sum, softmax_mean, sparse_decode, sparse_decode_weight)

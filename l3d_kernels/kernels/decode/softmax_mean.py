@@ -20,10 +20,9 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, Forms, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
+from l3d_kernels.splitting import pieces
 
 WIDEST = 512  # bytes of a row up to which the sums stay in registers
 
@@ -167,10 +166,10 @@ def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (S, D), V = hidden.shape, len(weight)
     row = common.row_for(softmax_mean_narrow, hidden)
     tiles, steps = row.tiles(S=S, V=V)
-    rows_split = ceil_div(steps, min(steps, ceil_div(common.PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
-    splits = ceil_div(V, rows_split)
-    mean = empty((splits, S, D), hidden, common.wide(hidden.dtype))
-    highest, total = (empty((splits, S), mean) for _ in range(2))
+    rows_split = common.ceil_div(steps, min(steps, common.ceil_div(common.PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
+    splits = common.ceil_div(V, rows_split)
+    mean = common.empty((splits, S, D), hidden, common.wide(hidden.dtype))
+    highest, total = (common.empty((splits, S), mean) for _ in range(2))
     outputs = {"mean_ptr": mean, "highest_ptr": highest, "total_ptr": total}
     inputs = {"hidden_ptr": hidden, "weight_ptr": weight, "bias_ptr": weight if bias is None else bias}
     sizes = {"S": S, "V": V, "D": D, "rows_split": rows_split}
@@ -186,15 +185,14 @@ def in_pieces(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     mean = torch.zeros((S, D), dtype=common.wide(hidden.dtype), device=hidden.device)
     highest, total = mean.new_full((S,), -torch.inf), mean.new_zeros(S)
     row, line = common.row_for(softmax_logits, hidden), common.row_for(softmax_exponentials, mean)
-    step = max(1, common.WORKSPACE // S)
-    for start in range(0, V, step):
-        part = weight[start : start + step]
-        logits, out, decay = empty((S, len(part)), mean), empty((S, len(part)), weight), empty((S,), mean)
-        shared = {"logits_ptr": logits, "V": len(part)}
+    for piece in pieces(V, S, common.WORKSPACE):
+        part = weight[piece]
+        logits, out = (common.empty((S, len(part)), like) for like in (mean, weight))
+        decay, shared = common.empty((S,), mean), {"logits_ptr": logits, "V": len(part)}
         own = {"hidden_ptr": hidden, "weight_ptr": part, "S": S, "D": D}
         common.launch(softmax_logits, row.tiles(S=S, V=len(part)), row, hidden.device, **own, **shared)
         own = {"out_ptr": out, "decay_ptr": decay, "highest_ptr": highest, "total_ptr": total}
-        own |= {"bias_ptr": part if bias is None else bias[start : start + step], "BIASED": bias is not None}
+        own |= {"bias_ptr": part if bias is None else bias[piece], "BIASED": bias is not None}
         common.launch(softmax_exponentials, (S,), line, hidden.device, **own, **shared)
         mean = mean * decay[:, None] + out @ part
     return mean / total[:, None]
@@ -215,9 +213,6 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.to(hidden.dtype).contiguous()
     return softmax_mean_forward(hidden, weight, bias)
-
-
-TRITON["softmax_mean"] = softmax_mean
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

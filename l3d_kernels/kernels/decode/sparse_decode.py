@@ -19,9 +19,7 @@ from torch import Tensor
 from l3d_kernels.kernels.decode.sparse_decode_weight import d_weight
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import empty
 from l3d_kernels.kernels.shared.device import load, store, zeros
-from l3d_kernels.registry import TRITON
 
 
 @triton.jit
@@ -118,7 +116,7 @@ def _fake_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: T
 def decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the forward kernel: [A, D]."""
     (L, D), n_codes = weight.shape, _n_codes(indices, row_offsets)
-    out, row = empty((n_codes, D), weight), common.row_for(decode_codes, weight)
+    out, row = common.empty((n_codes, D), weight), common.row_for(decode_codes, weight)
     pointers = {"out_ptr": out, "indices_ptr": indices, "values_ptr": values, "weight_ptr": weight}
     own = {"L": L, "D": D, **_per_code(indices, row_offsets)}
     common.launch(decode_codes, (n_codes, *row.tiles(D=D)), row, weight.device, **pointers, **own)
@@ -128,7 +126,7 @@ def decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor 
 @common.operator("sparse_decode_d_values", lambda d_out, indices, weight, _: weight.new_empty(indices.shape))
 def d_values(d_out: Tensor, indices: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the kernel of the gradient to the values: in the shape of `indices`."""
-    out, row = empty(indices.shape, weight), common.row_for(decode_d_values, weight)
+    out, row = common.empty(indices.shape, weight), common.row_for(decode_d_values, weight)
     pointers = {"d_values_ptr": out, "d_out_ptr": d_out.contiguous(), "indices_ptr": indices, "weight_ptr": weight}
     own = {"N": indices.numel(), "L": weight.shape[0], "D": weight.shape[1], **_per_code(indices, row_offsets)}
     common.launch(decode_d_values, (_n_codes(indices, row_offsets),), row, weight.device, **pointers, **own)
@@ -145,7 +143,9 @@ def _backward(needs: Any, saved: tuple[Any, ...], d_out: Tensor) -> list[Tensor 
     return [None, to_values, to_weight]
 
 
-_decode = common.differentiable(decode, _backward)
+_decode = common.differentiable(
+    lambda indices, values, weight, row_offsets: decode(indices, values, weight, row_offsets), _backward
+)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
@@ -153,9 +153,6 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: 
     values, weight = common.contiguous(values, weight)
     offsets = None if row_offsets is None else row_offsets.contiguous()
     return _decode(indices.contiguous(), values, weight, offsets)
-
-
-TRITON["sparse_decode"] = sparse_decode
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

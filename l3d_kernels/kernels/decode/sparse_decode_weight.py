@@ -15,7 +15,6 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import empty
 from l3d_kernels.kernels.shared.device import load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -122,9 +121,9 @@ def d_weight(d_out: Tensor, indices: Tensor, values: Tensor, n_rows: int, row_of
     codes = order
     if row_offsets is not None:
         codes = torch.searchsorted(row_offsets, torch.arange(flat.numel(), device=flat.device), right=True) - 1
-    out = empty((n_rows, D), d_out)
+    out = common.empty((n_rows, D), d_out)
     row, n_stretches = common.row_for(decode_d_weight, d_out), common.ceil_div(flat.numel(), STRETCH)
-    parts = empty((n_stretches, D), d_out, common.wide(d_out.dtype))
+    parts = common.empty((n_stretches, D), d_out, common.wide(d_out.dtype))
     shared: dict[str, Any] = {"d_out_ptr": d_out.contiguous(), "values_ptr": values, "order_ptr": order}
     shared |= {"codes_ptr": codes, "segments_ptr": segments, "parts_ptr": parts, "D": D, "STRETCH": STRETCH}
     shared |= {"per_code": indices.shape[1] if row_offsets is None else 0, "FIXED": row_offsets is None}

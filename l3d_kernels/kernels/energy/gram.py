@@ -20,10 +20,9 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, Forms, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import row_products, store, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
+from l3d_kernels.splitting import pieces
 
 CHUNK = 1 << 26  # elements of the rows' products that the backward pass forms at a time
 
@@ -93,8 +92,7 @@ def gram_forward(left: Tensor, right: Tensor) -> Tensor:
     K, R, O = left.shape
     row = common.row_for(gram_tile, left)
     ranks = min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"], common.power_of_two(R))
-    tiles = [ceil_div(K, row.blocks[block] // ranks) for block in ("BLOCK_A", "BLOCK_B")]
-    out = empty((K, K), left)
+    out, tiles = common.empty((K, K), left), row.tiles(A=K * ranks, B=K * ranks)
     sizes = {"K": K, "R": R, "O": O, "I": right.shape[2], "RANKS": ranks}
     common.launch(gram_tile, tiles, row, left.device, out_ptr=out, left_ptr=left, right_ptr=right, **sizes)
     return out
@@ -107,11 +105,10 @@ def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
     """
     K, R, A = side.shape
     flat_side, flat_other = side.flatten(0, 1), other.flatten(0, 1)
-    step = max(1, CHUNK // max(1, K * R * R))
     out = []
-    for k in range(0, K, step):
-        products = (other[k : k + step].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
-        products = products * both[k : k + step, None, :, None]
+    for piece in pieces(K, K * R * R, CHUNK):
+        products = (other[piece].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
+        products = products * both[piece, None, :, None]
         out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
     return torch.cat(out) if out else torch.zeros_like(side)
 
@@ -125,15 +122,12 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     return [side_gradient(both, *own) if need else None for own, need in zip(sides, needs, strict=True)]
 
 
-_gram = common.differentiable(gram_forward, _backward)
+_gram = common.differentiable(lambda left, right: gram_forward(left, right), _backward)
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram` with Triton kernels."""
     return _gram(*common.contiguous(left, right))
-
-
-TRITON["gram"] = gram
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -24,10 +24,8 @@ from l3d_kernels.kernels.energy.gram import gram
 from l3d_kernels.kernels.energy.gram_energy_backward import energy_backward, rows_of
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, row_products, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -91,9 +89,9 @@ def energy_forward(
     """Launch the forward kernel: (energy [S], sums of every row [N*R])."""
     n_samples, n_rows = len(row_offsets) - 1, values.numel() * left.shape[1]
     row = common.row_for(coactive_energy, left)
-    sums = empty((n_rows,), left, common.wide(left.dtype))
-    splits = max(1, ceil_div(n_rows, max(1, n_samples) * row.blocks["BLOCK_P"]))  # the tiles of an average sample
-    parts = empty((n_samples, splits), sums)
+    sums = common.empty((n_rows,), left, common.wide(left.dtype))
+    (splits,) = row.tiles(P=max(1, common.ceil_div(n_rows, max(1, n_samples))))  # the tiles of an average sample
+    parts = common.empty((n_samples, splits), sums)
     pointers = {"parts_ptr": parts, "sums_ptr": sums, "values_ptr": values, "columns_ptr": columns}
     pointers |= {"row_offsets_ptr": row_offsets, "left_ptr": left, "right_ptr": right}
     sizes = {"N": values.numel(), "O": left.shape[2], "I": right.shape[2], "R": left.shape[1]}
@@ -137,10 +135,6 @@ def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
     if 2 * kept.rows.numel() ** 2 < n_subnetworks**2 * n_samples or n_samples == 0:
         return gram_energy_coactive(kept, left, right)
     return energy_from_gram(kept, gram(left, right))
-
-
-TRITON["gram_energy_coactive"] = gram_energy_coactive
-TRITON["gram_energy"] = gram_energy
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

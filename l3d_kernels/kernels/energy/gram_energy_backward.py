@@ -12,7 +12,6 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -105,8 +104,9 @@ def energy_backward(
     K, R, A = side.shape
     row = common.row_for(coactive_backward, side)
     block_r = min(64, common.power_of_two(R, 16))
-    tiles_r = ceil_div(R, block_r)
-    splits = max(1, min(ceil_div(common.PROGRAMS, max(1, K * tiles_r)), ceil_div(values.numel(), max(1, K))))
+    tiles_r = common.ceil_div(R, block_r)
+    most = common.ceil_div(common.PROGRAMS, max(1, K * tiles_r))
+    splits = max(1, min(most, common.ceil_div(values.numel(), max(1, K))))
     sums = torch.zeros(splits, K, R, A, dtype=common.wide(side.dtype), device=side.device)
     pointers = {"d_a_ptr": sums, "upstream_ptr": upstream.contiguous(), "values_ptr": values, "rows_ptr": rows}
     pointers |= {"columns_ptr": columns, "row_offsets_ptr": row_offsets, "column_order_ptr": column_order}

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from l3d_kernels.kernels.energy import reconstruct_kernels as kernels
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import ceil_div, empty, power_of_two
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
+from l3d_kernels.splitting import pieces
 
 compile_cases = kernels.compile_cases
 
@@ -36,7 +35,7 @@ def _fake_tiles(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tens
 @common.operator("reconstruct", _fake_tiles)
 def reconstruct_forward(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the forward kernel: [S, O, I]."""
-    out = empty((len(row_offsets) - 1, left.shape[2], right.shape[2]), left)
+    out = common.empty((len(row_offsets) - 1, left.shape[2], right.shape[2]), left)
     _launch_tiles(kernels.reconstruct_tile, values, columns, row_offsets, left, right, out_ptr=out)
     return out
 
@@ -47,7 +46,7 @@ def residual_norm_forward(
 ) -> Tensor:
     """Launch the forward kernel: [S]."""
     tiles = common.row_for(kernels.residual_norm_tile, left).tiles(O=left.shape[2], I=right.shape[2])
-    parts = empty((len(grad), *tiles), grad, common.wide(grad.dtype))
+    parts = common.empty((len(grad), *tiles), grad, common.wide(grad.dtype))
     own = {"parts_ptr": parts, "grad_ptr": grad}
     _launch_tiles(kernels.residual_norm_tile, values, columns, row_offsets, left, right, **own)
     return parts.sum((1, 2)).to(grad.dtype)
@@ -62,7 +61,7 @@ def residual(
     """Launch the kernel of the scaled residual: [S, O, I]. grad: rows of O of a packed array, all of them or some."""
     if grad.stride()[1:] != (grad.shape[2], 1):
         grad = grad.contiguous()
-    out = empty(grad.shape, grad)
+    out = common.empty(grad.shape, grad)
     own = {"out_ptr": out, "scale_ptr": scale, "grad_ptr": grad, "stride_grad_s": grad.stride(0)}
     _launch_tiles(kernels.residual_tile, values, columns, row_offsets, left, right, **own)
     return out
@@ -88,10 +87,11 @@ def side_backward(
     """Launch the backward kernel for one side: (gradient to it, wide; gradients to the values with the left side's)."""
     d_out, (side, other) = d_out.contiguous(), (left, right) if to_left else (right, left)
     K, R, A = side.shape
-    row, block_r = common.row_for(kernels.reconstruct_backward, left), min(kernels.LARGEST_RANKS, power_of_two(R, 16))
-    tiles = (*row.tiles(A=A), ceil_div(R, block_r))
-    out = empty(side.shape, side, common.wide(side.dtype))
-    parts = empty((values.numel() if to_left else 0, *tiles), out)
+    row = common.row_for(kernels.reconstruct_backward, left)
+    block_r = min(kernels.LARGEST_RANKS, common.power_of_two(R, 16))
+    tiles = (*row.tiles(A=A), common.ceil_div(R, block_r))
+    out = common.empty(side.shape, side, common.wide(side.dtype))
+    parts = common.empty((values.numel() if to_left else 0, *tiles), out)
     pointers = {"d_a_ptr": out, "parts_ptr": parts, "d_out_ptr": d_out, "values_ptr": values, "rows_ptr": rows}
     pointers |= {"column_order_ptr": column_order, "column_offsets_ptr": column_offsets, "a_ptr": side, "b_ptr": other}
     stride_d_a, stride_d_b = (d_out.shape[2], 1) if to_left else (1, d_out.shape[2])
@@ -120,9 +120,7 @@ def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> l
     values, left, right, grad, rows, columns, row_offsets, *by_column = saved
     scale = 2 * upstream.to(common.wide(grad.dtype))
     d_values, d_left, d_right, d_grad = (list[Tensor]() for _ in range(4))
-    budget = max(1, common.WORKSPACE // max(1, len(grad) * grad.shape[2]))
-    for start in range(0, grad.shape[1], budget):
-        piece = slice(start, min(start + budget, grad.shape[1]))
+    for piece in pieces(grad.shape[1], len(grad) * grad.shape[2], common.WORKSPACE):
         part = left[:, :, piece].contiguous()
         rest = residual(scale, grad[:, piece], values, columns, row_offsets, part, right)
         if needs[3]:
@@ -163,7 +161,3 @@ def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
 def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_residual_norm` with Triton kernels."""
     return _residual_norm(*common.contiguous(kept.values, left, right, grad, *kept.indices()))
-
-
-TRITON["reconstruct"] = reconstruct
-TRITON["squared_residual_norm"] = squared_residual_norm

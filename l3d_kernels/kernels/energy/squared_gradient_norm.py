@@ -19,10 +19,8 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
 from l3d_kernels.splitting import pieces
 
 
@@ -150,7 +148,7 @@ def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
     share, I = S // len(x), 0 if indexed else x.shape[2]
     shared = {"x_ptr": x, "dy_ptr": dy, "I": I, "O": O, "share": share}
     if T == 1:
-        out, row = empty((S,), dy), common.row_for(norm_single, dy)
+        out, row = common.empty((S,), dy), common.row_for(norm_single, dy)
         common.launch(norm_single, (S,), row, dy.device, out_ptr=out, INDEXED=indexed, **shared)
         return out
     shared["T"] = T
@@ -159,9 +157,9 @@ def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
         tiles = row.tiles(O=O, I=I)
     else:
         kernel, row, block = norm_pairs, common.row_for(norm_pairs, dy), min(LARGEST_TILE, common.power_of_two(T, 16))
-        tiles = (ceil_div(T, block),) * 2
+        tiles = (common.ceil_div(T, block),) * 2
         shared |= {"INDEXED": indexed, "BLOCK_T": block}
-    parts = empty((S, *tiles), dy, common.wide(dy.dtype))
+    parts = common.empty((S, *tiles), dy, common.wide(dy.dtype))
     common.launch(kernel, parts.shape, row, dy.device, parts_ptr=parts, **shared)
     return parts.sum((1, 2)).to(dy.dtype)
 
@@ -190,15 +188,12 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-_norm = common.differentiable(norm_forward, _backward)
+_norm = common.differentiable(lambda x, dy: norm_forward(x, dy), _backward)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
     return _norm(*common.contiguous(x, dy))
-
-
-TRITON["squared_gradient_norm"] = squared_gradient_norm
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -19,10 +19,8 @@ from l3d_kernels.kernels.project.at_backward import project_at_backward
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
-from l3d_kernels.kernels.shared.common import empty
 from l3d_kernels.kernels.shared.device import store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -86,7 +84,7 @@ def project_at_forward(
     if n_pairs == 0 or dy.shape[1] == 0 or left.shape[1] == 0:
         return dy.new_zeros(n_pairs)
     pairs = Pairs(x, dy, left, right, (order, offsets, rows))
-    by_column, out = empty((n_pairs,), dy), empty((n_pairs,), dy)
+    by_column, out = common.empty((n_pairs,), dy), common.empty((n_pairs,), dy)
     pairs.launch(project_at_values, 0, len(left), 0, n_pairs, out_ptr=by_column)
     out[order] = by_column
     return out
@@ -96,7 +94,8 @@ def project_at_forward(
 
 
 _project_at = common.differentiable(
-    project_at_forward, lambda needs, saved, d_out: [None, None, *project_at_backward(d_out, *saved)]
+    lambda x, dy, left, right, order, offsets, rows: project_at_forward(x, dy, left, right, order, offsets, rows),
+    lambda needs, saved, d_out: [None, None, *project_at_backward(d_out, *saved)],
 )
 
 
@@ -106,9 +105,6 @@ def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseC
         raise ValueError("x, dy: the kernels of project_at have no gradient to them; detach them, or use 'torch'")
     order = kept.column_order, kept.column_offsets, kept.rows
     return _project_at(*common.contiguous(x, dy, left, right, *order))
-
-
-TRITON["project_at"] = project_at
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile, wide_ranks
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
@@ -122,8 +121,8 @@ TABLE["project_at_outer"] = {
 def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divide: int) -> Tensor:
     """Launch the gradient to one factor: rows [places, T, R], with dy or x as `side` -> [columns, R, D]."""
     (_, T, R), D, columns = rows.shape, side.shape[2], len(offsets) - 1
-    out, row, block = empty((columns, R, D), rows), common.row_for(project_at_outer, rows), wide_ranks(R, 64)
-    grid = (columns, ceil_div(R, block), *row.tiles(COLS=D))
+    out, row, block = common.empty((columns, R, D), rows), common.row_for(project_at_outer, rows), wide_ranks(R, 64)
+    grid = (columns, common.ceil_div(R, block), *row.tiles(COLS=D))
     pointers = {"out_ptr": out, "product_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
     sizes = {"T": T, "R": R, "D": D, "divide": divide, "BLOCK_R": block}
     common.launch(project_at_outer, grid, row, out.device, **pointers, **sizes)
@@ -170,7 +169,7 @@ def project_at_backward(
         return d_left, d_right
     pairs, weight = Pairs(x, dy, left, right, (order, offsets, rows)), d_out[order]
     for start, stop, first, n_pairs in pieces(offsets, rows.numel(), T * R):
-        x_right, dy_left = (empty((n_pairs, T, R), dy) for _ in range(2))
+        x_right, dy_left = (common.empty((n_pairs, T, R), dy) for _ in range(2))
         own, ends = slice(first, first + n_pairs), offsets[start : stop + 1] - first
         outputs = {"x_right_out_ptr": x_right, "dy_left_out_ptr": dy_left, "weight_ptr": weight[own]}
         pairs.launch(project_at_rows, start, stop, first, n_pairs, **outputs)

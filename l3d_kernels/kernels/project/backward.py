@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.fused import tile
+from l3d_kernels.kernels.project.fused import sequence_products, tile
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
+from l3d_kernels.splitting import pieces
 
 # --- kernels ----------------------------------------------------------------------------------------------------
 
@@ -127,41 +127,36 @@ TABLE["project_weighted"] = {
 
 def splits_of(rows: int, tiles: int, depth: int) -> int:
     """Return into how many parts a sum over `rows` is cut when the output has `tiles` tiles."""
-    return max(1, min(ceil_div(common.PROGRAMS, max(1, tiles)), rows // (4 * depth)))
+    return max(1, min(common.ceil_div(common.PROGRAMS, max(1, tiles)), rows // (4 * depth)))
 
 
 class Piece:
-    """The gradients of some subnetworks, start..stop: their part of the inputs, and the steps of the backward pass."""
+    """The gradients of some subnetworks: their part of the inputs, and the steps of the backward pass."""
 
-    def __init__(self, d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, start: int, stop: int):
-        self.x, self.dy, self.R = x, dy, left.shape[1]
-        self.left, self.right = left[start:stop].flatten(0, 1), right[start:stop].flatten(0, 1)
-        self.cols, self.share, self.weights = len(self.left), len(dy) // len(x), d_out[:, start:stop]
-        self.shared = {"d_out_ptr": self.weights, "dy_ptr": dy, "T": dy.shape[1], "O": dy.shape[2], "R": self.R}
-        self.shared |= {"K_all": d_out.shape[1], "cols_out": self.cols, "share": self.share}
-
-    def x_right(self) -> Tensor:
-        """Compute x·right, a row per position; for indices, a row per index: [rows, K*R]."""
-        return self.x.flatten(0, 1) @ self.right.mT if self.x.is_floating_point() else self.right.mT.contiguous()
+    def __init__(self, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, d_out: Tensor):
+        self.x, self.dy, self.R, self.share, self.d_out = x, dy, left.shape[1], len(dy) // len(x), d_out
+        self.left, self.right = left.flatten(0, 1), right.flatten(0, 1)
+        self.shared = {"d_out_ptr": d_out, "dy_ptr": dy, "T": dy.shape[1], "O": dy.shape[2], "R": self.R}
+        self.shared |= {"K_all": d_out.stride(0), "cols_out": len(self.left), "share": self.share}
 
     def dy_left(self) -> Tensor:
         """Launch `dy_left`: [B*T, K*R]."""
         rows = self.x.shape[0] * self.x.shape[1]
-        out = empty((rows, self.cols), self.dy)
+        out = common.empty((rows, len(self.left)), self.dy)
         row = common.row_for(project_returned, self.dy)
         own = {"out_ptr": out, "left_ptr": self.left, "rows_out": rows, **self.shared}
-        common.launch(project_returned, row.tiles(ROWS=rows, COLS=self.cols), row, out.device, **own)
+        common.launch(project_returned, row.tiles(ROWS=rows, COLS=len(self.left)), row, out.device, **own)
         return out
 
     def d_left(self, x_right: Tensor) -> Tensor:
         """Launch d_left of these subnetworks: [K*R, O]."""
         (S, T, O), dy = self.dy.shape, self.dy
         row = common.row_for(project_weighted, dy)
-        tiles = row.tiles(ROWS=self.cols, COLS=O)
+        tiles = row.tiles(ROWS=len(self.left), COLS=O)
         splits = splits_of(S * T, tiles[0] * tiles[1], row.blocks["BLOCK_D"])
-        out = empty((splits, self.cols, O), dy, None if splits == 1 else common.wide(dy.dtype))
+        out = common.empty((splits, len(self.left), O), dy, None if splits == 1 else common.wide(dy.dtype))
         own = {"out_ptr": out, "x_right_ptr": x_right, "index_ptr": self.x, "INDEXED": not self.x.is_floating_point()}
-        own |= {"rows_in": S * T, "rows_split": ceil_div(S * T, splits)}
+        own |= {"rows_in": S * T, "rows_split": common.ceil_div(S * T, splits)}
         common.launch(project_weighted, (*tiles, splits), row, dy.device, **own, **self.shared)
         return out[0] if splits == 1 else out.sum(0).to(dy.dtype)
 
@@ -176,7 +171,7 @@ class Piece:
         if not self.x.is_floating_point():
             x_right = x_right[self.x.flatten()]
         by_sequence = x_right.view(len(self.x), 1, self.dy.shape[1], -1, self.R)
-        weights = self.weights.unflatten(0, (len(self.x), self.share))[:, :, None, :, None]
+        weights = self.d_out.unflatten(0, (len(self.x), self.share))[:, :, None, :, None]
         return ((by_sequence * weights).flatten(3) @ self.left).flatten(0, 1)
 
 
@@ -200,22 +195,20 @@ def project_backward(
     d_x, d_dy, d_left, d_right = _zeros((x, dy, left, right), needs, dtypes)
     (S, T, _), (K, R, _) = dy.shape, left.shape
     per_subnetwork = R * T * (S if needs[1] else len(x))
-    step = max(1, common.WORKSPACE // max(1, per_subnetwork))
-    for start in range(0, K if S * T * R else 0, step):
-        stop = min(K, start + step)
-        piece = Piece(d_out.contiguous(), x, dy, left, right, start, stop)
+    for own in pieces(K if S * T * R else 0, per_subnetwork, common.WORKSPACE):
+        piece = Piece(x, dy, left[own], right[own], d_out.contiguous()[:, own])
         if needs[1] or needs[2]:
-            x_right = piece.x_right()
+            x_right = sequence_products(x, right[own])
             if needs[1]:
                 d_dy += piece.d_dy(x_right)
             if needs[2]:
-                d_left[start:stop] = piece.d_left(x_right).view_as(d_left[start:stop])
+                d_left[own] = piece.d_left(x_right).view_as(d_left[own])
         if needs[0] or needs[3]:
             dy_left = piece.dy_left()
             if needs[0]:
                 d_x += (dy_left @ piece.right).view_as(x)
             if needs[3]:
-                d_right[start:stop] = piece.d_right(dy_left).unflatten(0, (stop - start, R))
+                d_right[own] = piece.d_right(dy_left).unflatten(0, (-1, R))
     return d_x.to(dy.dtype), d_dy.to(dy.dtype), d_left, d_right
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -80,7 +79,7 @@ def coefficients(
 ) -> Tensor:
     """Launch products and sums: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, _), (K, R, _), B = dy.shape, left.shape, len(x)
-    out, share = empty((S, K), dy), S // B if B else 0
+    out, share = common.empty((S, K), dy), S // B if B else 0
     row = common.row_for(project_multiply, dy)
     ranks = slot(R, row.blocks["BLOCK_COLS"])
     per_subnetwork = (share + 1) * T * R  # of one sequence
@@ -94,7 +93,7 @@ def coefficients(
             part, own = out[samples, columns], None if base is None else base[samples, columns]
             pointers = {"out_ptr": part, "x_right_ptr": x_right, "dy_left_ptr": products(dy[samples], lefts)}
             sizes = {"S": part.shape[0], "T": T, "K": part.shape[1], "R": R, "stride": K, "share": share}
-            grid = (part.shape[0], ceil_div(part.shape[1], row.blocks["BLOCK_COLS"] // ranks))
+            grid = (part.shape[0], *row.tiles(COLS=part.shape[1] * ranks))
             flags = {"SLOT_R": ranks, "base_ptr": own, "histogram_ptr": histogram}
             common.launch(project_multiply, grid, row, dy.device, **pointers, **sizes, **flags)
     return out

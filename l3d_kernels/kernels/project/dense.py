@@ -20,10 +20,9 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
+from l3d_kernels.splitting import pieces
 
 # --- kernel -----------------------------------------------------------------------------------------------------
 
@@ -111,10 +110,10 @@ def partial_sums(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return grad.new_zeros((1, S, K), dtype=common.wide(grad.dtype))
     row = common.row_for(project_dense_sum, grad)
     *tiles, steps = row.tiles(K=K, S=S, O=O)
-    most = ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1]))
-    rows_split = ceil_div(steps, min(steps, most)) * row.blocks["BLOCK_O"]
-    splits = ceil_div(O, rows_split)
-    out = empty((splits, S, K), grad, common.wide(grad.dtype))
+    most = common.ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1]))
+    rows_split = common.ceil_div(steps, min(steps, most)) * row.blocks["BLOCK_O"]
+    splits = common.ceil_div(O, rows_split)
+    out = common.empty((splits, S, K), grad, common.wide(grad.dtype))
     pointers = {"out_ptr": out, "grad_ptr": grad, "left_ptr": left, "right_ptr": right}
     sizes = {"S": S, "O": O, "I": I, "K": K, "R": R, "rows_split": rows_split}
     sizes["BLOCK_R"] = min(32 if grad.element_size() == 2 else 16, common.power_of_two(R, 16))
@@ -140,9 +139,7 @@ def project_dense_backward(
     (_, O, I), K = grad.shape, len(left)
     d_grad = grad.new_empty(grad.shape if needs[0] else 0)
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
-    step = max(1, common.WORKSPACE // max(1, K * I))
-    for start in range(0, O, step):
-        rows = slice(start, min(O, start + step))
+    for rows in pieces(O, K * I, common.WORKSPACE):
         d_v = torch.einsum("sk,soi->koi", d_out, grad[:, rows])
         d_left[:, :, rows] = right @ d_v.mT
         d_right += left[:, :, rows] @ d_v
@@ -156,16 +153,14 @@ def project_dense_backward(
 
 
 _project_dense = common.differentiable(
-    project_dense_forward, lambda needs, saved, d_out: project_dense_backward(d_out, *saved, list(needs))
+    lambda grad, left, right: project_dense_forward(grad, left, right),
+    lambda needs, saved, d_out: project_dense_backward(d_out, *saved, list(needs)),
 )
 
 
 def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_dense` with Triton kernels."""
     return _project_dense(*common.contiguous(grad, left, right))
-
-
-TRITON["project_dense"] = project_dense
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -19,7 +19,6 @@ from torch import Tensor
 from l3d_kernels.kernels.project.epilogue import COUNTED, finish
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, row_products, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows
 
@@ -161,7 +160,7 @@ def is_spread(slot_t: int, slot_r: int) -> bool:
     return slot_t < 16 or slot_t * slot_r < 32
 
 
-def tiling(kernel: Any, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any], tuple[int, int]]:
+def tiling(kernel: Any, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any], tuple[int, ...]]:
     """Return the launch row, the constants and the grid of a kernel."""
     (S, T, _), (K, R, _) = dy.shape, left.shape
     row = common.row_for(kernel, dy)
@@ -169,8 +168,7 @@ def tiling(kernel: Any, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any
     if is_spread(slot_t, slot_r):
         row = common.row_for(kernel, dy, " spread")
         slot_t, slot_r = slots(T, row.blocks["BLOCK_ROWS"]), slots(R, row.blocks["BLOCK_COLS"])
-    grid = (ceil_div(S, row.blocks["BLOCK_ROWS"] // slot_t), ceil_div(K, row.blocks["BLOCK_COLS"] // slot_r))
-    return row, {"SLOT_T": slot_t, "SLOT_R": slot_r}, grid
+    return row, {"SLOT_T": slot_t, "SLOT_R": slot_r}, row.tiles(ROWS=S * slot_t, COLS=K * slot_r)
 
 
 def slots(size: int, block: int) -> int:
@@ -179,7 +177,7 @@ def slots(size: int, block: int) -> int:
     It is the largest for which at most an eighth of the lines is padding.
     """
     slot = block if size else 1
-    while ceil_div(size, slot) * slot > 1.125 * size:
+    while common.ceil_div(size, slot) * slot > 1.125 * size:
         slot //= 2
     return slot
 
@@ -196,7 +194,7 @@ def coefficients(
 ) -> Tensor:
     """Launch the kernel: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, O), (K, R, I) = dy.shape, right.shape
-    out = empty((S, K), dy)
+    out = common.empty((S, K), dy)
     pair = x.is_floating_point() and len(x) == S
     row, constants, grid = tiling(project_pair if pair else project_seen, dy, left)
     shared = {"out_ptr": out, "dy_ptr": dy, "left_ptr": left, "S": S, "T": T, "O": O, "K": K, "R": R, **constants}

@@ -102,9 +102,8 @@ class Pairs:
 
     def __init__(self, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: tuple[Tensor, Tensor, Tensor]) -> None:
         order, self.offsets, rows = kept
-        self.order, self.samples = order, rows[order]
         (_, T, O), (K, R, I) = dy.shape, right.shape
-        self.T, self.R, self.share = T, R, len(dy) // len(x)
+        self.samples, self.share = rows[order], len(dy) // len(x)
         if not x.is_floating_point():
             source, mode, width = x, INDEX, I
         elif len(x) * K <= len(rows) and self.share > 1:
@@ -119,7 +118,7 @@ class Pairs:
         """Launch a kernel on the pairs of subnetworks start..stop, which are first..first + n_pairs in column order."""
         dy = self.tensors["dy_ptr"]
         row = common.row_for(kernel, dy)
-        slot = slots(self.T, row.blocks["BLOCK_ROWS"])
+        slot = slots(dy.shape[1], row.blocks["BLOCK_ROWS"])
         tiles = schedule(self.offsets[start : stop + 1], row.blocks["BLOCK_ROWS"] // slot, n_pairs)
         if start or first:  # else there is nothing to add, and the copy would wait for the GPU
             tiles += torch.where(tiles[:, :1] < 0, 0, tiles.new_tensor([start, -first, -first]))

@@ -17,7 +17,7 @@ from l3d_kernels.kernels.project import fused as project_fused
 from l3d_kernels.kernels.project.backward import project_backward
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.path_table import CHUNKED, FUSED, path_of
-from l3d_kernels.registry import TRITON, width_class
+from l3d_kernels.registry import width_class
 
 PATHS = {FUSED: project_fused.coefficients, CHUNKED: project_chunked.coefficients}
 
@@ -47,7 +47,7 @@ def project_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: st
 
 
 _project = common.differentiable(
-    project_forward,
+    lambda x, dy, left, right, path: project_forward(x, dy, left, right, path),
     lambda needs, saved, d_out: project_backward(d_out, *saved, list(needs[:4])),
     lambda inputs, output: inputs[:4],
 )
@@ -56,6 +56,3 @@ _project = common.differentiable(
 def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None = None) -> Tensor:
     """Run `l3d_kernels.reference.project` with Triton kernels, by the path that the table names, or by `path`."""
     return _project(*common.contiguous(x, dy, left, right), path)
-
-
-TRITON["project"] = project

@@ -14,21 +14,14 @@ from torch import Tensor
 
 from l3d_kernels.kernels.project.dense import partial_sums, project_dense_backward
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.registry import TRITON
-from l3d_kernels.splitting import outer
-
-
-def _pieces(dy: Tensor, I: int) -> list[slice]:
-    S, _, O = dy.shape
-    step = max(1, common.WORKSPACE // max(1, S * I))
-    return [slice(start, min(O, start + step)) for start in range(0, O, step)]
+from l3d_kernels.splitting import outer, pieces
 
 
 @common.operator("project_tiled", lambda x, dy, left, right: dy.new_empty(dy.shape[0], left.shape[0]))
 def project_tiled_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the coefficients, a piece at a time: [S, K]."""
     total = dy.new_zeros((dy.shape[0], left.shape[0]), dtype=common.wide(dy.dtype))
-    for rows in _pieces(dy, right.shape[2]):
+    for rows in pieces(dy.shape[2], len(dy) * right.shape[2], common.WORKSPACE):
         total += partial_sums(outer(x, dy[:, :, rows]), left[:, :, rows].contiguous(), right).sum(0)
     return total.to(dy.dtype)
 
@@ -37,7 +30,7 @@ def project_tiled_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) ->
 def project_tiled_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients to left and right, a piece at a time."""
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
-    for rows in _pieces(dy, right.shape[2]):
+    for rows in pieces(dy.shape[2], len(dy) * right.shape[2], common.WORKSPACE):
         grad = outer(x, dy[:, :, rows])
         _, d_left[:, :, rows], part = project_dense_backward(d_out, grad, left[:, :, rows], right, [False, True, True])
         d_right += part
@@ -45,13 +38,11 @@ def project_tiled_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, r
 
 
 _project_tiled = common.differentiable(
-    project_tiled_forward, lambda needs, saved, d_out: [None, None, *project_tiled_backward(d_out, *saved)]
+    lambda x, dy, left, right: project_tiled_forward(x, dy, left, right),
+    lambda needs, saved, d_out: [None, None, *project_tiled_backward(d_out, *saved)],
 )
 
 
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_tiled` with Triton kernels."""
     return _project_tiled(*common.contiguous(x, dy, left, right))
-
-
-TRITON["project_tiled"] = project_tiled

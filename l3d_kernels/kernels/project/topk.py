@@ -17,7 +17,6 @@ from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
 from l3d_kernels.kernels.topk import batch_topk, radix
 from l3d_kernels.kernels.topk.batch_topk import Parts
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -34,7 +33,7 @@ def project_topk_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: 
 
 
 _project_topk = common.differentiable(
-    project_topk_forward,
+    lambda x, dy, left, right, n, base: project_topk_forward(x, dy, left, right, n, base),
     lambda needs, saved, d_values: [None, None, *project_at_backward(d_values, *saved)],
     lambda inputs, output: (*inputs[:4], output[4], output[5], output[1]),  # column order and offsets, and rows
 )
@@ -46,9 +45,6 @@ def project_topk(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, bas
     base = None if base is None else base.to(dy.dtype).contiguous()
     parts: Parts = _project_topk(x, dy, left, right, n, base)
     return SparseCoefficients(*parts, shape=(dy.shape[0], left.shape[0]))
-
-
-TRITON["project_topk"] = project_topk
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

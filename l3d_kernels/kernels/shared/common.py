@@ -5,8 +5,6 @@ from `device`.
 """
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,8 +115,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        bound: Any = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
-        bound.__signature__ = inspect.signature(function)
+        bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
         bound.register_fake(fake)
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -140,28 +137,25 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 
 
 def differentiable(
-    operator: Callable[..., Any],
+    function: Callable[..., Any],
     gradients: Callable[..., Sequence[Tensor | None]],
     save: Callable[..., Sequence[Any]] = lambda inputs, output: inputs,
 ) -> Callable[..., Any]:
-    """Return a launch function that torch can differentiate; of several outputs the first alone is differentiable.
+    """Return a function that torch can differentiate; of several outputs the first alone is differentiable.
 
-    gradients: a function of (needs, saved, d_out), where needs says which inputs need a gradient, saved holds the saved
-    tensors and d_out is the upstream gradient. It returns the gradients of the first inputs; those of the others, and
-    what is not needed, are None.
-    operator: takes a fixed number of arguments.
-    save: a function of (inputs, output) that returns the tensors to save; all inputs are saved if it is not given.
+    Args:
+        function: calls an operator. It is a plain function with every parameter named, as torch.compile demands.
+        gradients: takes (needs, saved, d_out): which inputs need a gradient, the saved tensors and the upstream
+            gradient. It returns the gradients of the first inputs; the other inputs have none.
+        save: takes (inputs, output) and returns the tensors to save for `gradients`; all inputs unless it is given.
 
-    The result passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient; a second derivative raises.
+    The result passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient; second derivatives raise an
+    error.
     """
 
     class Differentiable(torch.autograd.Function):
         generate_vmap_rule = True
-
-        @staticmethod
-        @functools.wraps(operator, assigned=(), updated=())  # torch.compile looks at the signature
-        def forward(*inputs: Any) -> Any:
-            return operator(*inputs)
+        forward = staticmethod(function)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

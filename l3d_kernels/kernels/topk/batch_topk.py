@@ -22,7 +22,6 @@ from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
 from l3d_kernels.kernels.topk import places, radix
 from l3d_kernels.kernels.topk.places import topk_count, topk_scan_columns, topk_scan_rows, topk_write
 from l3d_kernels.kernels.topk.radix import DIGITS, INFINITIES
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -135,7 +134,11 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[T
     return [d_values.new_zeros(S * K).scatter(0, rows * K + columns, d_values).view(S, K)]
 
 
-_select = common.differentiable(select, _backward, lambda inputs, output: (*output[1:4], output[5]))
+_select = common.differentiable(
+    lambda coefficients, n, histogram: select(coefficients, n, histogram),
+    _backward,
+    lambda inputs, output: (*output[1:4], output[5]),
+)
 
 
 def select_one(coefficients: Tensor, n: int, histogram: Tensor | None = None) -> SparseCoefficients:
@@ -154,10 +157,6 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     order = torch.argsort(rows * (width * len(parts)) + columns)
     values, threshold = torch.cat([part.values for part in parts])[order], torch.stack([p.threshold for p in parts])
     return sparse_coefficients(values, rows[order], columns[order], threshold, (n_rows, width * len(parts)))
-
-
-TRITON["batch_topk"] = batch_topk
-TRITON["batch_topk_over_ranks"] = batch_topk_over_ranks
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

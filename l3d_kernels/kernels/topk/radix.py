@@ -13,7 +13,6 @@ from torch import Tensor
 from l3d_kernels.cpu.selection import INTEGERS
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, types_of
-from l3d_kernels.kernels.shared.common import ceil_div
 from l3d_kernels.kernels.shared.device import INTERPRETED, bfloat16_bits
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup, size_class
 
@@ -177,7 +176,7 @@ def digit_histogram(
     histogram = torch.zeros(1 << width, dtype=torch.int64, device=bits.device)
     state_out = common.empty(state.shape, state)
     row = common.row_for(topk_histogram, coefficients)
-    n_tiles = ceil_div(bits.numel(), row.blocks["BLOCK"])
+    n_tiles = common.ceil_div(bits.numel(), row.blocks["BLOCK"])
     pointers = {"histogram_ptr": histogram, "state_out_ptr": state_out, "bits_ptr": bits, "state_ptr": state}
     pointers["previous_ptr"] = histogram if previous is None else previous
     flags = {"INFINITY": INFINITIES[coefficients.dtype], "SHIFT": shift, "BITS": width}
