@@ -41,9 +41,8 @@ def check_rows(x: Tensor, dy: Tensor) -> None:
         raise ValueError(f"x: expected shape [B, T, I], or int64 [B, T], got {x.dtype} {list(x.shape)}")
     n_sequences, n_positions = x.shape[:2]
     if dy.ndim != 3 or dy.shape[1] != n_positions or (dy.shape[0] % n_sequences if n_sequences else dy.shape[0]):
-        raise ValueError(
-            f"dy: expected shape [S, {n_positions}, O] with S a multiple of {n_sequences}, got {list(dy.shape)}"
-        )
+        expected = f"[S, {n_positions}, O] with S a multiple of {n_sequences}"
+        raise ValueError(f"dy: expected shape {expected}, got {list(dy.shape)}")
 
 
 def check_projection(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None:

@@ -165,9 +165,8 @@ def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the pass with sums in registers, and join the programs' sums."""
     (S, D), V = hidden.shape, len(weight)
     row = common.row_for(softmax_mean_narrow, hidden)
-    tiles, steps = row.tiles(S=S, V=V)
-    rows_split = common.ceil_div(steps, min(steps, common.ceil_div(common.PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
-    splits = common.ceil_div(V, rows_split)
+    (tiles,) = row.tiles(S=S)
+    rows_split, splits = common.split(V, row.blocks["BLOCK_V"], tiles)
     mean = common.empty((splits, S, D), hidden, common.wide(hidden.dtype))
     highest, total = (common.empty((splits, S), mean) for _ in range(2))
     outputs = {"mean_ptr": mean, "highest_ptr": highest, "total_ptr": total}

@@ -97,39 +97,34 @@ def decode_d_values(
 # --- launch; the rows of the table are in sparse_decode_weight --------------------------------------------------------
 
 
-def _per_code(indices: Tensor, row_offsets: Tensor | None) -> dict[str, Any]:
-    """Return the arguments from which a kernel computes where a code's entries begin and end."""
+def _entries(indices: Tensor, row_offsets: Tensor | None) -> tuple[int, dict[str, Any]]:
+    """Return the number of codes, and the arguments from which a kernel computes where their entries begin and end."""
     if row_offsets is None:
-        return {"row_offsets_ptr": indices, "per_code": indices.shape[1], "FIXED": True}
-    return {"row_offsets_ptr": row_offsets, "per_code": 0, "FIXED": False}
-
-
-def _n_codes(indices: Tensor, row_offsets: Tensor | None) -> int:
-    return len(indices) if row_offsets is None else len(row_offsets) - 1
+        return len(indices), {"row_offsets_ptr": indices, "per_code": indices.shape[1], "FIXED": True}
+    return len(row_offsets) - 1, {"row_offsets_ptr": row_offsets, "per_code": 0, "FIXED": False}
 
 
 def _fake_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
-    return weight.new_empty(_n_codes(indices, row_offsets), weight.shape[1])
+    return weight.new_empty(_entries(indices, row_offsets)[0], weight.shape[1])
 
 
 @common.operator("sparse_decode", _fake_decode)
 def decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the forward kernel: [A, D]."""
-    (L, D), n_codes = weight.shape, _n_codes(indices, row_offsets)
+    (L, D), (n_codes, entries) = weight.shape, _entries(indices, row_offsets)
     out, row = common.empty((n_codes, D), weight), common.row_for(decode_codes, weight)
     pointers = {"out_ptr": out, "indices_ptr": indices, "values_ptr": values, "weight_ptr": weight}
-    own = {"L": L, "D": D, **_per_code(indices, row_offsets)}
-    common.launch(decode_codes, (n_codes, *row.tiles(D=D)), row, weight.device, **pointers, **own)
+    common.launch(decode_codes, (n_codes, *row.tiles(D=D)), row, weight.device, L=L, D=D, **pointers, **entries)
     return out
 
 
 @common.operator("sparse_decode_d_values", lambda d_out, indices, weight, _: weight.new_empty(indices.shape))
 def d_values(d_out: Tensor, indices: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the kernel of the gradient to the values: in the shape of `indices`."""
+    (L, D), (n_codes, entries) = weight.shape, _entries(indices, row_offsets)
     out, row = common.empty(indices.shape, weight), common.row_for(decode_d_values, weight)
-    pointers = {"d_values_ptr": out, "d_out_ptr": d_out.contiguous(), "indices_ptr": indices, "weight_ptr": weight}
-    own = {"N": indices.numel(), "L": weight.shape[0], "D": weight.shape[1], **_per_code(indices, row_offsets)}
-    common.launch(decode_d_values, (_n_codes(indices, row_offsets),), row, weight.device, **pointers, **own)
+    entries |= {"d_values_ptr": out, "d_out_ptr": d_out.contiguous(), "indices_ptr": indices, "weight_ptr": weight}
+    common.launch(decode_d_values, (n_codes,), row, weight.device, N=indices.numel(), L=L, D=D, **entries)
     return out
 
 

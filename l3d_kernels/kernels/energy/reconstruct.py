@@ -52,9 +52,7 @@ def residual_norm_forward(
     return parts.sum((1, 2)).to(grad.dtype)
 
 
-@common.operator(
-    "squared_residual", lambda scale, grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format)
-)
+@common.operator("squared_residual", lambda scale, grad, *_: grad.new_empty(grad.shape))
 def residual(
     scale: Tensor, grad: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
 ) -> Tensor:

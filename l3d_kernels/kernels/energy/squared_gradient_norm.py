@@ -131,10 +131,7 @@ TABLE["norm_outer"] = {
     (None, "16"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 64}, warps=4, stages=3),
     (None, "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, warps=4, stages=3),
 }
-TABLE["norm_single"] = {
-    ("interpreter", None): Launch({"BLOCK_D": 16}),
-    (None, None): Launch({"BLOCK_D": 2048}, warps=4, stages=1),
-}
+TABLE["norm_single"] = {("interpreter", None): Launch({"BLOCK_D": 16}), (None, None): Launch({"BLOCK_D": 2048}, 4, 1)}
 LARGEST_TILE = 64  # positions
 
 

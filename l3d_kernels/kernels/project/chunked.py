@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.epilogue import COUNTED, finish
+from l3d_kernels.kernels.project.epilogue import COUNTED, finish, lines
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import load, sum_groups, zeros
@@ -40,10 +40,8 @@ def project_multiply(
     BLOCK_COLS: tl.constexpr,
 ):
     """Compute the coefficients of one sample and some subnetworks."""
-    BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
     sample = tl.program_id(0).to(tl.int64)
-    line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
-    offs_k = tl.program_id(1) * BLOCK_K + line_k
+    offs_k, line_r = lines(tl.program_id(1), SLOT_R, BLOCK_COLS)
     total = zeros(out_ptr, BLOCK_T, BLOCK_COLS)
     for start_r in range(0, R, SLOT_R):
         offs_r = start_r + line_r
@@ -57,8 +55,7 @@ def project_multiply(
             rows = (sample * T + offs_t) * (K * R)
             dy_left = load(dy_left_ptr + rows[:, None] + cols[None, :], mask)  # [T, COLS]
             total += x_right.to(total.dtype) * dy_left.to(total.dtype)
-    total = sum_groups(total, BLOCK_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, stride, 1, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, sum_groups(total, BLOCK_T, SLOT_R), S, K, stride)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------

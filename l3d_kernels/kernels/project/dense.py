@@ -109,10 +109,8 @@ def partial_sums(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if O * I * R == 0:
         return grad.new_zeros((1, S, K), dtype=common.wide(grad.dtype))
     row = common.row_for(project_dense_sum, grad)
-    *tiles, steps = row.tiles(K=K, S=S, O=O)
-    most = common.ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1]))
-    rows_split = common.ceil_div(steps, min(steps, most)) * row.blocks["BLOCK_O"]
-    splits = common.ceil_div(O, rows_split)
+    tiles = row.tiles(K=K, S=S)
+    rows_split, splits = common.split(O, row.blocks["BLOCK_O"], tiles[0] * tiles[1])
     out = common.empty((splits, S, K), grad, common.wide(grad.dtype))
     pointers = {"out_ptr": out, "grad_ptr": grad, "left_ptr": left, "right_ptr": right}
     sizes = {"S": S, "O": O, "I": I, "K": K, "R": R, "rows_split": rows_split}

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.epilogue import COUNTED, finish
+from l3d_kernels.kernels.project.epilogue import COUNTED, finish, lines
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import load, row_products, sum_groups, zeros
@@ -48,13 +48,9 @@ def project_pair(
     BLOCK_D: tl.constexpr,
 ):
     """Compute the coefficients of a tile of samples and subnetworks, where every sample has its own sequence."""
-    BLOCK_S: tl.constexpr = BLOCK_ROWS // SLOT_T
-    BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
-    line_s, line_t = tl.arange(0, BLOCK_ROWS) // SLOT_T, tl.arange(0, BLOCK_ROWS) % SLOT_T
-    line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
-    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + line_s
-    offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + line_k
-    total = zeros(dy_ptr, BLOCK_S, BLOCK_K)
+    offs_s, line_t = lines(tl.program_id(0).to(tl.int64), SLOT_T, BLOCK_ROWS)
+    offs_k, line_r = lines(tl.program_id(1).to(tl.int64), SLOT_R, BLOCK_COLS)
+    total = zeros(dy_ptr, BLOCK_ROWS // SLOT_T, BLOCK_COLS // SLOT_R)
     for start_t in range(0, T, SLOT_T):
         offs_t = start_t + line_t
         mask_rows = (offs_s < S) & (offs_t < T)
@@ -66,7 +62,7 @@ def project_pair(
             x_right = row_products(x_ptr, rows * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D)
             dy_left = row_products(dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D)
             total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K)
 
 
 @triton.jit
@@ -93,13 +89,9 @@ def project_seen(
     BLOCK_D: tl.constexpr,
 ):
     """Compute the coefficients of a tile of samples and subnetworks from a given x·right."""
-    BLOCK_S: tl.constexpr = BLOCK_ROWS // SLOT_T
-    BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
-    line_s, line_t = tl.arange(0, BLOCK_ROWS) // SLOT_T, tl.arange(0, BLOCK_ROWS) % SLOT_T
-    line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
-    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + line_s
-    offs_k = tl.program_id(1) * BLOCK_K + line_k
-    total = zeros(dy_ptr, BLOCK_S, BLOCK_K)
+    offs_s, line_t = lines(tl.program_id(0).to(tl.int64), SLOT_T, BLOCK_ROWS)
+    offs_k, line_r = lines(tl.program_id(1), SLOT_R, BLOCK_COLS)
+    total = zeros(dy_ptr, BLOCK_ROWS // SLOT_T, BLOCK_COLS // SLOT_R)
     for start_t in range(0, T, SLOT_T):
         offs_t = start_t + line_t
         mask_rows = (offs_s < S) & (offs_t < T)
@@ -117,7 +109,7 @@ def project_seen(
             places = (x_right_ptr + x_rows * (K * R))[:, None] + cols[None, :]
             x_right = load(places, mask_rows[:, None] & mask_cols[None, :])  # [ROWS, COLS]
             total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------

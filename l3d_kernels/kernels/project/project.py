@@ -23,24 +23,17 @@ PATHS = {FUSED: project_fused.coefficients, CHUNKED: project_chunked.coefficient
 
 
 def coefficients(
-    x: Tensor,
-    dy: Tensor,
-    left: Tensor,
-    right: Tensor,
-    base: Tensor | None,
-    histogram: Tensor | None,
-    path: str | None = None,
+    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, base: Tensor | None, histogram: Tensor | None, path: str = ""
 ) -> Tensor:
     """Launch a path: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
-    if path is None:
-        path = path_of("project", dy.device, dy.dtype, width_class(dy.shape[2]))
+    path = path or path_of("project", dy.device, dy.dtype, width_class(dy.shape[2]))
     return PATHS.get(path, project_fused.coefficients)(x, dy, left, right, base, histogram)
 
 
 @common.operator("project", lambda x, dy, left, right, path: dy.new_empty(dy.shape[0], left.shape[0]))
 def project_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None) -> Tensor:
     """Launch the forward pass: [S, K]."""
-    return coefficients(x, dy, left, right, None, None, path)
+    return coefficients(x, dy, left, right, None, None, path or "")
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------

@@ -86,6 +86,13 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def split(size: int, block: int, tiles: int) -> tuple[int, int]:
+    """Return (share, programs): how a sum over `size` is cut into shares of whole blocks where there are few tiles."""
+    steps = ceil_div(size, block)
+    share = ceil_div(steps, min(steps, ceil_div(PROGRAMS, max(1, tiles)))) * block
+    return share, ceil_div(size, share)
+
+
 def power_of_two(n: int, least: int = 1) -> int:
     """Return the smallest power of two that is at least n and at least `least`."""
     return max(least, 1 << max(0, n - 1).bit_length())
@@ -119,13 +126,11 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         bound.register_fake(fake)
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-            results = []
-            for i in range(info.batch_size):
-                own = [
-                    a if d is None or not isinstance(a, Tensor) else a.select(d, i)
-                    for a, d in zip(args, in_dims, strict=True)
-                ]
-                results.append(bound(*own))
+            each = [
+                a.unbind(d) if isinstance(a, Tensor) and d is not None else [a] * info.batch_size
+                for a, d in zip(args, in_dims, strict=True)
+            ]
+            results = [bound(*own) for own in zip(*each, strict=True)]
             if isinstance(results[0], Tensor):
                 return torch.stack(results), 0
             return tuple(torch.stack(same) for same in zip(*results, strict=True)), (0,) * len(results[0])

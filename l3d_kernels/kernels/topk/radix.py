@@ -142,10 +142,7 @@ def topk_histogram(
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
-TABLE["topk_histogram"] = {
-    ("interpreter", None): Launch({"BLOCK": 256}),
-    (None, None): Launch({"BLOCK": 4096}, warps=8, stages=1),
-}
+TABLE["topk_histogram"] = {("interpreter", None): Launch({"BLOCK": 256}), (None, None): Launch({"BLOCK": 4096}, 8, 1)}
 
 
 def as_integers(coefficients: Tensor) -> Tensor:
