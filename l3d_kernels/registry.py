@@ -4,8 +4,8 @@ The choice is made per call, from the device and dtype of the tensors. "auto" ta
 the table of paths names plain torch as the faster; elsewhere it takes plain torch. An explicit request that cannot be
 met raises an error; no call falls back silently.
 
-Nothing here imports a kernel by its module: `l3d_kernels.kernels` is imported by name at the first call that wants it,
-and states here what it has.
+Nothing here imports `l3d_kernels.kernels` with a statement: the first call that wants it imports it by name, and it
+adds its ops to the table.
 """
 
 import importlib
