@@ -67,12 +67,7 @@ def project_at_values(
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
-TABLE["project_at_values"] = {
-    ("interpreter", None): tile(16, 32, 4),
-    ("gfx942", None): tile(64, 32, 4, 2),
-    (None, "16"): tile(128, 64, 8),
-    (None, "32"): tile(64, 32, 8),
-}
+TABLE["project_at_values"] = TABLE["project_at_rows"] | {(None, "16"): tile(128, 64, 8)}
 
 
 @common.operator("project_at", lambda x, dy, left, right, order, offsets, rows: dy.new_empty(rows.shape[0]))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.fused import sequence_products, tile
+from l3d_kernels.kernels.project.fused import OTHERS, sequence_products, tile
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
@@ -108,14 +108,7 @@ def project_weighted(
 # --- launch -----------------------------------------------------------------------------------------------------
 
 
-TABLE["project_returned"] = {
-    ("interpreter", None): tile(16, 16, 32, 4),
-    ("gfx942", "16"): tile(128, 64, 64, 8, 2),
-    ("gfx942", "32"): tile(128, 64, 32, 8, 2),
-    (None, "16"): tile(128, 64, 64, 8),
-    (None, "32"): tile(64, 64, 32, 8),
-    ("sm_80", "32"): tile(64, 32, 32, 8),
-}
+TABLE["project_returned"] = OTHERS | {(None, "32"): tile(64, 64, 32, 8), ("sm_80", "32"): tile(64, 32, 32, 8)}
 TABLE["project_weighted"] = {
     ("interpreter", None): tile(16, 16, 16, 4),
     ("gfx942", None): tile(128, 128, 32, 8, 2),
@@ -123,11 +116,6 @@ TABLE["project_weighted"] = {
     (None, "32"): tile(128, 64, 16, 8),
     ("sm_80", "32"): tile(64, 64, 32, 8),
 }
-
-
-def splits_of(rows: int, tiles: int, depth: int) -> int:
-    """Return into how many parts a sum over `rows` is cut when the output has `tiles` tiles."""
-    return max(1, min(common.ceil_div(common.PROGRAMS, max(1, tiles)), rows // (4 * depth)))
 
 
 class Piece:
@@ -153,7 +141,8 @@ class Piece:
         (S, T, O), dy = self.dy.shape, self.dy
         row = common.row_for(project_weighted, dy)
         tiles = row.tiles(ROWS=len(self.left), COLS=O)
-        splits = splits_of(S * T, tiles[0] * tiles[1], row.blocks["BLOCK_D"])
+        most = common.ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1]))
+        splits = max(1, min(most, S * T // (4 * row.blocks["BLOCK_D"])))
         out = common.empty((splits, len(self.left), O), dy, None if splits == 1 else common.wide(dy.dtype))
         own = {"out_ptr": out, "x_right_ptr": x_right, "index_ptr": self.x, "INDEXED": not self.x.is_floating_point()}
         own |= {"rows_in": S * T, "rows_split": common.ceil_div(S * T, splits)}

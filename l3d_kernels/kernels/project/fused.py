@@ -120,6 +120,7 @@ def tile(rows: int, cols: int, depth: int, warps: int, stages: int = 3) -> Launc
     return Launch({"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "BLOCK_D": depth}, warps, stages)
 
 
+# what the kernels of the projection have in common; rows of their own take precedence
 OTHERS: Rows = {
     ("interpreter", None): tile(16, 16, 32, 4),
     ("gfx942", "16"): tile(128, 64, 64, 8, 2),
@@ -134,17 +135,13 @@ TABLE["project_pair"] = OTHERS | {
 }
 TABLE["project_seen"] = OTHERS | {("sm_80", "32"): tile(64, 32, 32, 8)}
 # "spread": few positions share a sum, so that the sums need registers beside the products
-TABLE["project_pair spread"] = OTHERS | {
+SPREAD: Rows = OTHERS | {
     ("sm_80", "32"): tile(64, 32, 32, 8),
     ("sm_90", "32"): tile(64, 64, 32, 8),
     ("sm_100", "32"): tile(64, 32, 32, 8),
 }
-TABLE["project_seen spread"] = OTHERS | {
-    (None, "16"): tile(64, 64, 32, 8),
-    ("sm_80", "32"): tile(64, 32, 32, 8),
-    ("sm_90", "32"): tile(64, 32, 32, 4),
-    ("sm_100", "32"): tile(64, 32, 32, 8),
-}
+TABLE["project_pair spread"] = SPREAD
+TABLE["project_seen spread"] = SPREAD | {(None, "16"): tile(64, 64, 32, 8), ("sm_90", "32"): tile(64, 32, 32, 4)}
 
 
 def is_spread(slot_t: int, slot_r: int) -> bool:
