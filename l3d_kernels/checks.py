@@ -21,17 +21,13 @@ def check_alike(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected dtype {like.dtype} to match {first}, got {tensor.dtype}")
 
 
-def check_shape(name: str, tensor: Tensor, *sizes: str | int, why: str = "") -> None:
-    """Refuse a tensor whose sizes along its axes are not `sizes`; a letter there stands for any size."""
-    fits = (isinstance(size, str) or size == own for size, own in zip(sizes, tensor.shape, strict=False))
-    if tensor.ndim != len(sizes) or not all(fits):
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, sizes))}]{why}, got {list(tensor.shape)}")
-
-
 def check_factors(left: Tensor, right: Tensor) -> None:
     """Refuse low-rank factors whose shapes do not fit each other: left [K, R, O], right [K, R, I]."""
-    check_shape("left", left, "K", "R", "O")
-    check_shape("right", right, *left.shape[:2], "I", why=" to match left")
+    if left.ndim != 3:
+        raise ValueError(f"left: expected shape [K, R, O], got {list(left.shape)}")
+    if right.ndim != 3 or right.shape[:2] != left.shape[:2]:
+        expected = f"[{left.shape[0]}, {left.shape[1]}, I]"
+        raise ValueError(f"right: expected shape {expected} to match left, got {list(right.shape)}")
 
 
 def check_rows(x: Tensor, dy: Tensor) -> None:
@@ -50,16 +46,19 @@ def check_projection(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None
     check_rows(x, dy)
     check_factors(left, right)
     check_alike(dy=dy, x=x, left=left, right=right)
-    check_shape("left", left, "K", "R", dy.shape[2], why=" to match dy")
-    if x.is_floating_point():
-        check_shape("right", right, "K", "R", x.shape[2], why=" to match x")
+    if dy.shape[2] != left.shape[2]:
+        raise ValueError(f"left: expected shape [K, R, {dy.shape[2]}] to match dy, got {list(left.shape)}")
+    if x.is_floating_point() and x.shape[2] != right.shape[2]:
+        raise ValueError(f"right: expected shape [K, R, {x.shape[2]}] to match x, got {list(right.shape)}")
 
 
 def check_dense(grad: Tensor, left: Tensor, right: Tensor) -> None:
     """Refuse materialised gradients that do not have the directions' shape [O, I]."""
     check_factors(left, right)
     check_alike(grad=grad, left=left, right=right)
-    check_shape("grad", grad, "S", left.shape[2], right.shape[2], why=" to match the factors")
+    if grad.ndim != 3 or grad.shape[1:] != (left.shape[2], right.shape[2]):
+        expected = f"[S, {left.shape[2]}, {right.shape[2]}]"
+        raise ValueError(f"grad: expected shape {expected} to match the factors, got {list(grad.shape)}")
 
 
 def check_kept(shape: tuple[int, int], n_samples: int, left: Tensor) -> None:
@@ -67,6 +66,12 @@ def check_kept(shape: tuple[int, int], n_samples: int, left: Tensor) -> None:
     expected = (n_samples, left.shape[0])
     if tuple(shape) != expected:
         raise ValueError(f"kept: expected coefficients of shape {list(expected)}, got {list(shape)}")
+
+
+def check_matrix(coefficients: Tensor) -> None:
+    """Refuse coefficients that are not a matrix [S, K]."""
+    if coefficients.ndim != 2:
+        raise ValueError(f"coefficients: expected shape [S, K], got {list(coefficients.shape)}")
 
 
 def check_count(n: int, size: int, of: str) -> None:
@@ -77,19 +82,21 @@ def check_count(n: int, size: int, of: str) -> None:
 
 def check_codes(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> None:
     """Refuse sparse codes and a dictionary whose shapes do not fit each other."""
-    if row_offsets is None:
-        check_shape("indices", indices, "A", "k")
-    else:
-        check_shape("indices", indices, "N", why=" with row_offsets")
-    check_shape("values", values, *indices.shape, why=" to match indices")
-    check_shape("weight", weight, "L", "D")
+    if indices.ndim != (2 if row_offsets is None else 1):
+        expected = "[A, k]" if row_offsets is None else "[N] with row_offsets"
+        raise ValueError(f"indices: expected shape {expected}, got {list(indices.shape)}")
+    if values.shape != indices.shape:
+        raise ValueError(f"values: expected shape {list(indices.shape)} to match indices, got {list(values.shape)}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight: expected shape [L, D], got {list(weight.shape)}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Refuse the input and the parameters of a linear head whose shapes, dtypes or devices do not fit each other."""
-    check_shape("hidden", hidden, "S", "D")
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden: expected shape [S, D], got {list(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[1]}] with V at least 1, got {list(weight.shape)}")
     check_alike(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
-    if bias is not None:
-        check_shape("bias", bias, len(weight))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")

@@ -161,7 +161,7 @@ def batch_topk(
     >>> kept.values, kept.rows, kept.columns, kept.threshold
     (tensor([ 3., -4.]), tensor([0, 1]), tensor([0, 1]), tensor(3.))
     """
-    checks.check_shape("coefficients", coefficients, "S", "K")
+    checks.check_matrix(coefficients)
     if n_groups < 1 or coefficients.shape[1] % n_groups:
         raise ValueError(f"n_groups: expected a divisor of the {coefficients.shape[1]} columns, got {n_groups}")
     size = coefficients.numel() // n_groups
@@ -189,7 +189,7 @@ def batch_topk_over_ranks(
     Every rank must call it. Only histograms of magnitudes are exchanged. Ties go to the lower rank, then to the lower
     flat index; `threshold` is that of all ranks together. The values are differentiable in `coefficients`.
     """
-    checks.check_shape("coefficients", coefficients, "S", "K")
+    checks.check_matrix(coefficients)
     size = int(total(torch.tensor(coefficients.numel(), device=coefficients.device)))
     checks.check_count(n, size, f"{size} entries of all ranks")
     return implementation(cpu.batch_topk_over_ranks, backend, coefficients)(coefficients, n, total, earlier)
@@ -210,7 +210,7 @@ def batch_topk_over_columns(
     matrix, as in `batch_topk`; `threshold` is that of all ranks together. The values are differentiable in
     `coefficients`. It runs in plain torch on every device.
     """
-    checks.check_shape("coefficients", coefficients, "S", "K")
+    checks.check_matrix(coefficients)
     size = int(gather(torch.tensor([coefficients.numel()], device=coefficients.device)).sum())
     checks.check_count(n, size, f"{size} entries of all ranks")
     return cpu.batch_topk_over_columns(coefficients, n, rank, gather)
