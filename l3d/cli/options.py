@@ -235,9 +235,5 @@ def expected(name: str) -> str | None:
         return None
     kinds = [kind for kind in get_args(found.type) if kind is not type(None)]
     kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(found.type) else found.type
-    numbers = {
-        PositiveInt: "a whole number above 0",
-        NonNegativeInt: "a whole number from 0",
-        int: "a whole number",
-    }
+    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", int: "a whole number"}
     return {**numbers, PositiveFloat: "a number above 0"}.get(kind, found.values)

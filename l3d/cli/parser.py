@@ -168,9 +168,7 @@ examples:
         """\
 Make the figures of one of the paper's toy studies again: SVG and PNG files, figures.json with the numbers in
 them, and index.html, a page of them all.""",
-        {
-            "figures": placed(options_of(options.Paper), "runs/paper-NAME"),
-        },
+        {"figures": placed(options_of(options.Paper), "runs/paper-NAME")},
         "examples:\n  l3d paper tms\n  l3d paper squared --seed 1 --out runs/squared-1",
     ),
     "report": Command(

@@ -202,9 +202,7 @@ def mlp_chain(shapes: Mapping[str, Sequence[int]]) -> tuple[ChainLayer, ...] | N
 
 
 def network_diagram(
-    subnetworks: Sequence[Mapping[str, torch.Tensor]],
-    shapes: Mapping[str, Sequence[int]],
-    scale: float | None = None,
+    subnetworks: Sequence[Mapping[str, torch.Tensor]], shapes: Mapping[str, Sequence[int]], scale: float | None = None
 ) -> Figure:
     """Draw each subnetwork as a network diagram: columns of units, inputs on the left, one line per weight.
 

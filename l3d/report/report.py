@@ -140,11 +140,7 @@ _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label
     "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity 0.9 or more"),
     "purity": ("purity", "{:.3f}".format, "of W_in lies in the group, for each group’s best subnetwork, on average"),
     "inputs_found": ("inputs found", "{:.0f}".format, "act most on a subnetwork of their own"),
-    "kept_per_sample": (
-        "kept per sample",
-        "{:.3g}".format,
-        "subnetworks used to reconstruct one gradient, on average",
-    ),
+    "kept_per_sample": ("kept per sample", "{:.3g}".format, "subnetworks used to reconstruct one gradient, on average"),
     "dead_fraction": ("dead", percent, "of the subnetworks are never kept"),
     "seconds": ("training time", duration, ""),
     "steps_per_second": ("steps per second", "{:,.4g}".format, ""),

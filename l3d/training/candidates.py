@@ -94,11 +94,7 @@ class Residuals(NamedTuple):
 
 @torch.no_grad()
 def learn(
-    left: Residuals,
-    weights: Tensor,
-    k: float,
-    generator: torch.Generator,
-    how: Replacement = Replacement(),
+    left: Residuals, weights: Tensor, k: float, generator: torch.Generator, how: Replacement = Replacement()
 ) -> Directions:
     """Learn candidates of the decoder's shapes and ranks from residuals, each for a share k of the samples.
 
