@@ -1,13 +1,9 @@
 """Give users one object: a trained decomposition that scores, saves and shares itself, and `load` to read it again."""
 
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
-
-from l3d.analysis.evaluation import Evaluation, evaluate, impact
+from l3d.analysis import evaluation
 from l3d.decomposition.subnetworks import Subnetworks
-from l3d.gradients.divergence import Divergence
 from l3d.storage import hub, store
 
 
@@ -18,60 +14,14 @@ class Decomposition(Subnetworks):
     folder or the hub.
     """
 
-    def evaluate(
-        self,
-        model: nn.Module,
-        data: Any,
-        *,
-        divergence: str | Divergence | None = None,
-        reference: str | Tensor | None = None,
-        batch_size: int | None = None,
-        k: float | None = None,
-        selection: str = "batch",
-        refit: bool = False,
-        n_references: int = 1,
-        seed: int | None = None,
-        backend: str = "auto",
-        any_weights: bool = False,
-    ) -> Evaluation:
-        """Score the decomposition on data; arguments, result and errors are those of `l3d.evaluate`."""
-        return evaluate(
-            self,
-            model,
-            data,
-            divergence=divergence,
-            reference=reference,
-            batch_size=batch_size,
-            k=k,
-            selection=selection,
-            refit=refit,
-            n_references=n_references,
-            seed=seed,
-            backend=backend,
-            any_weights=any_weights,
-        )
+    evaluate = evaluation.evaluate
+    """Score the decomposition on data; arguments, result and errors are those of `l3d.evaluate`."""
 
-    def impact(
-        self,
-        model: nn.Module,
-        data: Any,
-        n_references: int = 10,
-        *,
-        divergence: str | Divergence | None = None,
-        reference: str | Tensor | None = None,
-        any_weights: bool = False,
-    ) -> Tensor:
-        """Return every subnetwork's impact on every sample [n, K]; arguments and errors are those of `l3d.impact`."""
-        return impact(
-            self, model, data, n_references, divergence=divergence, reference=reference, any_weights=any_weights
-        )
+    impact = evaluation.impact
+    """Return every subnetwork's impact on every sample [n, K]; arguments and errors are those of `l3d.impact`."""
 
-    def save(self, path: str | Path) -> None:
-        """Write the decomposition into a folder, which is made if missing: safetensors, json and a model card.
-
-        Raises ValueError for settings that json cannot hold; nothing is written then.
-        """
-        store.save(self, path)
+    save = store.save
+    """Write the decomposition into a folder; arguments and errors are those of `l3d.save`."""
 
     def push_to_hub(
         self,
@@ -94,11 +44,6 @@ class Decomposition(Subnetworks):
         Returns the commit's address. Raises ValueError in one line where the hub cannot be reached or refuses.
         """
         return hub.push(self, repo_id, private=private, revision=revision, message=message, token=token)
-
-
-def save(decomposition: Subnetworks, path: str | Path) -> None:
-    """Write a decomposition into a folder; see `Decomposition.save`."""
-    store.save(decomposition, path)
 
 
 def load(path: str | Path) -> Decomposition:
