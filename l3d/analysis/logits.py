@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from l3d.analysis.intervention import parameters_of
 from l3d.data.arguments import check_index
 from l3d.data.batch import to_device
 from l3d.gradients.model import check_fixed, model_output
@@ -101,10 +102,7 @@ def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_fixed(model)
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in direction.items():
-        if name not in named or named[name].shape != tensor.shape:
-            raise ValueError(f"model: has no parameter {name!r} of shape {list(tensor.shape)}")
+    named = parameters_of(model, {name: tensor.shape for name, tensor in direction.items()})
     weights = {name: named[name].detach() for name in direction}
     tangents = {name: tensor.detach().to(weights[name]) for name, tensor in direction.items()}
     inputs = to_device(inputs, next(iter(weights.values())).device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l3d.analysis.png import encode_png
+from l3d.data.batch import without_label
 
 THUMBNAIL = 64  # pixels along the longer side, at most
 MAX_POINT = 64  # numbers in a row that is shown as a point
@@ -49,8 +50,7 @@ def kind_of(inputs: Tensor) -> str:
 
 def plain_inputs(batch: Any) -> Tensor:
     """Return the input tensor of a batch, which is a tensor, (input, label) or {"input_ids": ..}."""
-    if isinstance(batch, (tuple, list)):
-        batch = batch[0]
+    batch = without_label(batch)
     if isinstance(batch, Mapping):
         batch = batch.get("input_ids", next(iter(batch.values())))
     if not isinstance(batch, Tensor):
