@@ -41,7 +41,7 @@ class Point(NamedTuple):
     def name(self) -> str:
         """The name of its run folder."""
         named = [f"{name}={value}" for name, value in self.values.items()]
-        return ",".join([*named, *(["random"] if self.random_weights else [])]) or "run"
+        return ",".join(named + ["random"] * self.random_weights) or "run"
 
 
 class Record(NamedTuple):
@@ -73,10 +73,9 @@ def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> l
             if name == "n_subnetworks" or (name == "rank" and value != "auto"):
                 check_whole(f"over.{name}", value)
     names = [name for name in OVER if name in over]
-    combinations = [dict(zip(names, each, strict=True)) for each in itertools.product(*(over[name] for name in names))]
-    return [
-        Point(values, control) for values in combinations for control in ((False, True) if random_weights else (False,))
-    ]
+    combinations = itertools.product(*(over[name] for name in names))
+    controls = (False, True) if random_weights else (False,)
+    return [Point(dict(zip(names, each, strict=True)), control) for each in combinations for control in controls]
 
 
 def run_sweep(

@@ -61,9 +61,10 @@ def hidden(toy: Toy, d: Decomposition, owner: list[int]) -> Picture:
     """Move along one subnetwork after another, in the hidden layers only."""
     held, deltas = measure.holds(toy), measure.sweep_deltas(toy)
     layers = toy.model.order[1:-1]
-    inner = [f"{name}.*" for name in layers]
-    whole = [measure.sweep(toy, d, k, held[:, i], deltas) for i, k in enumerate(owner)]
-    hidden = [measure.sweep(toy, d, k, held[:, i], deltas, inner) for i, k in enumerate(owner)]
+    whole, hidden = (
+        [measure.sweep(toy, d, k, held[:, i], deltas, params) for i, k in enumerate(owner)]
+        for params in (None, [f"{name}.*" for name in layers])
+    )
     ratios = [curve.ratio for curve in hidden]
     return Picture(
         "hidden",
