@@ -141,8 +141,4 @@ def path_name(estimated: TensorEstimate) -> str:
 
 def _factor_bytes(gradients: Gradients | Chunks) -> int:
     chunks: Sequence[Gradients] = list(gradients) if isinstance(gradients, Chunks) else [gradients]
-    return sum(
-        nbytes
-        for chunk in chunks
-        for nbytes in {tensor.data_ptr(): tensor.nbytes for _, tensor in chunk.tensors()}.values()
-    )
+    return sum(sum({tensor.data_ptr(): tensor.nbytes for _, tensor in chunk.tensors()}.values()) for chunk in chunks)

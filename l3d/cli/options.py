@@ -172,12 +172,12 @@ class Paper:
 
 def options_of(group: type, prefix: str = "", only: Iterable[str] | None = None) -> tuple[Option, ...]:
     """Make options of a group's fields, or of `only` some: types, defaults, values and explanations."""
-    hints, help_of = get_type_hints(group), explanations(group)
+    hints, help_of, defaults = get_type_hints(group), explanations(group), group()
     return tuple(
         Option(
             prefix + each.name,
             _checked_type(hints[each.name], each.metadata["least"]),
-            each.default if each.metadata["default"] is None else each.metadata["default"],
+            getattr(defaults, each.name),
             each.metadata["values"],
             help_of[each.name].partition(" In Python also")[0],
             each.metadata.get("positional", False),

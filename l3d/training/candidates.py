@@ -108,8 +108,7 @@ def learn(
     matrices = {name: torch.Size(matrix_shape(s)) if len(s) > 2 else s for name, s in decoder.shapes.items()}
     # a Tucker product may have a larger first rank than its matrix has columns
     ranks = {name: tuple(min(r, *matrices[name]) for r in each[:1]) for name, each in decoder.ranks().items()}
-    new = Directions(matrices, ranks, n, generator)
-    new = new.to(inverse)
+    new = Directions(matrices, ranks, n, generator).to(inverse)
     drawn = draw_samples(weights, n, generator).to(inverse.device)
     alone = nn.functional.one_hot(drawn, n_samples).mT.to(inverse)
     _set(new, list(new.parameters()), 1)

@@ -20,9 +20,10 @@ Result = TypeVar("Result")
 
 def option(default: Any, values: str, least: int | None = None, **more: Any) -> Any:
     """Declare an option: its default, the values that --help shows, and the least value of a whole number."""
-    mutable = isinstance(default, dict)  # which a dataclass takes from a factory only
-    metadata = {"values": values, "least": least, "default": default if mutable else None, **more}
-    return field(default_factory=dict, metadata=metadata) if mutable else field(default=default, metadata=metadata)
+    metadata = {"values": values, "least": least, **more}
+    if isinstance(default, dict):  # which a dataclass takes from a factory only
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _check_whole(name: str, value: Any) -> None:
@@ -288,11 +289,8 @@ def _regroup(old: dict[str, Any], kwargs: dict[str, Any]) -> None:
     for name, value in old.items():
         new = _OLDER[name].partition("=")[0]
         given = kwargs.get(new)
-        if (
-            value
-            and given is not None
-            and (new in ("existing", "memory", "gradients") or isinstance(given, GradientCache))
-        ):
+        is_group = new in ("existing", "memory", "gradients") or isinstance(given, GradientCache)
+        if value and given is not None and is_group:
             raise ValueError(f"{name}: {new} is given too; use {new} alone")
     if old.get("progress") is False and kwargs.get("callbacks") is None:
         kwargs["callbacks"] = []
@@ -301,9 +299,7 @@ def _regroup(old: dict[str, Any], kwargs: dict[str, Any]) -> None:
     for name in ("overwrite", "resume"):
         if old.get(name):
             kwargs["existing"] = name
-    cache = {
-        new: old[name] for name, new in (("cache_reads", "reads"), ("n_references", "n_references")) if name in old
-    }
+    cache = {name.removeprefix("cache_"): old[name] for name in ("cache_reads", "n_references") if name in old}
     if cache:
         kwargs["cache"] = GradientCache(kwargs.get("cache"), **cache)
     memory = {name: old[name] for name in ("micro_batch_size", "recompute") if name in old}

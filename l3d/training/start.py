@@ -28,11 +28,9 @@ def draw_samples(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
     weights = weights.detach().double().cpu().nan_to_num(0, 0, 0).clamp_min(0)
     if not weights.any():
         weights = torch.ones_like(weights)
-    chosen: list[Tensor] = []
     available = int((weights > 0).sum())
-    for start in range(0, n, available):
-        chosen.append(torch.multinomial(weights, min(available, n - start), generator=generator))
-    return torch.cat(chosen)
+    counts = [min(available, n - start) for start in range(0, n, available)]
+    return torch.cat([torch.multinomial(weights, count, generator=generator) for count in counts])
 
 
 @torch.no_grad()
