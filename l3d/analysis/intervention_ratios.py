@@ -180,10 +180,8 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
     batch_size = decomposition.settings.get("batch_size", 16)
     if count is not None:
         n_rows = min(n_rows, count)
-        data = [
-            take(data, [i * count // n_rows for i in range(start, min(start + batch_size, n_rows))])
-            for start in range(0, n_rows, batch_size)
-        ]
+        spaced = [i * count // n_rows for i in range(n_rows)]
+        data = [take(data, spaced[start : start + batch_size]) for start in range(0, n_rows, batch_size)]
         if len(data) > 1 and n_rows % batch_size == 1:
             data.pop()  # a batch of one row has no other sample as reference
     k = decomposition.settings.get("k", 0.1)

@@ -20,13 +20,14 @@ from l3d.cli.job import (
     find_run,
     load,
     load_toy,
+    make_absolute,
     reload,
     take_out,
 )
 from l3d.cli.output import write_results
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
-from l3d.data.sources import Data, absolute, absolute_files
+from l3d.data.sources import Data
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
 
@@ -38,15 +39,10 @@ def decompose(settings: Settings) -> None:
     """Decompose a model on data, into a new run folder."""
     dry_run = settings.pop("dry_run")
     out, overwrite = take_out(settings, "runs/decompose", check=not dry_run)
-    for name in ("model", "data"):
-        if not settings[name]:
-            raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
-        settings[name] = absolute(settings[name])
-        settings[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
-    if settings["cache"]["folder"] is not None:
-        settings["cache"]["folder"] = str(
-            Path(settings["cache"]["folder"]).resolve()
-        )  # a resumed run may start elsewhere
+    make_absolute(settings, "; see l3d decompose --help")
+    cache = settings["cache"]
+    if cache["folder"] is not None:  # a resumed run may start elsewhere
+        cache["folder"] = str(Path(cache["folder"]).resolve())
     if dry_run:
         return _estimate(load(settings))
     _train(load(settings), out, overwrite=overwrite)
@@ -71,14 +67,10 @@ def resume(settings: Settings) -> None:
     try:
         _train(job, target, resume=True)
     except ValueError:
-        if copied and _checkpoint_name(target) == _checkpoint_name(run):  # refused: the copy is worth nothing
+        steps = [[path.name for path in run_folder.RunFolder(each).checkpoints()] for each in (run, target)]
+        if copied and steps[0] == steps[1]:  # refused: the copy is worth nothing
             shutil.rmtree(target)
         raise
-
-
-def _checkpoint_name(run: Path) -> str | None:
-    last = run_folder.last_checkpoint(run)
-    return None if last is None else last.name
 
 
 def evaluate(settings: Settings) -> None:

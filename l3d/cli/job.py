@@ -17,7 +17,7 @@ from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
-from l3d.data.sources import Data, load_data, load_model, take_rows
+from l3d.data.sources import Data, absolute, absolute_files, load_data, load_model, take_rows
 from l3d.distributed.watch import is_first
 from l3d.storage import run_folder
 from l3d.training.options import PRESETS
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from l3d.toys import Toy
 
 Settings = dict[str, Any]
-
-TIMING = ("seconds", "steps_per_second")
 
 
 class Job(NamedTuple):
@@ -65,6 +63,15 @@ def reload(run: Path, changes: Settings) -> Job:
     if command == "toy" and "data" in changes:
         raise ValueError("--data: a toy has its own data")
     return load_toy(settings | changes) if command == "toy" else load(settings | changes)
+
+
+def make_absolute(settings: Settings, hint: str) -> None:
+    """Name the model and the data in full, so that they are found from anywhere; both are required."""
+    for name in ("model", "data"):
+        if not settings.get(name):
+            raise ValueError(f"--{name} SPEC is required{hint}")
+        settings[name] = absolute(settings[name])
+        settings[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
 
 
 def load(settings: Settings) -> Job:
@@ -133,7 +140,7 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
 
 def costs(d: Decomposition, model: nn.Module) -> dict[str, Any]:
     """Return what a run took and where, as metrics.json holds it."""
-    return {name: float(d.timing[name]) for name in TIMING} | peak_memory() | {"environment": environment(model)}
+    return {**d.timing, **peak_memory(), "environment": environment(model)}
 
 
 def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
@@ -195,19 +202,13 @@ def evaluation_data(job: Job) -> Data:
 def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
     """Return the figures of an evaluation, as metrics.json holds them."""
     d = d.to(next(job.model.parameters()).device)
-    backend = job.settings.get("backend", "auto")
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
-    options = {"backend": backend, "any_weights": any_weights}
+    options = {"backend": job.settings.get("backend", "auto"), "any_weights": any_weights}
     found = d.evaluate(job.model, data, n_references=1 if job.toy is None else 30, **options)
-    figures = {
-        "error": float(found.error),
-        "kept_per_sample": float(found.kept_per_sample),
-        "dead_fraction": float(found.dead_fraction),
-        "activation_rate": [float(rate) for rate in found.activation_rate],
-        "n_rows": count_rows(data),
-    }
+    figures: dict[str, Any] = {name: getattr(found, name) for name in ("error", "kept_per_sample", "dead_fraction")}
+    figures |= {"activation_rate": found.activation_rate.tolist(), "n_rows": count_rows(data)}
     if job.held_out is not None:
-        figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, **options).error)
+        figures["held_out_error"] = d.evaluate(job.model, job.held_out, **options).error
     if job.toy is not None:
         try:
             figures |= job.toy.recovery(d)

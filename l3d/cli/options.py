@@ -6,7 +6,7 @@ Only data, and quick to import: importing this file does not import torch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -172,12 +172,12 @@ class Paper:
 
 def options_of(group: type, prefix: str = "", only: Iterable[str] | None = None) -> tuple[Option, ...]:
     """Make options of a group's fields, or of `only` some: types, defaults, values and explanations."""
-    hints, help_of, defaults = get_type_hints(group), explanations(group), group()
+    hints, help_of = get_type_hints(group), explanations(group)
     return tuple(
         Option(
             prefix + each.name,
             _checked_type(hints[each.name], each.metadata["least"]),
-            getattr(defaults, each.name),
+            {} if each.default is MISSING else each.default,
             each.metadata["values"],
             help_of[each.name].partition(" In Python also")[0],
             each.metadata.get("positional", False),

@@ -14,13 +14,11 @@ from typing import Any
 from l3d.callbacks import ProgressBar
 from l3d.cli import job as job_module
 from l3d.cli import options
+from l3d.cli.job import Settings
 from l3d.cli.output import environment
-from l3d.data.sources import absolute, absolute_files
 from l3d.storage import run_folder
 from l3d.storage.files import replace_text
 from l3d.storage.lock import check_free
-
-Settings = dict[str, Any]
 
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
@@ -58,10 +56,8 @@ def toy_suite(settings: Settings) -> None:
         )
         table = suite.to_markdown(results, suite.EXPERIMENTS)
         holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds[:done]), "arguments": given}
-        paths = [
-            replace_text(out / "table.md", table),
-            replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
-        ]
+        figures = json.dumps(holds | {"results": results}, indent=1) + "\n"
+        paths = [replace_text(out / "table.md", table), replace_text(out / "results.json", figures)]
     if readme is not None:
         paths.append(replace_between(Path(readme), TABLE_MARKS, table))
     print(table)
@@ -87,12 +83,7 @@ def sweep(settings: Settings) -> None:
             raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
         job = job_module.load_toy({**settings, "name": settings["toy"]})
     else:
-        for name in ("model", "data"):
-            if not settings[name]:
-                raise ValueError(f"--{name} SPEC is required, or --toy NAME; see l3d sweep --help")
-            given[name] = absolute(settings[name])
-            if settings[f"{name}_args"]:
-                given[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
+        job_module.make_absolute(given, ", or --toy NAME; see l3d sweep --help")
         defaults = {option.name: option.default for option in options.DECOMPOSE}
         job = job_module.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}

@@ -148,16 +148,12 @@ HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label,
 def headlines(figures: Mapping[str, Any]) -> list[Headline]:
     """Return the figures for the top of the page and the end of a command, in the order of HEADLINES."""
     other = {"error": "error on other data"} if "evaluated_on" in figures else {}
-    return [
-        Headline(
-            other.get(key, label),
-            "not finite" if figures[key] is None else shown(figures[key]),
-            json.dumps(figures[key]),
-            note,
-        )
-        for key, (label, shown, note) in HEADLINES.items()
-        if key in figures
-    ]
+    found = []
+    for key, (label, shown, note) in HEADLINES.items():
+        if key in figures:
+            text = "not finite" if figures[key] is None else shown(figures[key])
+            found.append(Headline(other.get(key, label), text, json.dumps(figures[key]), note))
+    return found
 
 
 def _read_config(path: Path) -> tuple[str, str]:

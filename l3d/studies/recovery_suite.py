@@ -95,10 +95,8 @@ def to_markdown(results: Results, experiments: Sequence[Experiment] = EXPERIMENT
             if name == "inputs_found" and "n_subnetworks" in experiment.arguments:
                 continue  # meaningless with fewer or more subnetworks than inputs
             published = experiment.published.get(name, "")
-            spread = f"{short(min(values))} to {short(max(values))}"
-            lines.append(
-                f"| {experiment.title} | {LABELS[name]} | {published} | {short(statistics.median(values))} | {spread} |"
-            )
+            ours = f"{short(statistics.median(values))} | {short(min(values))} to {short(max(values))}"
+            lines.append(f"| {experiment.title} | {LABELS[name]} | {published} | {ours} |")
     return "\n".join(lines) + "\n"
 
 

@@ -158,10 +158,8 @@ def write_results(out: Path, base: Mapping[str, Any], found: Sequence[Record]) -
         | {key: value for key, value in each.metrics.items() if not isinstance(value, list)}
         for each in found
     ]
-    paths = [
-        replace_text(out / BASE, to_json({"base": dict(base), "runs": rows})),
-        replace_text(out / "table.md", to_markdown(found)),
-    ]
+    results = to_json({"base": dict(base), "runs": rows})
+    paths = [replace_text(out / BASE, results), replace_text(out / "table.md", to_markdown(found))]
     try:
         from l3d.report.plots import write_figure
 

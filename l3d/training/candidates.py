@@ -155,8 +155,7 @@ def _finished(found: Directions, decoder: Directions, generator: torch.Generator
             piece.left.mul_((norms[1] / norms[0]).sqrt())
             piece.right.mul_((norms[0] / norms[1]).sqrt())
     if found.shapes != decoder.shapes:
-        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks, generator)
-        new = new.to(next(found.parameters()))
+        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks, generator).to(next(found.parameters()))
         for (name, piece), (_, own) in zip(new.items(), found.items(), strict=True):
             parts: list[Tensor] = list(own.parameters())
             if isinstance(piece, Tucker):

@@ -130,7 +130,7 @@ class Cache:
         started = time.perf_counter()
         gradients = self.extract(index)
         _finish(gradients.device)
-        extracting = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
         stored = self._stored(index)
         if not stored:
             self.write(index, gradients)
@@ -142,7 +142,7 @@ class Cache:
             tensor.to(gradients.device, copy=True)  # a mapped file is read when it is touched
         _finish(gradients.device)
         self.read_seconds.append(time.perf_counter() - reopened)
-        self.extract_seconds.append(extracting if self.seconds is None else self.seconds())
+        self.extract_seconds.append(elapsed if self.seconds is None else self.seconds())
         if stored:
             check_same(gradients, again, self._file(index))
             self.compared = True
@@ -186,13 +186,8 @@ def contents(model: nn.Module, extractor: Extractor, data: Any, settings: Settin
         chosen["reference"] = digest([extractor.reference])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     named = f"{type(model).__module__}.{type(model).__qualname__} " + " ".join(tensors)
-    return {
-        "model": digest(tensors.values(), named),
-        "params": list(extractor.parameters),
-        "data": digest(_tensors_in(data)),
-        "n_references": n_references,
-        **chosen,
-    }
+    found = {"model": digest(tensors.values(), named), "params": list(extractor.parameters)}
+    return found | {"data": digest(_tensors_in(data)), "n_references": n_references, **chosen}
 
 
 def _tensors_in(data: Any) -> Iterator[Tensor]:
@@ -231,12 +226,9 @@ def pack(gradients: Gradients) -> bytes:
         name: [["rows", put(p.x), put(p.dy), p.x_axis] if isinstance(p, Rows) else ["dense", put(p.grad)] for p in each]
         for name, each in gradients.parts.items()
     }
-    header = {
-        "parts": parts,
-        "shapes": {name: list(shape) for name, shape in gradients.shapes.items()},
-        "n_samples": gradients.n_samples,
-        "dtype": str(gradients.dtype).removeprefix("torch."),
-    }
+    shapes = {name: list(shape) for name, shape in gradients.shapes.items()}
+    dtype = str(gradients.dtype).removeprefix("torch.")
+    header = {"parts": parts, "shapes": shapes, "n_samples": gradients.n_samples, "dtype": dtype}
     return to_bytes(tensors, metadata={"gradients": json.dumps(header)})
 
 
