@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from l3d.data.arguments import check_index
 from l3d.decomposition.subnetworks import Subnetworks
-from l3d.gradients.model import Params, select_parameters
+from l3d.gradients.model import Params, model_output, select_parameters
 from l3d.storage.identity import check_identity, moving
 
 
@@ -53,6 +55,15 @@ def parameters_of(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[st
         if name not in named or named[name].shape != shape:
             raise ValueError(f"model: has no parameter {name!r} of shape {list(shape)}")
     return named
+
+
+def output_with(model: nn.Module, weights: dict[str, Tensor], inputs: Any) -> Tensor:
+    """Return the model's output on a batch with other weights, by parameter name, in the place of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, weights, args, kwargs)
+
+    return model_output(run, inputs)
 
 
 def decomposed(decomposition: Subnetworks, model: nn.Module, params: Params) -> set[str]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l3d.analysis.intervention import parameters_of
+from l3d.analysis.intervention import output_with, parameters_of
 from l3d.data.arguments import check_index
 from l3d.data.batch import to_device
-from l3d.gradients.model import check_fixed, model_output
+from l3d.gradients.model import check_fixed
 from l3d.storage.identity import check_identity
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method:
     inputs = to_device(inputs, next(iter(weights.values())).device)
 
     def forward(changed: dict[str, Tensor]) -> Tensor:
-        return functional_call(_Output(model), {f"model.{name}": p for name, p in changed.items()}, (inputs,))
+        return output_with(model, changed, inputs)
 
     # the fused attention kernels have neither forward mode nor second derivatives; the MATH backend has both
     with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
@@ -151,18 +151,6 @@ def move_many(model: nn.Module, directions: Mapping[str, Tensor], inputs: Any, m
 
 def _at(inputs: Any, index: int) -> Any:
     return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[index]
-
-
-class _Output(nn.Module):
-    """Wrap a model as a function from one batch to one output tensor, whatever types it takes and returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
-
-    def forward(self, inputs: Any) -> Tensor:
-        return model_output(self.model, inputs)
 
 
 def _double_backward(forward: Any, weights: dict[str, Tensor], tangents: dict[str, Tensor]) -> Movement:

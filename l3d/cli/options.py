@@ -224,16 +224,3 @@ MEMORY = (*options_of(GradientCache, "cache."), *options_of(Memory, "memory.")) 
 DECOMPOSE = (*LEARNED, *TRAINING, *MACHINE)  # arguments of `l3d.decompose` of the same names
 GROUPS = {"cache": GradientCache, "memory": Memory, "gradients": GradientOptions}  # arguments that are a group
 SOURCE, RESULTS, CONTROL = options_of(Source), options_of(Results), options_of(Control)
-OWN = tuple(each for group in (Toy, Sweep, ExistingRun, Intervention, Paper) for each in options_of(group))
-
-
-def expected(name: str) -> str | None:
-    """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *CHOSEN_GRADIENTS, *REPLACEMENT, *MEMORY, *SOURCE, *RESULTS, *CONTROL, *OWN)
-    found = next((each for each in every if each.name == name), None)
-    if found is None:
-        return None
-    kinds = [kind for kind in get_args(found.type) if kind is not type(None)]
-    kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(found.type) else found.type
-    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", int: "a whole number"}
-    return {**numbers, PositiveFloat: "a number above 0"}.get(kind, found.values)

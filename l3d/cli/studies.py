@@ -120,7 +120,6 @@ def sweep(settings: Settings) -> None:
 def intervene(settings: Settings) -> None:
     """Measure interventions along every subnetwork of a run."""
     import l3d
-    from l3d.analysis.intervention_ratios import InterventionRatios
     from l3d.report.plots import intervention_ratios as draw
     from l3d.report.plots import write_figure
     from l3d.report.report import write_report
@@ -130,10 +129,8 @@ def intervene(settings: Settings) -> None:
     job = job_module.reload(run, {})
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
-    found: dict[str, InterventionRatios] = {}
     how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
-    for name, d in loaded.items():
-        found[name] = l3d.intervention_ratios(d, job.model, job.data, **how)
+    found = {name: l3d.intervention_ratios(d, job.model, job.data, **how) for name, d in loaded.items()}
     if target != run:
         run_folder.copy_run(run, target)
     holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}
@@ -159,17 +156,14 @@ def intervene(settings: Settings) -> None:
 
 def paper(settings: Settings) -> None:
     """Make the figures of one of the paper's studies again."""
-    from l3d.studies.paper import MARK, NAMES, write_figures
+    from l3d.studies.paper import MARK, check_name, write_figures
 
-    name = settings["name"]
-    if name not in NAMES:
-        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    name = check_name(settings["name"])
     out = Path(settings["out"] or f"runs/paper-{name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not settings["overwrite"]:
             raise ValueError(f"--out: {out} exists and is not an empty folder")
         if not (out / MARK).is_file():
             raise ValueError(f"--out: {out} holds no figures of l3d, so --overwrite will not touch it")
-    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     for path in write_figures(name, out, settings["seed"]):
         print(f"written: {path}")

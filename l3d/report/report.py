@@ -67,8 +67,7 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     d = load(folder)
     rates = metrics.get("activation_rate")
     if rates is not None and len(rates) != d.n_subnetworks:
-        expected = f"expected {d.n_subnetworks} rates, got {len(rates)}"
-        raise ValueError(f"{folder / METRICS}: activation_rate: {expected}")
+        raise ValueError(f"{folder / METRICS}: activation_rate: expected {d.n_subnetworks} rates, got {len(rates)}")
     shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
     described = read_subnetworks(folder)
     if described and len(described["subnetworks"]) != d.n_subnetworks:

@@ -21,14 +21,20 @@ MARK = "figures.json"  # the file that marks a folder of figures
 _TEMPLATE = Path(__file__).parent / "templates" / "paper.html.j2"
 
 
+def check_name(name: str) -> str:
+    """Return a study's name; raise ValueError for an unknown one."""
+    if name not in NAMES:
+        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
 def write_figures(name: str, out: Path, seed: int = 0, tell: Callable[[str], None] = print) -> list[Path]:
     """Write a study's figures, numbers and page into the folder `out`; return the paths written, the page last.
 
     The same seed on the same machine gives the same files. tell: called with each figure's title and caption. Raises
     ValueError for an unknown name, and ImportError without the extra `report`.
     """
-    if name not in NAMES:
-        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    check_name(name)
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -36,12 +42,12 @@ def write_figures(name: str, out: Path, seed: int = 0, tell: Callable[[str], Non
         raise ImportError("the paper's figures need matplotlib and jinja2: pip install 'l3d[report]'") from error
     from l3d.studies.paper.studies import STUDIES
 
+    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     study = STUDIES[name]
     pictures = []
     for picture in study(seed):
         tell(f"{picture.title}: {picture.caption}")
         pictures.append(picture)
-    out.mkdir(parents=True, exist_ok=True)
     paths = [path for picture in pictures for path in write_figure(picture.figure, out / picture.name)]
     numbers = {picture.name: {"caption": picture.caption, **picture.numbers} for picture in pictures}
     paths.append(replace_text(out / MARK, to_json({"study": name, "seed": seed, "figures": numbers})))
