@@ -23,27 +23,18 @@ class Decomposition(Subnetworks):
     save = store.save
     """Write the decomposition into a folder; arguments and errors are those of `l3d.save`."""
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Upload the decomposition with its model card to the Hugging Face hub, as one commit.
+    push_to_hub = hub.push
+    """Upload the decomposition with its model card to the Hugging Face hub, as one commit.
 
-        Args:
-            repo_id: "USER/NAME"; the repository is made if missing.
-            private: of a new repository; None is the hub's default.
-            revision: the branch; None is main.
-            message: of the commit.
-            token: of access; None takes the one that `hf auth login` or HF_TOKEN left.
+    Args:
+        repo_id: "USER/NAME"; the repository is made if missing.
+        private: of a new repository; None is the hub's default.
+        revision: the branch; None is main.
+        message: of the commit.
+        token: of access; None takes the one that `hf auth login` or HF_TOKEN left.
 
-        Returns the commit's address. Raises ValueError in one line where the hub cannot be reached or refuses.
-        """
-        return hub.push(self, repo_id, private=private, revision=revision, message=message, token=token)
+    Returns the commit's address. Raises ValueError in one line where the hub cannot be reached or refuses.
+    """
 
 
 def load(path: str | Path) -> Decomposition:

@@ -103,20 +103,20 @@ def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_fixed(model)
     named = parameters_of(model, {name: tensor.shape for name, tensor in direction.items()})
-    weights = {name: named[name].detach() for name in direction}
-    tangents = {name: tensor.detach().to(weights[name]) for name, tensor in direction.items()}
-    inputs = to_device(inputs, next(iter(weights.values())).device)
+    weights = tuple(named[name].detach() for name in direction)
+    tangents = tuple(tensor.detach().to(named[name]) for name, tensor in direction.items())
+    inputs = to_device(inputs, weights[0].device)
 
-    def forward(changed: dict[str, Tensor]) -> Tensor:
-        return output_with(model, changed, inputs)
+    def forward(*changed: Tensor) -> Tensor:
+        return output_with(model, dict(zip(direction, changed, strict=True)), inputs)
 
     # the fused attention kernels have neither forward mode nor second derivatives; the MATH backend has both
     with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
         if method == "double_backward":
-            return _double_backward(forward, weights, tangents)
+            return Movement(*torch.autograd.functional.jvp(forward, weights, tangents))
         try:
             with torch.no_grad():
-                return Movement(*jvp(forward, (weights,), (tangents,)))
+                return Movement(*jvp(forward, weights, tangents))
         except (RuntimeError, NotImplementedError) as error:
             if "forward" not in str(error).lower() and "jvp" not in str(error).lower():
                 raise
@@ -151,17 +151,3 @@ def move_many(model: nn.Module, directions: Mapping[str, Tensor], inputs: Any, m
 
 def _at(inputs: Any, index: int) -> Any:
     return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[index]
-
-
-def _double_backward(forward: Any, weights: dict[str, Tensor], tangents: dict[str, Tensor]) -> Movement:
-    """Return J V as the gradient of <uᵀJ, V> with respect to u; it is linear in u, so u may be zero."""
-    with torch.enable_grad():
-        leaves = {name: p.clone().requires_grad_() for name, p in weights.items()}
-        output = forward(leaves)
-        u = torch.zeros_like(output, requires_grad=True)
-        pulled = torch.autograd.grad(
-            output, list(leaves.values()), u, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        along = torch.stack([(g * tangents[name]).sum() for name, g in zip(leaves, pulled, strict=True)]).sum()
-        (derivative,) = torch.autograd.grad(along, u)
-    return Movement(output.detach(), derivative.detach())

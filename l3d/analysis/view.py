@@ -20,8 +20,6 @@ from l3d.data.batch import without_label
 THUMBNAIL = 64  # pixels along the longer side, at most
 MAX_POINT = 64  # numbers in a row that is shown as a point
 
-KINDS = ("text", "image", "point", "row")
-
 
 @dataclass(frozen=True)
 class View:
@@ -40,7 +38,7 @@ class View:
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Return how a batch of inputs [n, ...] is displayed: one of `KINDS`."""
+    """Return how a batch of inputs [n, ...] is displayed: as text, image, point or row."""
     if inputs.ndim == 2 and not inputs.is_floating_point():
         return "text"
     if inputs.ndim == 4 and inputs.shape[1] in (1, 3):

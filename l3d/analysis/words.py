@@ -23,7 +23,7 @@ class DescriptionParts:
     Args:
         view: how tokens, classes and images are displayed.
         source: the rows.
-        kind: the kind of rows, one of `l3d.analysis.view.KINDS`.
+        kind: the kind of rows, as `l3d.analysis.view.kind_of` tells it.
         impacts: [rows, positions, K].
         kl: whether outputs are logits of classes or tokens; an entry then is a class or a token.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l3d.callbacks import ProgressBar
-from l3d.cli import job as job_module
+from l3d.cli import job as jobs
 from l3d.cli import options
 from l3d.cli.job import Settings
 from l3d.cli.output import environment
@@ -28,7 +28,7 @@ def toy_suite(settings: Settings) -> None:
     n_seeds, readme = settings.pop("seeds") or 10, settings.pop("readme")
     if settings["random_weights"] or settings["toy_seed"] is not None or settings["weights_seed"] is not None:
         raise ValueError("--random_weights, --weights_seed and --toy_seed: for one toy, not for l3d toy all")
-    out, _ = job_module.take_out(settings, "runs/all")
+    out, _ = jobs.take_out(settings, "runs/all")
     from torch import nn
 
     from l3d.storage.files import replace_between
@@ -46,7 +46,7 @@ def toy_suite(settings: Settings) -> None:
     given = {name: settings[name] for name in names if settings[name] is not None}
     for name in ("gradients", "replacement"):
         given |= {name: settings[name]} if any(value is not None for value in settings[name].values()) else {}
-    arguments = job_module.arguments(given)
+    arguments = jobs.arguments(given)
     first = settings["seed"] or 0
     seeds = range(first, first + n_seeds)
     results: suite.Results = {}
@@ -81,11 +81,11 @@ def sweep(settings: Settings) -> None:
         named = [name for name in ("model", "data") if settings[name]]
         if named or settings["held_out"]:
             raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
-        job = job_module.load_toy({**settings, "name": settings["toy"]})
+        job = jobs.load_toy({**settings, "name": settings["toy"]})
     else:
-        job_module.make_absolute(given, ", or --toy NAME; see l3d sweep --help")
+        jobs.make_absolute(given, ", or --toy NAME; see l3d sweep --help")
         defaults = {option.name: option.default for option in options.DECOMPOSE}
-        job = job_module.load({**settings, **defaults, **given})
+        job = jobs.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}
     check_base(out, base)
     names = [option.name for option in options.DECOMPOSE] + ["gradients", "replacement"]
@@ -95,17 +95,17 @@ def sweep(settings: Settings) -> None:
         check_free(folder)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
-        own = job_module.standing_alone(job, chosen, point.random_weights)
-        control = redrawn(job.model, chosen.get("params"), job_module.weights_seed(job))
+        own = jobs.standing_alone(job, chosen, point.random_weights)
+        control = redrawn(job.model, chosen.get("params"), jobs.weights_seed(job))
 
         with control if point.random_weights else nullcontext():
             existing = "resume" if resume else "refuse"
             with ProgressBar() as bar:
-                told = [bar, job_module.ConfigWriter(own)]
-                arguments = job_module.arguments(chosen)
+                told = [bar, jobs.ConfigWriter(own)]
+                arguments = jobs.arguments(chosen)
                 d = l3d.decompose(job.model, job.data, **arguments, out=folder, existing=existing, callbacks=told)
-            metrics = job_module.evaluate_run(d, own, job_module.evaluation_data(own))
-            return metrics | job_module.costs(d, own.model)
+            metrics = jobs.evaluate_run(d, own, jobs.evaluation_data(own))
+            return metrics | jobs.costs(d, own.model)
 
     try:
         found = run_sweep(out, base, runs, train)
@@ -125,8 +125,8 @@ def intervene(settings: Settings) -> None:
     from l3d.report.report import write_report
     from l3d.storage.store import to_json
 
-    run, target = job_module.find_run(settings)
-    job = job_module.reload(run, {})
+    run, target = jobs.find_run(settings)
+    job = jobs.reload(run, {})
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
     how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
