@@ -231,9 +231,8 @@ def top_samples(
 
 def _widened(decomposition: Subnetworks) -> Subnetworks:
     """Return the decomposition itself if its dtype is at least float32 wide, else a float32 copy."""
-    if next(decomposition.parameters()).dtype.itemsize >= 4:
-        return decomposition
-    return copy.deepcopy(decomposition).float()
+    is_narrow = next(decomposition.parameters()).dtype.itemsize < 4
+    return copy.deepcopy(decomposition).float() if is_narrow else decomposition
 
 
 def _draws(extractor: Extractor, n_references: int, seed: int) -> list[int]:
@@ -285,10 +284,9 @@ def extractor_of(
     params = [exact_pattern(name) for name in decomposition.shapes]
     extractor = Extractor(model, divergence, reference, params, positions)
     for name, p in extractor.parameters.items():
-        if p.shape != decomposition.shapes[name]:
-            raise ValueError(
-                f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
-            )
+        expected = decomposition.shapes[name]
+        if p.shape != expected:
+            raise ValueError(f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(expected)}")
     if not any_weights:
         check_identity(decomposition.base_model, extractor.parameters)
     return extractor

@@ -151,10 +151,9 @@ def intervention_ratios(
     results = torch.zeros(4, len(live), len(deltas), dtype=torch.float64)
     for i, index in enumerate(live.tolist()):
         generator = torch.Generator().manual_seed(mix(seed, 8, index))
-        active, rest = (
-            where[torch.randperm(len(where), generator=generator)[:n_samples]]
-            for where in (pool.kept[:, index].nonzero()[:, 0], (~pool.kept[:, index]).nonzero()[:, 0])
-        )
+        kept = pool.kept[:, index]
+        every = (where.nonzero()[:, 0] for where in (kept, ~kept))
+        active, rest = (each[torch.randperm(len(each), generator=generator)[:n_samples]] for each in every)
         change.select(torch.cat([active, rest]))
         own = {name: v for name, v in decomposition.subnetwork(index).items() if name in chosen}
         for j, direction in enumerate((own, alike(own, decomposition, generator))):

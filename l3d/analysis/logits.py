@@ -8,7 +8,7 @@ This is one Jacobian-vector product in forward mode: a single forward pass gives
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from l3d.analysis.intervention import output_with, parameters_of
 from l3d.data.arguments import check_index
 from l3d.data.batch import to_device
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.model import check_fixed
 from l3d.storage.identity import check_identity
-
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Subnetworks
 
 METHODS = ("forward", "double_backward")
 

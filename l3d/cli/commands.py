@@ -6,20 +6,18 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import l3d
 from l3d.callbacks import Callback, ProgressBar, log_to
 from l3d.cli import job as jobs
 from l3d.cli.job import Job, Settings
-from l3d.cli.output import write_results
+from l3d.cli.output import print_estimate, write_results
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
 from l3d.data.sources import Data
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
-
-if TYPE_CHECKING:
-    from l3d import Decomposition
 
 
 def decompose(settings: Settings) -> None:
@@ -62,8 +60,6 @@ def resume(settings: Settings) -> None:
 
 def evaluate(settings: Settings) -> None:
     """Evaluate a run's decomposition again and renew its figures."""
-    import l3d
-
     run, target = jobs.find_run(settings)
     names = ("evaluate_rows", "describe", "device")
     changes = {name: settings[name] for name in names if settings[name] is not None}
@@ -113,8 +109,6 @@ def report(settings: Settings) -> None:
 
 
 def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -> None:
-    import l3d
-
     existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     try:
         with log_to(job.settings.get("log"), out) if is_first() else Callback() as log:
@@ -134,7 +128,6 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
 
 def _estimate(job: Job) -> None:
     """Print what a run would take."""
-    from l3d.cli.output import print_estimate
     from l3d.distributed import process_group as processes
     from l3d.estimate import estimate
 
@@ -142,13 +135,12 @@ def _estimate(job: Job) -> None:
     found = estimate(job.model, job.data, **jobs.arguments(job.settings))
     if joined is not None:
         processes.leave()
-    if not is_first():
-        return
-    print_estimate(found)
+    if is_first():
+        print_estimate(found)
 
 
 def _describe(
-    d: Decomposition, job: Job, data: Data, metrics: Mapping[str, Any], any_weights: bool = False
+    d: l3d.Decomposition, job: Job, data: Data, metrics: Mapping[str, Any], any_weights: bool = False
 ) -> dict[str, Any] | None:
     """Return what each subnetwork does; None where that is not wanted. data: where job.data is a stream."""
     from l3d.analysis.description import default_rows, describe

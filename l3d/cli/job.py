@@ -7,11 +7,13 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import l3d
+from l3d import toys
 from l3d.callbacks import Callback
 from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
@@ -21,10 +23,6 @@ from l3d.data.sources import Data, absolute, absolute_files, load_data, load_mod
 from l3d.distributed.watch import is_first
 from l3d.storage import run_folder
 from l3d.training.options import PRESETS
-
-if TYPE_CHECKING:
-    from l3d import Decomposition
-    from l3d.toys import Toy
 
 Settings = dict[str, Any]
 
@@ -37,7 +35,7 @@ class Job(NamedTuple):
     model: nn.Module
     data: Data  # to train on
     held_out: Data | None
-    toy: Toy | None
+    toy: toys.Toy | None
 
 
 def find_run(settings: Settings) -> tuple[Path, Path]:
@@ -94,8 +92,6 @@ def load(settings: Settings) -> Job:
 
 def load_toy(settings: Settings) -> Job:
     """Make the toy that settings name, and complete them by its own."""
-    from l3d import toys
-
     _check_scored_rows(settings)
     seed = settings["seed"] or 0
     own_seed = settings.get("toy_seed")
@@ -138,7 +134,7 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
         raise ValueError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def costs(d: Decomposition, model: nn.Module) -> dict[str, Any]:
+def costs(d: l3d.Decomposition, model: nn.Module) -> dict[str, Any]:
     """Return what a run took and where, as metrics.json holds it."""
     return {**d.timing, **peak_memory(), "environment": environment(model)}
 
@@ -149,8 +145,7 @@ def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
     if job.command == "toy":
         settings |= {"name": job.settings["name"], "toy_seed": job.settings["seed"]}
     else:
-        names = [option.name for option in options.SOURCE]
-        settings |= {name: job.settings[name] for name in names}
+        settings |= {option.name: job.settings[option.name] for option in options.SOURCE}
     settings |= {"random_weights": random_weights, "weights_seed": weights_seed(job) if random_weights else None}
     return job._replace(settings=settings, toy=None if random_weights else job.toy)
 
@@ -199,7 +194,7 @@ def evaluation_data(job: Job) -> Data:
     return job.data if count <= most else take_rows(job.data, [i * count // most for i in range(most)])
 
 
-def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
+def evaluate_run(d: l3d.Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
     """Return the figures of an evaluation, as metrics.json holds them."""
     d = d.to(next(job.model.parameters()).device)
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import l3d
 from l3d.callbacks import ProgressBar
 from l3d.cli import job as jobs
 from l3d.cli import options
@@ -67,7 +68,6 @@ def toy_suite(settings: Settings) -> None:
 
 def sweep(settings: Settings) -> None:
     """Decompose one model over every combination of some settings."""
-    import l3d
     from l3d.analysis.controls import redrawn
     from l3d.studies.sweep import Point, check_base, points, run_sweep, write_results
 
@@ -78,9 +78,9 @@ def sweep(settings: Settings) -> None:
     runs = points(over, random_weights)
     given = {name: value for name, value in settings.items() if value is not None}
     if settings["toy"]:
-        named = [name for name in ("model", "data") if settings[name]]
-        if named or settings["held_out"]:
-            raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
+        named = [name for name in ("model", "data", "held_out") if settings[name]]
+        if named:
+            raise ValueError(f"--{named[0]}: a toy has its own model and data")
         job = jobs.load_toy({**settings, "name": settings["toy"]})
     else:
         jobs.make_absolute(given, ", or --toy NAME; see l3d sweep --help")
@@ -119,7 +119,6 @@ def sweep(settings: Settings) -> None:
 
 def intervene(settings: Settings) -> None:
     """Measure interventions along every subnetwork of a run."""
-    import l3d
     from l3d.report.plots import intervention_ratios as draw
     from l3d.report.plots import write_figure
     from l3d.report.report import write_report

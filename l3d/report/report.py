@@ -51,8 +51,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
     for a folder without a readable run, and ImportError without the extra `report`.
     """
-    folder = Path(run_dir)
-    return replace_text(folder / REPORT, render_report(folder))
+    return replace_text(Path(run_dir) / REPORT, render_report(run_dir))
 
 
 def render_report(run_dir: str | os.PathLike[str]) -> str:
@@ -100,7 +99,6 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
         chain=plots.mlp_chain(shapes),
         prefix=prefix,
         table=table,
-        rows=table.rows,
         described=described,
         cards=_in_script(described) if described else None,
         settings={key: _compact(value) for key, value in sorted(d.settings.items())},

@@ -238,11 +238,11 @@ def unpack(path: Path) -> Gradients:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["gradients"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        parts: dict[str, list[Part]] = {}
-        for name, each in header["parts"].items():
-            parts[name] = [
-                Dense(tensors[p[1]]) if p[0] == "dense" else Rows(tensors[p[1]], tensors[p[2]], p[3]) for p in each
-            ]
+
+        def part(kind: str, first: str, *more: Any) -> Part:
+            return Dense(tensors[first]) if kind == "dense" else Rows(tensors[first], tensors[more[0]], more[1])
+
+        parts = {name: [part(*each) for each in held] for name, held in header["parts"].items()}
         shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
         dtype = getattr(torch, header["dtype"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -37,13 +38,10 @@ def explanations(group: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(group)).body
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}
-    name = ""
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            found[name] = " ".join(str(node.value.value).split())
-            name = ""
+    for declared in pairwise(definition.body):
+        match declared:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                found[name] = " ".join(str(text).split())
     return found
 
 
@@ -227,21 +225,12 @@ class Preset:
     """When dead subnetworks are restarted and redundant ones replaced."""
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "default": Preset("default", 0.1, relative_lr=True, schedule="cosine", rest=True, warm_start="anneal"),
-        "published": Preset(
-            "published",
-            0.01,
-            relative_lr=False,
-            schedule="step",
-            rest=False,
-            warm_start="hold",
-            epochs=1000,
-            replacement=Replacement(enabled=False),
-        ),
-    }
+_OFF = Replacement(enabled=False)
+_DEFAULT = Preset("default", 0.1, relative_lr=True, schedule="cosine", rest=True, warm_start="anneal")
+_PUBLISHED = Preset(
+    "published", 0.01, relative_lr=False, schedule="step", rest=False, warm_start="hold", epochs=1000, replacement=_OFF
 )
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (_DEFAULT, _PUBLISHED)})
 
 
 def documented(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -51,12 +51,7 @@ def write_figures(name: str, out: Path, seed: int = 0, tell: Callable[[str], Non
     paths = [path for picture in pictures for path in write_figure(picture.figure, out / picture.name)]
     numbers = {picture.name: {"caption": picture.caption, **picture.numbers} for picture in pictures}
     paths.append(replace_text(out / MARK, to_json({"study": name, "seed": seed, "figures": numbers})))
-    page = render(
-        _TEMPLATE,
-        title=name,
-        about=(study.__doc__ or "").strip(),
-        pictures=[(p.name, p.title, p.caption, to_svg(p.figure, f"{p.name}-", css=True)) for p in pictures],
-        seed=seed,
-    )
+    shown = [(p.name, p.title, p.caption, to_svg(p.figure, f"{p.name}-", css=True)) for p in pictures]
+    page = render(_TEMPLATE, title=name, about=(study.__doc__ or "").strip(), pictures=shown, seed=seed)
     paths.append(replace_text(out / "index.html", page))
     return paths

@@ -139,9 +139,8 @@ def columns(toy: Toy, decomposition: Decomposition, owner: Sequence[int]) -> tup
     """
     task: Tensor = cast(Any, toy.measure).keywords["matrix"]
     w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
-    found = torch.stack(
-        [decomposition.subnetwork(k)["W_out.weight"].to(w_in) @ w_in[:, i] for i, k in enumerate(owner)], 1
-    )
+    moves = [decomposition.subnetwork(k)["W_out.weight"].to(w_in) @ w_in[:, i] for i, k in enumerate(owner)]
+    found = torch.stack(moves, 1)
     scale = (found * task).sum(0) / found.square().sum(0).clamp_min(1e-30)
     return task, w_out @ w_in, found * scale
 

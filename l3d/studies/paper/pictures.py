@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from l3d.api import Decomposition
 from l3d.report.plots import network_diagram
 from l3d.studies.paper import draw, measure
 from l3d.studies.recovery_suite import short
@@ -12,8 +13,6 @@ from l3d.toys import Toy, recovery
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from l3d.api import Decomposition
 
 
 class Picture(NamedTuple):

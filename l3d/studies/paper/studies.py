@@ -7,20 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from l3d.api import Decomposition
+from l3d.decomposition.directions import Directions
 from l3d.studies.paper import draw, measure, pictures
 from l3d.studies.paper.pictures import Picture
 from l3d.studies.recovery_suite import short
 from l3d.toys import Toy, make, one_thread, recovery
 from l3d.train import decompose
 from l3d.training.options import PRESETS, Replacement
-
-if TYPE_CHECKING:
-    from l3d.api import Decomposition
-    from l3d.decomposition.directions import Directions
 
 WITHOUT_REPLACEMENT = replace(PRESETS["default"], replacement=Replacement(enabled=False))
 SEEDS = 3  # number of toy networks over which errors against rank or K are averaged
@@ -59,10 +57,8 @@ def tmcs(seed: int) -> Iterator[Picture]:
     toy, d = _decomposed("tmcs", seed)
     owner = measure.owners(toy, d)
     yield pictures.diagrams(toy, d, owner, "feature")
-    cosines = {
-        "subnetworks (Vout)": measure.direction_cosines(toy, d.decoder)[:, owner],
-        "encoders (Vin)": measure.direction_cosines(toy, d.encoder)[:, owner],
-    }
+    sides = {"subnetworks (Vout)": d.decoder, "encoders (Vin)": d.encoder}
+    cosines = {name: measure.direction_cosines(toy, side)[:, owner] for name, side in sides.items()}
     own, read = (values.diagonal() for values in cosines.values())
     yield Picture(
         "directions",
@@ -98,9 +94,8 @@ def high_rank(seed: int) -> Iterator[Picture]:
     toy, d = _decomposed("high_rank", seed, rank=3, preset=WITHOUT_REPLACEMENT)
     owner = measure.owners(toy, d, size)
     yield pictures.diagrams(toy, d, owner, "group")
-    energy = torch.stack(
-        [d.subnetwork(k)["W_in.weight"].square().sum(0).view(-1, size).sum(1) for k in range(d.n_subnetworks)], 1
-    )
+    squares = [d.subnetwork(k)["W_in.weight"].square().sum(0) for k in range(d.n_subnetworks)]
+    energy = torch.stack([each.view(-1, size).sum(1) for each in squares], 1)
     rates = d.evaluate(toy.model, toy.data).activation_rate
     order = [*owner, *(k for k in range(d.n_subnetworks) if k not in owner)]
     purity = (energy / energy.sum(0)).mul(rates >= recovery.LIVE)[:, order]
