@@ -130,12 +130,9 @@ def finetune(
 @torch.no_grad()
 def _factors(decomposition: Subnetworks, chosen: list[int], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the chosen directions' factors by parameter name: left [n, R, O], right [n, R, I], at least float32."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    result = {}
-    for name, piece in decomposition.decoder.items():
-        left, right = piece.factors()
-        result[name] = (left[chosen].to(like.device, wide), right[chosen].to(like.device, wide))
-    return result
+    target = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+    pairs = {name: piece.factors() for name, piece in decomposition.decoder.items()}
+    return {name: (left[chosen].to(target), right[chosen].to(target)) for name, (left, right) in pairs.items()}
 
 
 def _weighted_sum(deltas: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -119,8 +119,7 @@ def sweep(settings: Settings) -> None:
 
 def intervene(settings: Settings) -> None:
     """Measure interventions along every subnetwork of a run."""
-    from l3d.report.plots import intervention_ratios as draw
-    from l3d.report.plots import write_figure
+    from l3d.report import plots
     from l3d.report.report import write_report
     from l3d.storage.store import to_json
 
@@ -144,7 +143,8 @@ def intervene(settings: Settings) -> None:
         print(f"{name}: {len(values)}, median ratio {statistics.median(values.tolist()):.3g}")
     print(f"above the random direction: {100 * found[''].share_above_random:.1f} %")
     try:
-        paths += write_figure(draw({name: values.tolist() for name, values in lines.items()}), target / "interventions")
+        figure = plots.intervention_ratios({name: values.tolist() for name, values in lines.items()})
+        paths += plots.write_figure(figure, target / "interventions")
         if (target / run_folder.REPORT).is_file():  # which has a column for them
             paths.append(write_report(target))
     except ImportError as error:
