@@ -9,7 +9,7 @@ Many subnetworks go through the model together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, kind_of
 from l3d.analysis.words import DescriptionParts, short
 from l3d.data.batch import to_device
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.model import run_fixed
 from l3d.storage.run_folder import SUBNETWORKS_FORMAT
-
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Subnetworks
 
 N_ROWS = 1000  # default limit on the rows examined
 N_SHOWN = 6  # rows shown per subnetwork

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l3d.analysis.png import encode_png
+from l3d.data.batch import without_label
 
 THUMBNAIL = 64  # pixels along the longer side, at most
 MAX_POINT = 64  # numbers in a row that is shown as a point
-
-KINDS = ("text", "image", "point", "row")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class View:
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Return how a batch of inputs [n, ...] is displayed: one of `KINDS`."""
+    """Return how a batch of inputs [n, ...] is displayed: as text, image, point or row."""
     if inputs.ndim == 2 and not inputs.is_floating_point():
         return "text"
     if inputs.ndim == 4 and inputs.shape[1] in (1, 3):
@@ -49,8 +48,7 @@ def kind_of(inputs: Tensor) -> str:
 
 def plain_inputs(batch: Any) -> Tensor:
     """Return the input tensor of a batch, which is a tensor, (input, label) or {"input_ids": ..}."""
-    if isinstance(batch, (tuple, list)):
-        batch = batch[0]
+    batch = without_label(batch)
     if isinstance(batch, Mapping):
         batch = batch.get("input_ids", next(iter(batch.values())))
     if not isinstance(batch, Tensor):

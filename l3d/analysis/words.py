@@ -23,7 +23,7 @@ class DescriptionParts:
     Args:
         view: how tokens, classes and images are displayed.
         source: the rows.
-        kind: the kind of rows, one of `l3d.analysis.view.KINDS`.
+        kind: the kind of rows, as `l3d.analysis.view.kind_of` tells it.
         impacts: [rows, positions, K].
         kl: whether outputs are logits of classes or tokens; an entry then is a class or a token.
     """
@@ -89,10 +89,9 @@ class DescriptionParts:
         if self.kind == "point":
             for row, values in zip(rows, self.source.inputs(rows).tolist(), strict=True):
                 found["rows"][str(row)]["point"] = [short(value) for value in values]
-        if self.kind != "text" and self.view.classes is not None:
-            found["classes"] = {
-                str(i): self.view.classes[i] for i in sorted(self.entries) if i < len(self.view.classes)
-            }
+        names = self.view.classes
+        if self.kind != "text" and names is not None:
+            found["classes"] = {str(i): names[i] for i in sorted(self.entries) if i < len(names)}
         return found
 
     def _named(self, ids: set[int]) -> dict[str, str]:

@@ -51,17 +51,11 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
     for a folder without a readable run, and ImportError without the extra `report`.
     """
-    folder = Path(run_dir)
-    return replace_text(folder / REPORT, render_report(folder))
+    return replace_text(Path(run_dir) / REPORT, render_report(run_dir))
 
 
 def render_report(run_dir: str | os.PathLike[str]) -> str:
     """Return the page as text; see `write_report`."""
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ImportError("the report needs jinja2: pip install 'l3d[report]'") from error
     from l3d import load
 
     folder = Path(run_dir)
@@ -72,8 +66,7 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     d = load(folder)
     rates = metrics.get("activation_rate")
     if rates is not None and len(rates) != d.n_subnetworks:
-        expected = f"expected {d.n_subnetworks} rates, got {len(rates)}"
-        raise ValueError(f"{folder / METRICS}: activation_rate: {expected}")
+        raise ValueError(f"{folder / METRICS}: activation_rate: expected {d.n_subnetworks} rates, got {len(rates)}")
     shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
     described = read_subnetworks(folder)
     if described and len(described["subnetworks"]) != d.n_subnetworks:
@@ -87,39 +80,27 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     table = make_table(d, rates, described, prefix, ratios)
     history = {key: list(values) for key, values in d.history.items()}
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
-
-    def draw(drawing: Figure, ids: str) -> Markup:
-        return Markup(plots.to_svg(drawing, ids, css=True))
-
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"percent": percent, "figure": figure}
-    return templates.get_template("report.html.j2").render(
+    return render(
+        _TEMPLATES / "report.html.j2",
         title=subject or folder.resolve().name,
-        script=Markup(script),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup(style),
+        style=style,
         n_subnetworks=d.n_subnetworks,
         n_parameters=sum(math.prod(shape) for shape in shapes.values()),
         shapes=shapes,
-        headlines=_headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
+        headlines=headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
         from_history=not metrics,
-        curve=draw(plots.error_curve(history), "curve-") if history.get("step") else None,
+        curve=plots.to_svg(plots.error_curve(history), "curve-", css=True) if history.get("step") else None,
         curve_summary=_curve_summary(history),
-        rates=draw(plots.activation_rates(rates), "rates-") if rates else None,
+        rates=plots.to_svg(plots.activation_rates(rates), "rates-", css=True) if rates else None,
         n_dead=sum(rate == 0 for rate in rates or ()),
-        diagrams=[(i, draw(drawing, f"net{i}-")) for i, drawing in _diagrams(d, shapes, rates)],
+        diagrams=[(i, plots.to_svg(drawing, f"net{i}-", css=True)) for i, drawing in _diagrams(d, shapes, rates)],
         chain=plots.mlp_chain(shapes),
         prefix=prefix,
         table=table,
-        rows=table.rows,
         described=described,
-        cards=Markup(_in_script(described)) if described else None,
+        cards=_in_script(described) if described else None,
         settings={key: _compact(value) for key, value in sorted(d.settings.items())},
         metrics={key: _compact(value) for key, value in metrics.items() if key != "activation_rate"},
         config=config,
@@ -127,24 +108,32 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     )
 
 
-_HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
+def render(template: Path, **values: Any) -> str:
+    """Fill in a template; values are escaped but where it says `safe`. Raises ImportError without jinja2."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install 'l3d[report]'") from error
+    loader = jinja2.FileSystemLoader(template.parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "figure": figure}
+    return environment.get_template(template.name).render(**values)
+
+
+HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, what it means
     "error": ("error", percent, "of the gradients’ squared norm is not reconstructed; 0 % is perfect"),
     "held_out_error": ("error on held-out data", percent, "the same, on rows not used in training"),
-    "mmcs": (
-        "match with the true features",
-        "{:.3f}".format,
-        "mean best |cosine| with the true directions; 1 is perfect",
-    ),
+    "mmcs": ("match with the true features", "{:.3f}".format, "mean best |cosine| with the true ones; 1 is perfect"),
+    "mmcs_own": ("match of own weights", "{:.3f}".format, "the same over each feature’s own weights alone"),
     "features_found": ("features found", "{:.0f}".format, "have a subnetwork of their own"),
     "r2": ("r² with the weights", "{:.3f}".format, "between the columns found and those of W_out W_in"),
+    "r2_task": ("r² with the task", "{:.3f}".format, "between the columns found and those of the task’s matrix"),
     "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity 0.9 or more"),
     "purity": ("purity", "{:.3f}".format, "of W_in lies in the group, for each group’s best subnetwork, on average"),
     "inputs_found": ("inputs found", "{:.0f}".format, "act most on a subnetwork of their own"),
-    "kept_per_sample": (
-        "kept per sample",
-        "{:.3g}".format,
-        "subnetworks used to reconstruct one gradient, on average",
-    ),
+    "kept_per_sample": ("kept per sample", "{:.3g}".format, "subnetworks used to reconstruct one gradient, on average"),
     "dead_fraction": ("dead", percent, "of the subnetworks are never kept"),
     "seconds": ("training time", duration, ""),
     "steps_per_second": ("steps per second", "{:,.4g}".format, ""),
@@ -153,19 +142,15 @@ _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label
 }
 
 
-def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
-    """Return the figures for the top of the page, in the order of _HEADLINES."""
+def headlines(figures: Mapping[str, Any]) -> list[Headline]:
+    """Return the figures for the top of the page and the end of a command, in the order of HEADLINES."""
     other = {"error": "error on other data"} if "evaluated_on" in figures else {}
-    return [
-        Headline(
-            other.get(key, label),
-            "not finite" if figures[key] is None else shown(figures[key]),
-            json.dumps(figures[key]),
-            note,
-        )
-        for key, (label, shown, note) in _HEADLINES.items()
-        if key in figures
-    ]
+    found = []
+    for key, (label, shown, note) in HEADLINES.items():
+        if key in figures:
+            text = "not finite" if figures[key] is None else shown(figures[key])
+            found.append(Headline(other.get(key, label), text, json.dumps(figures[key]), note))
+    return found
 
 
 def _read_config(path: Path) -> tuple[str, str]:

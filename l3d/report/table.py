@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Subnetworks
+from l3d.decomposition.subnetworks import Subnetworks
 
 MAX_COLUMNS = 8  # tensors with a column of their own, the largest ones; the others are summed
 N_WORDS = 4  # words per subnetwork in the column of what it acts on

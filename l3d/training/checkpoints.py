@@ -38,11 +38,8 @@ def restore(run: "Run", folder: RunFolder) -> None:
     if found is None:
         return
     decomposition, tensors, state = found
-    changed = [
-        name
-        for name, value in run.decomposition.settings.items()
-        if json.dumps(value) != json.dumps(decomposition.settings.get(name))
-    ]
+    now, before = run.decomposition.settings, decomposition.settings
+    changed = [name for name in now if json.dumps(now[name]) != json.dumps(before.get(name))]
     if decomposition.n_subnetworks != run.decomposition.n_subnetworks and "n_subnetworks" not in changed:
         changed.append("n_restarts")
     own = _seen(run)
@@ -66,7 +63,5 @@ def _seen(run: "Run") -> dict[str, Any]:
     """
     data, reference = run.batches.data, run.extractor.reference
     rows = digest(tensors_of(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None
-    return {
-        "data": [run.batches.n_rows, rows],
-        "reference": digest([reference]) if isinstance(reference, Tensor) else None,
-    }
+    compared = digest([reference]) if isinstance(reference, Tensor) else None
+    return {"data": [run.batches.n_rows, rows], "reference": compared}

@@ -68,7 +68,7 @@ def recording(kept: list[Any]) -> Iterator[None]:
         found = take_step(run, gradients)
         result = results.pop()
         result = result[0] if run.micro_batch_size is not None or run.group is not None else result
-        entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column()], 1)
+        entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column], 1)
         kept.append(entries if run.group is None else run.group.gather(entries))
         return found
 
