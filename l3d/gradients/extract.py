@@ -83,11 +83,10 @@ class Extractor:
         self.model = model
         self.divergence = div.resolve_divergence(divergence)
         self.is_kl = self.divergence is div.kl
-        self.by_row = self.divergence in (div.mse, div.mse_published)
         self.reference = div.check_reference(reference)
         if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
-        self.positions = None if self.by_row else positions
+        self.positions = None if self.divergence in (div.mse, div.mse_published) else positions
         self.parameters = select_parameters(model, params)
         self._output_width: tuple[int, ...] | None = None
         self._batches = 0
@@ -159,8 +158,13 @@ class Extractor:
             yield
 
     def _outputs_of(self, samples: Samples, output: Tensor) -> Tensor:
-        """Check the samples' outputs and return them: [S, ...]."""
-        self._check_width(samples)
+        """Check the samples' outputs and return them: [S, ...]. Their width must be that of earlier batches."""
+        width = tuple(samples.width)
+        if self._output_width not in (None, width):
+            raise ValueError(
+                f"data: the shape of one sample's output changed between batches, from {self._output_width} to {width}"
+            )
+        self._output_width = width
         outputs = samples.gather(output.detach())
         if self.is_kl and self._batches == 0:
             check_logits(outputs)
@@ -246,22 +250,13 @@ class Extractor:
                 "tensor or a Dataset, or batches of them"
             )
 
-    def _check_width(self, samples: Samples) -> None:
-        """Raise ValueError if a sample's output has another shape than in earlier batches."""
-        width = tuple(samples.width)
-        if self._output_width not in (None, width):
-            raise ValueError(
-                f"data: the shape of one sample's output changed between batches, from {self._output_width} to {width}"
-            )
-        self._output_width = width
-
     def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
         """Return the parts of every parameter's gradient from the gradient at the outputs, d_out [B·P, ...]."""
         assert output.grad_fn is not None
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
         uses, layouts = graph.uses, find_layouts(output, graph)
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
-        from_output = {use.name for use in uses if layouts[use.node] is None}
+        from_output = {use.name for use in uses if use.node not in layouts}
         from_output |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
         # only autograd's engine calls a parameter's hooks
         from_output |= {name for name, p in self.parameters.items() if p._backward_hooks}
@@ -289,9 +284,7 @@ class Extractor:
                     parts[use.name].append(part)
         dys = self._output_gradients(starts, grad_outputs, samples.per_row, uses, layouts)
         for use in uses:
-            layout = layouts[use.node]
-            assert layout is not None
-            parts[use.name].append(part_of(use, layout, dys[use.node], self.parameters[use.name]))
+            parts[use.name].append(part_of(use, layouts[use.node], dys[use.node], self.parameters[use.name]))
         for name, part in self._from_output(output, samples, d_out, sorted(from_output)).items():
             parts[name] = [part]
         return parts
@@ -302,7 +295,7 @@ class Extractor:
         grad_outputs: Iterable[Tensor],
         per_row: int,
         uses: list[Use],
-        layouts: dict[Node, Layout | None],
+        layouts: dict[Node, Layout],
     ) -> dict[Node, Tensor]:
         """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
         nodes = list(dict.fromkeys(use.node for use in uses))
@@ -313,9 +306,7 @@ class Extractor:
         for position, grad_output in enumerate(grad_outputs):
             grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
             for node, grad in zip(nodes, grads, strict=True):
-                layout = layouts[node]
-                assert layout is not None
-                rows = layout.split(no_gradient(node, grad_output.device) if grad is None else grad)
+                rows = layouts[node].split(no_gradient(node, grad_output.device) if grad is None else grad)
                 if per_row == 1:
                     collected[node] = rows[:, None]
                     continue
@@ -328,14 +319,11 @@ class Extractor:
         """Compute dense gradients by a backward pass from the output per sample: slow, exact wherever autograd is."""
         if not names:
             return {}
-        grads: dict[str, list[Tensor]] = {name: [] for name in names}
-        inputs = [self.parameters[name] for name in names]
+        inputs, rows = [self.parameters[name] for name in names], []
         for sample in range(samples.count):
             alone = torch.zeros_like(d_out)
             alone[sample] = d_out[sample]
-            results = torch.autograd.grad(
-                [output], inputs, [samples.scatter(alone)], retain_graph=True, allow_unused=True
-            )
-            for name, parameter, grad in zip(names, inputs, results, strict=True):
-                grads[name].append(torch.zeros_like(parameter) if grad is None else grad.to_dense())
-        return {name: Dense(torch.stack(rows)) for name, rows in grads.items()}
+            at_output = [samples.scatter(alone)]
+            grads = torch.autograd.grad([output], inputs, at_output, retain_graph=True, materialize_grads=True)
+            rows.append([grad.to_dense() for grad in grads])
+        return {name: Dense(torch.stack(each)) for name, each in zip(names, zip(*rows, strict=True), strict=True)}

@@ -100,9 +100,7 @@ def gather_gradients(group: ProcessGroup, own: Gradients) -> Gradients:
             return Dense(gathered(part.grad))
         return Rows(gathered(part.x), gathered(part.dy), part.x_axis)
 
-    parts = {name: [whole(part) for part in parts] for name, parts in own.parts.items()}
-    n_samples = int(group.total(torch.tensor(own.n_samples, device=own.device)))
-    return Gradients(parts, own.shapes, n_samples, own.dtype, own.device)
+    return own.changed(whole, n_samples=int(group.total(torch.tensor(own.n_samples, device=own.device))))
 
 
 def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients], Gradients]) -> Chunks:

@@ -21,5 +21,4 @@ def shuffled(gradients: Gradients, generator: torch.Generator | None = None) -> 
             return Dense(part.grad[order])
         return replace(part, dy=part.dy[order])
 
-    parts = {name: [permuted(part) for part in parts] for name, parts in gradients.parts.items()}
-    return Gradients(parts, gradients.shapes, gradients.n_samples, gradients.dtype, gradients.device)
+    return gradients.changed(permuted)
