@@ -1,6 +1,6 @@
 """Count, cut and join the rows of a batch (a tensor, mapping or tuple), and move it to a device."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,23 +84,23 @@ def rows_of(batch: Any, rows: slice) -> Any:
     Values without a row for each of the batch's rows are returned whole; the slice of all rows returns the batch.
     """
     n_rows = count_rows_of(batch)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(each) for key, each in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(cut(each) for each in value)
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
-
-    return batch if rows == slice(0, n_rows) else cut(batch)
+    if rows == slice(0, n_rows):
+        return batch
+    return on_tensors(batch, lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == n_rows else tensor)
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """Move a batch (tensor, mapping, tuple) to a device; what is no tensor stays as it is."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(to_device(value, device) for value in inputs)
-    return inputs
+    return on_tensors(inputs, lambda tensor: tensor.to(device))
+
+
+def on_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a batch (tensor, mapping, tuple); what is no tensor stays as it is."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: on_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        changed = [on_tensors(value, change) for value in batch]
+        return changed if isinstance(batch, list) else tuple(changed)
+    return batch

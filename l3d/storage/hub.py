@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from l3d.data.extras import import_extra
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.store import save
 
@@ -84,11 +85,7 @@ def parse(address: str) -> tuple[str, str | None]:
 
 
 def _client(repo: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(f"{SCHEME}{repo}: huggingface_hub is not installed: pip install 'l3d[hf]'") from error
-    return huggingface_hub
+    return import_extra("huggingface_hub", "hf", f"{SCHEME}{repo}: huggingface_hub is not installed")
 
 
 def _reason(error: Exception) -> str:
