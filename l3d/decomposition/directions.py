@@ -9,7 +9,8 @@ once the core and all modes but the first are contracted into `right`. Vectors a
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class Directions(nn.Module):
         columns: slice | None = None,
     ) -> None:
         super().__init__()
-        self.shapes = dict(shapes)
+        self.shapes, self._ranks = dict(shapes), dict(ranks)
         drawn = n_subnetworks
         if columns is not None:
             n_subnetworks = columns.stop - columns.start
@@ -194,30 +195,19 @@ class Directions(nn.Module):
 
     def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
-        total: Tensor | None = None
-        for _, piece in self.items():
-            if isinstance(piece, Whole):
-                product = piece.vector[chosen] @ piece.vector[chosen].mT
-            else:
-                left, right = piece.factors()
-                product = lk.gram(left[chosen], right[chosen], backend=backend)
-            total = product if total is None else total + product
-        assert total is not None
-        return total
+        every = self.factors(chosen)
+        return reduce(torch.add, (f[0] @ f[0].mT if len(f) == 1 else lk.gram(*f, backend=backend) for f in every))
 
     def inner(self, other: "Directions") -> Tensor:
         """Return <V_k, U_j> with directions U of the same tensors, over all together: [K, J]."""
-        total: Tensor | None = None
-        for (_, own), (_, theirs) in zip(self.items(), other.items(), strict=True):
-            left, right = theirs.factors()
-            if isinstance(own, Whole):
-                product = own.vector @ left[:, 0].to(own.vector).mT
-            else:  # a direction is a gradient whose positions are its ranks
-                own_left, own_right = own.factors()
-                product = lk.project(own_right, own_left, left.to(own_left), right.to(own_left))
-            total = product if total is None else total + product
-        assert total is not None
-        return total
+        like = next(self.parameters())
+        return inner_products(self.factors(), (tuple(each.to(like) for each in found) for found in other.factors()))
+
+    def factors(self, chosen: slice | Tensor = slice(None)) -> Iterator[tuple[Tensor, ...]]:
+        """Yield each tensor's factors of all directions or some: (left, right), or of a vector (vector [K, P],)."""
+        for _, piece in self.items():
+            found = (piece.vector,) if isinstance(piece, Whole) else piece.factors()
+            yield tuple(each[chosen] for each in found)
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
@@ -227,7 +217,7 @@ class Directions(nn.Module):
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Return the ranks of every tensor, as `resolve_ranks` gives them."""
-        return {name: _ranks_held(piece) for name, piece in self.items()}
+        return dict(self._ranks)
 
     def grams(self, n_groups: int, backend: str = "auto") -> Tensor:
         """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
@@ -246,12 +236,17 @@ class Directions(nn.Module):
         return result
 
 
-def _ranks_held(piece: Piece) -> tuple[int, ...]:
-    if isinstance(piece, Whole):
-        return ()
-    if isinstance(piece, LowRank):
-        return (piece.left.shape[1],)
-    return tuple(piece.core.shape[1:])
+def inner_products(
+    first: Iterable[tuple[Tensor, ...]], second: Iterable[tuple[Tensor, ...]], backend: str = "auto"
+) -> Tensor:
+    """Return <V_j, U_k> of two sets of directions, given by `Directions.factors`, over all tensors together: [J, K]."""
+
+    def product(v: tuple[Tensor, ...], u: tuple[Tensor, ...]) -> Tensor:
+        if len(v) == 1:
+            return v[0] @ u[0].mT
+        return lk.project(v[1], v[0], *u, backend=backend)  # a direction is a gradient whose positions are its ranks
+
+    return reduce(torch.add, map(product, first, second))
 
 
 def _squared_norm(piece: nn.Module) -> Tensor:

@@ -8,6 +8,7 @@ No reconstruction is formed. Everything on the right is summed over the paramete
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -52,15 +53,15 @@ def objective(
     n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // plan.n_groups)
     plan = plan.for_batch(gradients, encoder, n * plan.n_groups)
     if plan.small:
-        return _relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
+        return relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
     kept, overlap = keep(gradients, encoder, decoder, n, plan)
     squared_norms = gradients.squared_norm(plan.backend)
     residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, plan))
-    return _relative(kept, residual, squared_norms)
+    return relative(kept, residual, squared_norms)
 
 
-def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
-    """Divide residuals [S, groups] by norms [S], both summed over samples."""
+def relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
+    """Make the objective of residuals [S, groups] and norms [S]: their ratio, both summed over samples."""
     squared_norm = squared_norms.sum()
     loss = residual.sum(0) / squared_norm
     if residual.shape[1] == 1:
@@ -128,29 +129,19 @@ def energy(kept: lk.SparseCoefficients, decoder: Directions, plan: Plan) -> Tens
     if coactive is None:
         coactive = coactive_is_cheaper(decoder, kept, n_groups)
     if not coactive:
-        coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in (kept.values, *decoder.parameters()))
         by_gram, by_tiles = energy_costs(kept.shape, decoder.sizes(), trains)
-        if n_groups == 1 and by_tiles < by_gram and backend != "triton":  # which has no kernel for it
-            return _energy_by_tiles(coefficients[0], decoder)[:, None]
-        return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
+        if n_groups > 1 or by_gram <= by_tiles or backend == "triton":  # which has no kernel for tiles
+            coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
+            return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)
+    dense = cache(by_group.dense)  # made once, if at all
     total = kept.values.new_zeros(by_group.shape[0])
     for _, piece in decoder.items():
         if isinstance(piece, Whole):
-            reconstruction = by_group.dense() @ piece.vector
-            total = total + reconstruction.square().sum(1)
-        else:
+            total = total + (dense() @ piece.vector).square().sum(1)
+        elif coactive:
             total = total + lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
-    return total.unflatten(0, (-1, n_groups))
-
-
-def _energy_by_tiles(coefficients: Tensor, decoder: Directions) -> Tensor:
-    """Return ‖ĝ_s‖² over all tensors together: [S]; coefficients [S, K]."""
-    total = coefficients.new_zeros(coefficients.shape[0])
-    for _, piece in decoder.items():
-        if isinstance(piece, Whole):
-            total = total + (coefficients @ piece.vector).square().sum(1)
         else:
-            total = total + cpu.energy_by_tiles(coefficients, *piece.factors())
-    return total
+            total = total + cpu.energy_by_tiles(dense(), *piece.factors())
+    return total.unflatten(0, (-1, n_groups))
