@@ -39,6 +39,7 @@ def push(
     Returns the commit's address. Raises ValueError in one line if the hub cannot be reached or refuses.
     """
     repo, branch = parse(repo_id)
+    message = message or f"Upload {decomposition.n_subnetworks} subnetworks"
     hub = _client(repo)
     with tempfile.TemporaryDirectory() as folder:
         save(decomposition, folder)
@@ -46,10 +47,7 @@ def push(
             api = hub.HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                revision=revision or branch,
-                commit_message=message or f"Upload {decomposition.n_subnetworks} subnetworks",
+                repo_id=repo, folder_path=folder, revision=revision or branch, commit_message=message
             )
         except Exception as error:  # the client's error classes differ by version and HTTP library
             raise ValueError(f"{SCHEME}{repo}: cannot be uploaded: {_reason(error)}") from error
