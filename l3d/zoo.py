@@ -81,8 +81,7 @@ def resnet20(weights: str | None = None) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file ({error})") from error
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{weights}: not the weights of this ResNet-20: {reason}") from error
+        raise ValueError(f"{weights}: not the weights of this ResNet-20: {' '.join(str(error).split())}") from error
     return model
 
 

@@ -1,6 +1,6 @@
 """Count, cut and join the rows of a batch (a tensor, mapping or tuple), and move it to a device."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,23 +50,16 @@ def join(batches: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         if not all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
             return None
-        joined: Any = {key: join([batch[key] for batch in batches]) for key in first}
-        return joined if _have_equal_rows(joined.values()) else None
+        joined = {key: join([batch[key] for batch in batches]) for key in first}
+        n_rows = {None if part is None else rows_in(part) for part in joined.values()}
+        return joined if len(n_rows) == 1 and None not in n_rows else None
     if isinstance(first, (tuple, list)):
-        if not all(isinstance(batch, (tuple, list)) and len(batch) == len(first) for batch in batches):
-            return None
-        joined = tuple(map(join, zip(*batches, strict=True)))
-        return joined if _have_equal_rows(joined) else None
+        by_place = join([dict(enumerate(each)) if isinstance(each, (tuple, list)) else each for each in batches])
+        return None if by_place is None else tuple(by_place.values())
     if not all(isinstance(batch, Tensor) and batch.ndim for batch in batches):
         return None
     alike = all(batch.shape[1:] == first.shape[1:] and batch.dtype == first.dtype for batch in batches)
     return torch.cat(list(batches)) if alike else None
-
-
-def _have_equal_rows(parts: Iterable[Any]) -> bool:
-    """Tell whether all tensors of a batch were joined and have equally many rows."""
-    n_rows = {None if part is None else rows_in(part) for part in parts}
-    return len(n_rows) == 1 and None not in n_rows
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

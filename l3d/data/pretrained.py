@@ -62,5 +62,4 @@ def first_line(error: BaseException) -> str:
     >>> first_line(OSError("no such model\\n\\nIf this is a private repository, ..."))
     'no such model'
     """
-    text = str(error).strip() or type(error).__name__
-    return text.split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -29,8 +29,7 @@ def load_text(
     short: str = "drop",
 ) -> TokenData:
     """Read a text file, or all *.txt files of a folder; see `l3d.data.sources.load_data`."""
-    cut = _cutter(model_spec, length, max_rows, tokenizer, start, short)
-    return cut(read_texts(path, separator))
+    return _cutter(model_spec, length, max_rows, tokenizer, start, short)(read_texts(path, separator))
 
 
 def load_dataset(

@@ -94,7 +94,6 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
         numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
         if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
-    for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
     for name, shape in shapes.items():
@@ -203,8 +202,8 @@ class Directions(nn.Module):
         like = next(self.parameters())
         return inner_products(self.factors(), (tuple(each.to(like) for each in found) for found in other.factors()))
 
-    def factors(self, chosen: slice | Tensor = slice(None)) -> Iterator[tuple[Tensor, ...]]:
-        """Yield each tensor's factors of all directions or some: (left, right), or of a vector (vector [K, P],)."""
+    def factors(self, chosen: slice | Tensor | int = slice(None)) -> Iterator[tuple[Tensor, ...]]:
+        """Yield each tensor's factors of the chosen directions: (left, right), or of a vector (vector [K, P],)."""
         for _, piece in self.items():
             found = (piece.vector,) if isinstance(piece, Whole) else piece.factors()
             yield tuple(each[chosen] for each in found)
@@ -224,16 +223,13 @@ class Directions(nn.Module):
         size = self.n_subnetworks // n_groups
         if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
             return torch.stack([self.gram(slice(i * size, (i + 1) * size), backend) for i in range(n_groups)])
-        blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2)
-        return blocks.movedim(-1, 0)
+        blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size)
+        return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Multiply one direction out: {name: tensor of the parameter's shape}."""
-        result = {}
-        for name, piece in self.items():
-            left, right = piece.factors()
-            result[name] = (left[index].mT @ right[index]).reshape(self.shapes[name])
-        return result
+        every = ((name, *piece.factors()) for name, piece in self.items())
+        return {name: (left[index].mT @ right[index]).reshape(self.shapes[name]) for name, left, right in every}
 
 
 def inner_products(

@@ -55,9 +55,8 @@ def objective(
     if plan.small:
         return relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
     kept, overlap = keep(gradients, encoder, decoder, n, plan)
-    squared_norms = gradients.squared_norm(plan.backend)
-    residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, plan))
-    return relative(kept, residual, squared_norms)
+    norms = gradients.squared_norm(plan.backend)
+    return relative(kept, residual_norms(norms, kept, overlap, energy(kept, decoder, plan)), norms)
 
 
 def relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:

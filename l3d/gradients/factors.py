@@ -13,7 +13,7 @@ T positions that share the weight, I and O the widths of x and dy.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ import l3d_kernels as lk
 from l3d_kernels import splitting
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A gradient as layer inputs and output gradients, G_s = Σ_t dy[s, t] ⊗ x[s // (S // B), t], or its transpose."""
 
     x: Tensor  # [B, T, I], or int64 [B, T]: indices of one-hot rows
@@ -55,8 +54,7 @@ class Rows:
         return Rows(x, self.dy.to(like), self.x_axis)
 
 
-@dataclass(frozen=True)
-class Dense:
+class Dense(NamedTuple):
     """A gradient in full, one tensor per sample."""
 
     grad: Tensor  # [S, *shape of the parameter]
@@ -223,11 +221,7 @@ class Gradients:
         """Yield (parameter name, tensor) for the tensors of all parts."""
         for name, parts in self.parts.items():
             for part in parts:
-                if isinstance(part, Dense):
-                    yield name, part.grad
-                else:
-                    yield name, part.x
-                    yield name, part.dy
+                yield from ((name, tensor) for tensor in part if isinstance(tensor, Tensor))
 
 
 Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
@@ -248,7 +242,7 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
         return first
     joined: dict[tuple[Place, ...], Tensor] = {}  # by the tensors joined: one that parts share is joined once
 
-    def append(tensors: list[Tensor]) -> Tensor:
+    def append(tensors: tuple[Tensor, ...]) -> Tensor:
         key = tuple(map(place_of, tensors))
         if key not in joined:
             joined[key] = torch.cat(tensors)
@@ -258,13 +252,10 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
     for name in first.shapes:
         parts[name] = []
         for each in zip(*(batch.parts[name] for batch in batches), strict=True):
-            if all(isinstance(part, Dense) for part in each):
-                parts[name].append(Dense(append([part.grad for part in each])))
-            elif len({_kind(part) for part in each}) == 1:
-                x, dy = append([part.x for part in each]), append([part.dy for part in each])
-                parts[name].append(Rows(x, dy, each[0].x_axis))
-            else:
+            if len({_kind(part) for part in each}) > 1:
                 raise ValueError(f"data: the gradients of {name!r} change their form between rows of a batch")
+            fields = zip(*each, strict=True)  # x, dy and x_axis of rows, or grad
+            parts[name].append(type(each[0])(*(append(f) if isinstance(f[0], Tensor) else f[0] for f in fields)))
     return Gradients(parts, first.shapes, sum(batch.n_samples for batch in batches), first.dtype, first.device)
 
 

@@ -99,8 +99,7 @@ def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
         return Rows(patches.flatten(2), dy, x_axis=1)
     x_by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
     dy_by_group = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
-    per_sequence = dy.shape[0] // x_by_group.shape[0]
-    grad = dy_by_group.unflatten(0, (-1, per_sequence)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
+    grad = dy_by_group.unflatten(0, (len(x_by_group), -1)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
     return Dense(grad.reshape(-1, *shape))
 
 

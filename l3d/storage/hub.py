@@ -40,11 +40,10 @@ def push(
     """
     repo, branch = parse(repo_id)
     message = message or f"Upload {decomposition.n_subnetworks} subnetworks"
-    hub = _client(repo)
+    api = _client(repo).HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(decomposition, folder)
         try:
-            api = hub.HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo, folder_path=folder, revision=revision or branch, commit_message=message

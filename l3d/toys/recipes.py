@@ -32,11 +32,7 @@ def tms_40_10(seed: int) -> Toy:
     A thousand points are too few to decompose it. So 100,000 are drawn, at least as many as the recommended training
     uses, and none is used twice.
     """
-    generator = _generator(seed, TRAINING)
-
-    def fit() -> Network:
-        return _fit_superposition(40, 10, generator, steps=2000, lr=0.002, n_starts=4)
-
+    fit = partial(_fit_superposition, 40, 10, _generator(seed, TRAINING), steps=2000, lr=0.002, n_starts=4)
     model = trained("tms_40_10", seed, partial(Superposition, 40, 10), fit)
     return _superposition("tms_40_10", seed, model, n_points=100_000, steps=3000)
 
