@@ -155,18 +155,15 @@ class Directions(nn.Module):
     ) -> None:
         super().__init__()
         self.shapes, self._ranks = dict(shapes), dict(ranks)
-        drawn = n_subnetworks
-        if columns is not None:
-            n_subnetworks = columns.stop - columns.start
-        self.n_subnetworks = n_subnetworks
+        self.n_subnetworks = n_subnetworks if columns is None else columns.stop - columns.start
         self.pieces = nn.ModuleList()
         for name, shape in shapes.items():
             if not ranks[name]:
-                self.pieces.append(Whole(n_subnetworks, shape))
+                self.pieces.append(Whole(self.n_subnetworks, shape))
             elif len(shape) == 2:
-                self.pieces.append(LowRank(n_subnetworks, shape, ranks[name][0]))
+                self.pieces.append(LowRank(self.n_subnetworks, shape, ranks[name][0]))
             else:
-                self.pieces.append(Tucker(n_subnetworks, shape, ranks[name]))
+                self.pieces.append(Tucker(self.n_subnetworks, shape, ranks[name]))
         if all(parameter.is_meta for parameter in self.parameters()):
             return  # still to be filled; without values a start is only slow
         with torch.no_grad():
@@ -174,7 +171,8 @@ class Directions(nn.Module):
                 if columns is None:
                     parameter.normal_(generator=generator)
                 else:  # one tensor's start at a time is drawn for all
-                    parameter.copy_(torch.empty(drawn, *parameter.shape[1:]).normal_(generator=generator)[columns])
+                    whole = torch.empty(n_subnetworks, *parameter.shape[1:]).normal_(generator=generator)
+                    parameter.copy_(whole[columns])
             for piece in self.pieces:  # every tensor starts with the same share of the norm
                 _rescale([piece], _squared_norm(piece))
         self.normalize_()

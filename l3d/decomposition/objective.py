@@ -20,7 +20,7 @@ from l3d.decomposition.directions import Directions, Whole
 from l3d.decomposition.flat import flat_residual
 from l3d.decomposition.project import project, project_at, project_topk
 from l3d.gradients.factors import Gradients
-from l3d_kernels import cpu
+from l3d_kernels import SparseCoefficients, cpu
 from l3d_kernels.splitting import energy_costs
 
 
@@ -28,7 +28,7 @@ class Objective(NamedTuple):
     """The loss of one batch and its kept coefficients."""
 
     loss: Tensor  # [] differentiable: the squared ratio; [groups] where there are several
-    kept: lk.SparseCoefficients
+    kept: SparseCoefficients
     squared_norm: Tensor  # [] Σ_s ‖g_s‖², which the loss is relative to
     residual: Tensor  # [S] or [S, groups], differentiable: ‖g_s − ĝ_s‖²
 
@@ -59,7 +59,7 @@ def objective(
     return relative(kept, residual_norms(norms, kept, overlap, energy(kept, decoder, plan)), norms)
 
 
-def relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
+def relative(kept: SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
     """Make the objective of residuals [S, groups] and norms [S]: their ratio, both summed over samples."""
     squared_norm = squared_norms.sum()
     loss = residual.sum(0) / squared_norm
@@ -70,7 +70,7 @@ def relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tenso
 
 def keep(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, plan: Plan
-) -> tuple[lk.SparseCoefficients, Tensor]:
+) -> tuple[SparseCoefficients, Tensor]:
     """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
     sides = encoder, decoder
     sums, sampled = everywhere(gradients, sides, plan)
@@ -98,12 +98,7 @@ def everywhere(gradients: Gradients, sides: Sides, plan: Plan) -> tuple[tuple[Te
 
 
 def at_pairs(
-    gradients: Gradients,
-    sides: Sides,
-    sums: Sequence[Tensor],
-    kept: lk.SparseCoefficients,
-    sampled: list[str],
-    plan: Plan,
+    gradients: Gradients, sides: Sides, sums: Sequence[Tensor], kept: SparseCoefficients, sampled: list[str], plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """Return <Vin_k, g_s> and <Vout_k, g_s> at the kept pairs, [N] each: `everywhere`'s and the sampled tensors'."""
     values, overlap = (each[kept.rows, kept.columns] for each in sums)
@@ -113,7 +108,7 @@ def at_pairs(
     return values + encoder, overlap + decoder
 
 
-def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:
+def residual_norms(squared_norms: Tensor, kept: SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:
     """Return ‖g_s − ĝ_s‖²: [S, groups].
 
     From ‖g_s‖² [S], the kept coefficients, <Vout_k, g_s> at the kept pairs [N], and ‖ĝ_s‖² [S, groups].
@@ -122,7 +117,7 @@ def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: 
     return squared_norms[:, None] - 2 * explained + energies
 
 
-def energy(kept: lk.SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
+def energy(kept: SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
     """Return ‖ĝ_s‖² over all tensors together, for each group of directions: [S, groups]."""
     coactive, n_groups, backend = plan.coactive, plan.n_groups, plan.backend
     if coactive is None:
@@ -134,7 +129,7 @@ def energy(kept: lk.SparseCoefficients, decoder: Directions, plan: Plan) -> Tens
             coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
             return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)
-    dense = cache(by_group.dense)  # made once, if at all
+    dense = by_group.dense if coactive else cache(by_group.dense)  # for tiles made once
     total = kept.values.new_zeros(by_group.shape[0])
     for _, piece in decoder.items():
         if isinstance(piece, Whole):

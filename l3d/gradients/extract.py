@@ -183,7 +183,7 @@ class Extractor:
         return Gradients(compacted, shapes, samples.count, dtype, output.device)
 
     @torch.no_grad()
-    def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart) -> Tensor:
+    def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart | None) -> Tensor:
         """Return only the samples' outputs, for some rows of a larger batch: [s, ...]."""
         inputs = without_label(inputs)
         output = run_fixed(self.model, inputs)
@@ -284,11 +284,7 @@ class Extractor:
 
     @staticmethod
     def _output_gradients(
-        starts: list[Any],
-        grad_outputs: Iterable[Tensor],
-        per_row: int,
-        uses: list[Use],
-        layouts: dict[Node, Layout],
+        starts: list[Any], grad_outputs: Iterable[Tensor], per_row: int, uses: list[Use], layouts: dict[Node, Layout]
     ) -> dict[Node, Tensor]:
         """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
         nodes = list(dict.fromkeys(use.node for use in uses))

@@ -29,8 +29,7 @@ def rule(*keys: tuple[str, int]) -> Callable[[Rule], Rule]:
     """Register a rule for (operation, slot) pairs."""
 
     def register(function: Rule) -> Rule:
-        for key in keys:
-            RULES[key] = function
+        RULES.update(dict.fromkeys(keys, function))
         return function
 
     return register
