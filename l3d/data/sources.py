@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Subset
 from l3d.data.arguments import check_whole
 from l3d.data.batches import count_rows
 from l3d.data.images import array_rows
-from l3d.data.pretrained import causal_lm, source_of
+from l3d.data.pretrained import causal_lm
 from l3d.data.readers import read_array
 from l3d.data.tokens import load_dataset, load_text, load_tokens
 
@@ -41,10 +41,7 @@ def load_model(spec: str, **arguments: Any) -> nn.Module:
     folder, ImportError if transformers is not installed.
     """
     scheme, target = _split(spec, {"hf": "DIR_OR_ID", "python": "pkg.module:factory"}, "model")
-    if scheme == "python":
-        model = _call_factory(spec, target, arguments)
-    else:
-        model = causal_lm(spec, source_of(spec, target), **arguments)
+    model = _call_factory(spec, target, arguments) if scheme == "python" else causal_lm(spec, target, **arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: expected a torch.nn.Module, got {type(model).__name__}")
     return model.eval()
@@ -79,13 +76,13 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     if load is None:
         data = _call_factory(spec, target, arguments)
     else:
-        known: dict[str, Any] = {"path": Path(target).expanduser()}
-        if scheme == "dataset":
-            known = {"source": target}
+        known: dict[str, Any] = {"source": target} if scheme == "dataset" else {"path": Path(target).expanduser()}
         if scheme != "npz":
             known["model_spec"] = model_spec
         _check_arguments(load, known, arguments, spec)
         try:
+            if arguments.get("max_rows") is not None:
+                check_whole("max_rows", arguments["max_rows"])
             data = load(**known, **arguments)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{spec}: {error}") from error
@@ -128,12 +125,9 @@ def absolute_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     A value counts as a file if it has a suffix and exists: "weights.pt" does, a revision "main" does not.
     """
-    return {
-        name: str(Path(value).resolve())
-        if isinstance(value, str) and Path(value).suffix and Path(value).is_file()
-        else value
-        for name, value in arguments.items()
-    }
+    paths = {name: Path(value) for name, value in arguments.items() if isinstance(value, str)}
+    files = {name: str(path.resolve()) for name, path in paths.items() if path.suffix and path.is_file()}
+    return {**arguments, **files}
 
 
 def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
@@ -212,8 +206,6 @@ def _load_npz(
     size: int | list[int] | None = None,
 ) -> torch.Tensor | Dataset:
     """Read an array of rows or images; see `load_data`."""
-    if max_rows is not None:
-        check_whole("max_rows", max_rows)
     return array_rows(read_array(path, key)[:max_rows], mean, std, size)
 
 

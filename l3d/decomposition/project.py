@@ -11,12 +11,7 @@ from l3d.decomposition.directions import Directions, Whole
 from l3d.gradients.factors import Dense, Gradients, Rows
 
 
-def project(
-    gradients: Gradients,
-    directions: Sequence[Directions],
-    names: Collection[str],
-    plan: Plan,
-) -> Tensor:
+def project(gradients: Gradients, directions: Sequence[Directions], names: Collection[str], plan: Plan) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, for all directions of all sets: [S, Σ K]."""
     total: Tensor | None = None
     for contribution in _contributions(gradients, directions, names, plan):
@@ -28,10 +23,7 @@ def project(
 
 
 def _contributions(
-    gradients: Gradients,
-    directions: Sequence[Directions],
-    names: Collection[str],
-    plan: Plan,
+    gradients: Gradients, directions: Sequence[Directions], names: Collection[str], plan: Plan
 ) -> Iterator[Tensor]:
     for (name, first), *others in zip(*(each.items() for each in directions), strict=True):
         if name not in names or not gradients.parts[name]:
@@ -45,22 +37,16 @@ def _contributions(
         if plan.path(name).materialised and gradients.fits_whole(name):
             yield lk.project_dense(gradients.matrix(name), left, right, backend=plan.backend)
             continue
+        project_rows = lk.project_tiled if plan.path(name).materialised else lk.project
         for part in gradients.widened(name):
             if isinstance(part, Dense):
                 yield lk.project_dense(part.grad.flatten(2), left, right, backend=plan.backend)
-            elif plan.path(name).materialised:
-                yield lk.project_tiled(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
             else:
-                yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
+                yield project_rows(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
 
 
 def project_topk(
-    gradients: Gradients,
-    directions: Directions,
-    base: Tensor,
-    n: int,
-    names: Sequence[str],
-    plan: Plan,
+    gradients: Gradients, directions: Directions, base: Tensor, n: int, names: Sequence[str], plan: Plan
 ) -> lk.SparseCoefficients:
     """Keep the n largest |base + the share of the tensors `names`| in each group; base [S, K], at least one name.
 
@@ -80,11 +66,7 @@ def project_topk(
 
 
 def project_at(
-    gradients: Gradients,
-    directions: Directions,
-    kept: lk.SparseCoefficients,
-    names: Collection[str],
-    plan: Plan,
+    gradients: Gradients, directions: Directions, kept: lk.SparseCoefficients, names: Collection[str], plan: Plan
 ) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, at the kept pairs only: [N].
 

@@ -119,8 +119,7 @@ def reference_outputs(
         return outputs[index.to(outputs.device)]
     if reference == "mean":
         if is_kl:
-            log_mean = outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)
-            return log_mean.expand_as(outputs)
+            return (outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)).expand_as(outputs)
         return outputs.mean(0, keepdim=True).expand_as(outputs)
     if reference == "uniform":
         return torch.zeros_like(outputs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l3d.data.batch import describe
+from l3d.data.batch import describe, on_tensors
 
 Params = str | Sequence[str] | None
 
@@ -59,7 +59,8 @@ def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
 
     Raises ValueError for keys that the model does not take or needs, and for an output that is no tensor.
     """
-    inputs, fast = _copied(inputs), torch.backends.mha.get_fastpath_enabled()
+    # autograd refuses tensors made in inference mode; it accepts copies of them
+    inputs, fast = on_tensors(inputs, Tensor.clone), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         output = _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
@@ -162,15 +163,6 @@ def _device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter; the CPU if it has none."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def _copied(inputs: Any) -> Any:
-    """Copy a batch's tensors. autograd refuses tensors made in inference mode; it accepts copies of them."""
-    if isinstance(inputs, Tensor):
-        return inputs.clone()
-    if isinstance(inputs, Mapping):
-        return {key: _copied(value) for key, value in inputs.items()}
-    return inputs
 
 
 def check_fixed(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ it with torch.func.
 """
 
 from collections.abc import Callable
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -21,14 +22,14 @@ from l3d.gradients.graph.layout import Layout
 
 Rule = Callable[[Use, Layout, Tensor, torch.Size], Part | None]
 RULES: dict[tuple[str, int], Rule] = {}
+CHANNEL_NORMS = ("NativeGroup", "NativeBatch", "CudnnBatch", "MiopenBatch")
 
 
 def rule(*keys: tuple[str, int]) -> Callable[[Rule], Rule]:
     """Register a rule for (operation, slot) pairs."""
 
     def register(function: Rule) -> Rule:
-        for key in keys:
-            RULES[key] = function
+        RULES.update(dict.fromkeys(keys, function))
         return function
 
     return register
@@ -46,13 +47,10 @@ def per_sample(values: Tensor, dy: Tensor) -> Tensor:
 @rule(("Mm", 1), ("Addmm", 2))
 def matrix(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Weight on the right of a matrix product; transposed in Linear, untransposed in the Conv1D of GPT-2."""
-    if use.transposed is None:
+    if use.transposed is None or layout.kind == "dim1":  # "dim1": the batch is the product's columns
         return None
-    node: Any = use.node
-    if layout.kind == "dim1":  # the batch is the product's columns
-        return None
-    x = layout.split(node._saved_self if operation(node) == "Mm" else node._saved_mat1)
-    alpha = getattr(node, "_saved_alpha", 1)
+    x = layout.split(use.node._saved_self if operation(use.node) == "Mm" else use.node._saved_mat1)
+    alpha = getattr(use.node, "_saved_alpha", 1)
     return Rows(x.detach().clone(), dy if alpha == 1 else dy * alpha, x_axis=1 if use.transposed else 0)
 
 
@@ -61,18 +59,16 @@ def matrix_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
     """Bias vector added to a matrix product."""
     if use.transposed is not False or layout.kind == "dim1" or len(shape) != 1 or shape[0] != dy.shape[-1]:
         return None
-    node: Any = use.node
-    return Dense(dy.sum(1) * node._saved_beta)
+    return Dense(dy.sum(1) * use.node._saved_beta)
 
 
 @rule(("Embedding", 0))
 def embedding(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Table of rows looked up by index; the gradient of the padding row is zero."""
-    node: Any = use.node
-    if use.transposed is not False or not layout.fits(node._saved_indices.shape):
+    if use.transposed is not False or not layout.fits(use.node._saved_indices.shape):
         return None
-    index = layout.split(node._saved_indices).flatten(1).clone()
-    return _looked_up(index, dy.reshape(dy.shape[0], -1, dy.shape[-1]), node, shape)
+    index = layout.split(use.node._saved_indices).flatten(1).clone()
+    return _looked_up(index, dy.reshape(dy.shape[0], -1, dy.shape[-1]), use.node, shape)
 
 
 def _looked_up(index: Tensor, dy: Tensor, node: Any, shape: torch.Size) -> Part:
@@ -93,103 +89,71 @@ def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
     With several groups the gradient is multiplied out, all groups in one batched product: it is smaller than its
     factors.
     """
-    node: Any = use.node
-    x = node._saved_input
-    if use.transposed is not False or node._saved_transposed or x.ndim != len(shape):
+    x, groups = use.node._saved_input, use.node._saved_groups
+    if use.transposed is not False or use.node._saved_transposed or x.ndim != len(shape) or layout.kind == "dim1":
         return None
-    if layout.kind == "dim1":
-        return None
-    patches = layout.split(_unfold(x.detach(), shape, node)).flatten(1, 2)  # [B, T, C, kernel]
+    patches = layout.split(_unfold(x.detach(), shape, use.node)).flatten(1, 2)  # [B, T, C, kernel]
     dy = dy.flatten(3).transpose(2, 3).flatten(1, 2)  # [S, m, O, *out] -> [S, T, O]
-    groups = node._saved_groups
     if groups == 1:
         return Rows(patches.flatten(2), dy, x_axis=1)
     x_by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
     dy_by_group = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
-    per_sequence = dy.shape[0] // x_by_group.shape[0]
-    grad = dy_by_group.unflatten(0, (-1, per_sequence)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
+    grad = dy_by_group.unflatten(0, (len(x_by_group), -1)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
     return Dense(grad.reshape(-1, *shape))
 
 
 def _unfold(x: Tensor, shape: torch.Size, node: Any) -> Tensor:
     """Cut images [n, C, *spatial] into the input patch of every output pixel: [n, pixels, C, kernel]."""
     dims = x.ndim - 2
-    padding = [amount for size in reversed(node._saved_padding) for amount in (size, size)]
-    x = torch.nn.functional.pad(x, padding)
+    x = torch.nn.functional.pad(x, [amount for size in reversed(node._saved_padding) for amount in (size, size)])
     for dim in range(dims):
         kernel, dilation, stride = shape[2 + dim], node._saved_dilation[dim], node._saved_stride[dim]
-        window = x.unfold(2 + dim, dilation * (kernel - 1) + 1, stride)  # windows last
-        x = window[..., ::dilation]
-    spatial = range(2, 2 + dims)
-    kernels = range(2 + dims, 2 + 2 * dims)
-    return x.permute(0, *spatial, 1, *kernels).flatten(1, dims).flatten(3)
+        x = x.unfold(2 + dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]  # windows last
+    return x.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)).flatten(1, dims).flatten(3)
 
 
-@rule(("Convolution", 2))
-def convolution_bias(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Bias of a convolution, one number per output channel."""
-    if use.transposed is not False or layout.kind == "dim1":
-        return None
-    return Dense(dy.flatten(3).sum((1, 3)))
+# --- norms, and what else is per channel ------------------------------------------------------------------------
 
 
-# --- norms ------------------------------------------------------------------------------------------------------
+@rule(("NativeLayerNorm", 1), ("NativeLayerNorm", 2), ("FusedRmsNorm", 1))
+def trailing(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Scale and shift of LayerNorm, or scale of RMSNorm, over the trailing dimensions.
 
-
-@rule(("NativeLayerNorm", 1), ("NativeLayerNorm", 2))
-def layer_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale and shift of LayerNorm over the trailing dimensions."""
-    if use.transposed is not False:
-        return None
-    node: Any = use.node
-    dims = len(node._saved_normalized_shape)
-    if dy.ndim < dims + 2:  # the norm includes the batch dimension
+    FusedRmsNorm is torch's node on GPUs; elsewhere `scale` applies to RMSNorm.
+    """
+    dims = len(use.node._saved_normalized_shape)
+    if use.transposed is not False or dy.ndim < dims + 2:  # the norm includes the batch dimension
         return None
     if use.slot == 1:
-        normal = (node._saved_input - node._saved_result1) * node._saved_result2
-        dy = dy * per_sample(layout.split(normal.detach().to(dy.dtype)), dy)
+        dy = dy * per_sample(layout.split(_normal(use.node).to(dy.dtype)), dy)
     return Dense(dy.flatten(1, dy.ndim - dims - 1).sum(1))
 
 
-@rule(("FusedRmsNorm", 1))
-def rms_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale of RMSNorm over the trailing dimensions: torch's fused node on GPUs; elsewhere `scale` applies."""
-    node: Any = use.node
-    dims = len(node._saved_normalized_shape)
-    if use.transposed is not False or dy.ndim < dims + 2:
-        return None
-    normal = (node._saved_input * node._saved_result1).detach()
-    dy = dy * per_sample(layout.split(normal.to(dy.dtype)), dy)
-    return Dense(dy.flatten(1, dy.ndim - dims - 1).sum(1))
-
-
-@rule(("NativeGroupNorm", 1), ("NativeGroupNorm", 2))
-def group_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale and shift of GroupNorm, one per channel."""
+@rule(("Convolution", 2), *((f"{kind}Norm", slot) for kind in CHANNEL_NORMS for slot in (1, 2)))
+def channels(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
+    """Bias of a convolution; scale and shift of GroupNorm, and of BatchNorm in evaluation mode: one per channel."""
     if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3:
         return None
-    node: Any = use.node
+    if "BatchNorm" in operation(use.node) and getattr(use.node, "_saved_training", True):
+        return None  # samples are independent in evaluation mode only
     if use.slot == 1:
-        x = node._saved_input.detach()
+        dy = dy * per_sample(layout.split(_normal(use.node).to(dy.dtype)), dy)
+    return Dense(dy.flatten(3).sum((1, 3)) if dy.ndim > 3 else dy.sum(1))
+
+
+def _normal(node: Any) -> Tensor:
+    """Return a norm's input after its normalisation, before scale and shift."""
+    x, kind = node._saved_input.detach(), operation(node)
+    if kind == "NativeLayerNorm":
+        return (x - node._saved_result1) * node._saved_result2
+    if kind == "FusedRmsNorm":
+        return x * node._saved_result1
+    if kind == "NativeGroupNorm":
         grouped = x.reshape(x.shape[0], node._saved_group, -1)
-        normal = (grouped - node._saved_result1[..., None]) * node._saved_result2[..., None]
-        dy = dy * per_sample(layout.split(normal.reshape(x.shape).to(dy.dtype)), dy)
-    return Dense(dy.flatten(3).sum((1, 3)) if dy.ndim > 3 else dy.sum(1))
-
-
-@rule(*((f"{kind}BatchNorm", slot) for kind in ("Native", "Cudnn", "Miopen") for slot in (1, 2)))
-def batch_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
-    """Scale and shift of BatchNorm in evaluation mode, in which samples are independent."""
-    node: Any = use.node
-    if use.transposed is not False or layout.kind == "dim1" or dy.ndim < 3 or getattr(node, "_saved_training", True):
-        return None
-    if use.slot == 1:
-        x = node._saved_input.detach()
-        channels = (-1, *[1] * (x.ndim - 2))
-        scale = (node._saved_running_var + node._saved_eps).rsqrt()
-        normal = (x - node._saved_running_mean.view(channels)) * scale.view(channels)
-        dy = dy * per_sample(layout.split(normal.to(dy.dtype)), dy)
-    return Dense(dy.flatten(3).sum((1, 3)) if dy.ndim > 3 else dy.sum(1))
+        return ((grouped - node._saved_result1[..., None]) * node._saved_result2[..., None]).reshape(x.shape)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    scale = (node._saved_running_var + node._saved_eps).rsqrt()
+    return (x - node._saved_running_mean.view(per_channel)) * scale.view(per_channel)
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------
@@ -198,23 +162,20 @@ def batch_norm(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part 
 @rule(("Mul", 0), ("Mul", 1))
 def scale(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Factor broadcast over the batch, such as the weight of a hand-written RMSNorm."""
-    node: Any = use.node
-    other = node._saved_other if use.slot == 0 else node._saved_self
+    other = use.node._saved_other if use.slot == 0 else use.node._saved_self
     if use.transposed is not False or not isinstance(other, Tensor):  # None, or a number
         return None
-    out_shape = node._input_metadata[0].shape
-    values = layout.split(other.detach().expand(out_shape))
+    values = layout.split(other.detach().expand(use.node._input_metadata[0].shape))
     return _reduced(dy * per_sample(values, dy), layout, shape)
 
 
 @rule(("Add", 0), ("Add", 1))
 def shift(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part | None:
     """Summand broadcast over the batch: a parameter, or rows of a table such as learned positions."""
-    node: Any = use.node
-    if use.slot == 1 and node._saved_alpha != 1:
-        dy = dy * node._saved_alpha
+    if use.slot == 1 and use.node._saved_alpha != 1:
+        dy = dy * use.node._saved_alpha
     if use.chain == ("Embedding",):  # learned positions: looked up once, added to every row of the batch
-        table: Any = node.next_functions[use.slot][0]
+        table = use.node.next_functions[use.slot][0]
         index = table._saved_indices
         if dy.ndim != 4 or index.shape != (1, dy.shape[2]) or layout.kind == "dim1":
             return None
@@ -227,13 +188,10 @@ def _reduced(values: Tensor, layout: Layout, shape: torch.Size) -> Part | None:
 
     Returns None if one of the parameter's dimensions is the batch.
     """
-    trimmed = list(shape)
-    while trimmed and trimmed[0] == 1:
-        trimmed.pop(0)
-    rest = values.shape[2:]
-    if len(trimmed) > len(rest):
-        return None  # one of the parameter's dimensions is the batch
-    values = values.flatten(1, values.ndim - len(trimmed) - 1).sum(1) if len(rest) >= len(trimmed) else values
+    trimmed = list(dropwhile(lambda size: size == 1, shape))
+    if len(trimmed) > values.ndim - 2:
+        return None
+    values = values.flatten(1, values.ndim - len(trimmed) - 1).sum(1)
     for dim, size in enumerate(trimmed, start=1):
         if size == 1 and values.shape[dim] != 1:
             values = values.sum(dim, keepdim=True)
@@ -249,24 +207,21 @@ def vector_jacobian_product(use: Use, layout: Layout, dy: Tensor, parameter: Ten
     Exact for any operation. The node is called directly, so only this use's slot contributes, even if the parameter has
     other uses.
     """
-    node: Any = use.node
-    edge = GradientEdge(*node.next_functions[use.slot])
-    source: Any = edge.node  # the node's input at this slot: the parameter after its chain of operations
-    shape = source._input_metadata[edge.output_nr].shape
+    source, place = use.node.next_functions[use.slot]  # the parameter after its chain of operations
+    shape = source._input_metadata[place].shape
     per_sequence = dy.shape[0] // layout.n_rows
     grads = []
     for sample, row in enumerate(dy):
         alone = torch.zeros(layout.n_rows, *row.shape, dtype=row.dtype, device=row.device)
         alone[sample // per_sequence] = row
-        result = node(layout.join(alone), *[None] * (n_outputs(node) - 1))
+        result = use.node(layout.join(alone), *[None] * (n_outputs(use.node) - 1))
         grad = result[use.slot] if isinstance(result, tuple) else result
         grad = grad.to_dense()  # an embedding's gradient may be sparse
         if grad.is_complex() and not use.chain and not parameter.is_complex():
             grad = grad.real
-        # autograd's engine sums over broadcast dimensions, a node called directly does not
-        grad = grad.sum_to_size(shape)
+        grad = grad.sum_to_size(shape)  # autograd's engine sums over broadcast dimensions, a node alone does not
         if use.chain:
-            (grad,) = torch.autograd.grad([edge], [parameter], [grad], retain_graph=True)
+            (grad,) = torch.autograd.grad([GradientEdge(source, place)], [parameter], [grad], retain_graph=True)
         grads.append(grad.reshape(parameter.shape))
     return Dense(torch.stack(grads))
 

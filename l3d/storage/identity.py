@@ -26,11 +26,8 @@ def identity(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, An
     found = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(model).__name__
     if Path(found).is_dir():
         found = Path(found).resolve().name  # keep the folder's name only: the path is private to this machine
-    return {
-        "name": found,
-        "revision": getattr(config, "_commit_hash", None),
-        "parameters": {name: fingerprint(p) for name, p in parameters.items()},
-    }
+    hashes = {name: fingerprint(p) for name, p in parameters.items()}
+    return {"name": found, "revision": getattr(config, "_commit_hash", None), "parameters": hashes}
 
 
 def fingerprint(parameter: Tensor) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.card import CARD, is_card
-from l3d.storage.files import read_json, replace_text
+from l3d.storage.files import beginning, read_json, replace_text
 from l3d.storage.lock import LOCK, check_free, claim
 from l3d.storage.store import FORMAT, load, read_tensors, to_json, write, write_tensors
 
@@ -89,25 +89,20 @@ class RunFolder:
         found = self.checkpoints()
         if not found:
             return None
-        path = found[-1]
-        optimizer = read_tensors(path / "optimizer.safetensors", columns)
-        return load(path, Subnetworks, columns), optimizer, read_json(path / "state.json")
+        optimizer = read_tensors(found[-1] / "optimizer.safetensors", columns)
+        return load(found[-1], Subnetworks, columns), optimizer, read_json(found[-1] / "state.json")
 
 
 def _remove_run(folder: Path) -> None:
     """Delete the files that a run wrote into a folder, and no others. Raises ValueError for a folder without a run."""
-    header = folder / "decomposition.json"
-    config = folder / "config.yaml"
-    is_run = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
-    is_run = is_run or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
+    is_run = FORMAT in beginning(folder / "decomposition.json") or beginning(folder / CONFIG).startswith("# l3d ")
     is_run = is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
     if not is_run:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
     for name in ("checkpoints", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = ["config.yaml", "metrics.json", "subnetworks.json", "report.html"]
-    files += [f"interventions.{ending}" for ending in ("json", "svg", "png")]
-    for name in ("decomposition.safetensors", "decomposition.json", *files):
+    files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, REPORT)
+    for name in (*files, INTERVENTIONS, "interventions.svg", "interventions.png"):
         (folder / name).unlink(missing_ok=True)
     if is_card(folder / CARD):
         (folder / CARD).unlink()
@@ -137,7 +132,7 @@ def read_command(run: Path) -> str:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({_one_line(error)})") from error
+        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if isinstance(settings, dict) and "name" in settings:
         return "toy"
     if isinstance(settings, dict) and "model" in settings:
@@ -154,9 +149,7 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> Path:
 def read_metrics(run: Path) -> dict[str, Any]:
     """Read RUN/metrics.json; return an empty dict if it is missing. Raises ValueError for a damaged file."""
     path = run / METRICS
-    if not path.is_file():
-        return {}
-    found = read_json(path)
+    found = read_json(path) if path.is_file() else {}
     rates = found.get("activation_rate", [])
     if not isinstance(rates, list) or not all(isinstance(rate, (int, float)) for rate in rates):
         raise ValueError(f"{path}: activation_rate: expected a list of numbers")
@@ -206,16 +199,13 @@ def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str
     each = described.get("subnetworks", [])
     if len(each) != len(rates):
         return {}
-    return {
-        **described,
-        "subnetworks": [seen | {"activation_rate": rate} for seen, rate in zip(each, rates, strict=True)],
-    }
+    renewed = [seen | {"activation_rate": rate} for seen, rate in zip(each, rates, strict=True)]
+    return {**described, "subnetworks": renewed}
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the checkpoint that was written last; None if there is none yet."""
-    found = list((run / "checkpoints").glob("step*[0-9]"))
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max((run / "checkpoints").glob("step*[0-9]"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def interrupted(run: Path, command: str = "l3d resume") -> str:
@@ -249,7 +239,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -280,6 +280,7 @@ def test_rms_norm_as_gpus_compute_it(dims: int) -> None:
     dy = torch.randn(2, 2, *x.shape[1:], generator=generator, dtype=torch.float64)  # two samples a row
     rstd = (x.square().mean(tuple(range(4 - dims, 4)), keepdim=True) + 1e-6).rsqrt()
     node = SimpleNamespace(_saved_input=x, _saved_result1=rstd, _saved_normalized_shape=list(shape))
+    node.name = lambda: "FusedRmsNormBackward0"
     use = SimpleNamespace(node=node, slot=1, transposed=False)
     rule: Any = rules.RULES["FusedRmsNorm", 1]
     part = rule(use, rules.Layout("major", 2), dy.flatten(0, 1)[:, None], weight.shape)

@@ -13,31 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from l3d.gradients.graph.row_order import keeps_rows
+from l3d.gradients.graph.row_order import REARRANGE_DIMS, keeps_rows
 
 # Nodes that only rearrange, copy or cast their one input.
-REARRANGE = {
-    "Alias",
-    "AsStrided",
-    "Chunk",
-    "Clone",
-    "Expand",
-    "Permute",
-    "ReshapeAlias",
-    "Select",
-    "Slice",
-    "Split",
-    "SplitWithSizes",
-    "Squeeze",
-    "T",
-    "ToCopy",
-    "Transpose",
-    "Unbind",
-    "UnsafeSplit",
-    "UnsafeView",
-    "Unsqueeze",
-    "View",
-}
+REARRANGE = REARRANGE_DIMS | {"Alias", "AsStrided", "Chunk", "Clone", "ReshapeAlias", "T", "ToCopy", "UnsafeSplit"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +24,7 @@ class Use:
     """One use of a parameter: input `slot` of `node` is the parameter after the rearranging operations `chain`."""
 
     name: str
-    node: Node
+    node: Any  # a Node; each operation saves tensors of its own
     slot: int
     chain: tuple[str, ...]  # operations between node and parameter, the node's neighbour first
 
@@ -97,25 +76,19 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
         rearranges = source_of(node, names, n_rows) is not None
-        rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, _activations(node, names, n_rows), n_rows))
-        for slot, (below, _) in enumerate(node.next_functions):
-            if below is None:
-                continue
-            origin = None if rearranges else source_of(below, names, n_rows)
-            if origin is not None:
+        origins = [source_of(below, names, n_rows) if below else None for below, _ in node.next_functions]
+        inputs = [  # the shape of each; None for parameters and for inputs without a gradient
+            below._input_metadata[place].shape if below and not origin else None
+            for (below, place), origin in zip(node.next_functions, origins, strict=True)
+        ]
+        rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, inputs, n_rows))
+        for slot, ((below, _), origin) in enumerate(zip(node.next_functions, origins, strict=True)):
+            if origin and not rearranges:
                 uses.append(Use(origin[0], node, slot, origin[1]))
-            if below not in seen:
+            if below and below not in seen:
                 seen.add(below)
                 stack.append(below)
     return Graph(uses, opaque, rows_stay, n_entries)
-
-
-def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
-    """Return the shape of each input of a node; None for parameters and for inputs without a gradient."""
-    return [
-        None if below is None or source_of(below, names, n_rows) is not None else below._input_metadata[place].shape
-        for below, place in node.next_functions
-    ]
 
 
 def source_of(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:

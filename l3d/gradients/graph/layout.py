@@ -33,24 +33,19 @@ class Layout:
         """Move the batch to the front: [B, m, *rest]."""
         if self.kind == "major":
             return tensor.unflatten(0, (self.n_rows, -1))
-        if self.kind == "minor":
-            return tensor.unflatten(0, (-1, self.n_rows)).transpose(0, 1)
-        return tensor.transpose(0, 1)
+        return (tensor.unflatten(0, (-1, self.n_rows)) if self.kind == "minor" else tensor).transpose(0, 1)
 
     def join(self, tensor: Tensor) -> Tensor:
         """Invert `split`: from [B, m, *rest] to the model's own shape."""
-        if self.kind == "major":
-            return tensor.flatten(0, 1)
-        if self.kind == "minor":
-            return tensor.transpose(0, 1).flatten(0, 1)
-        return tensor.transpose(0, 1)
+        moved = tensor if self.kind == "major" else tensor.transpose(0, 1)
+        return moved if self.kind == "dim1" else moved.flatten(0, 1)
 
 
 DIGITS = 25  # number of weights 2^-12 .. 2^12, one per value of a digit; all are exact even in float16
 
 
-def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
-    """Return the layout of the output of each node that uses a parameter; None if it is no known one.
+def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout]:
+    """Return the layout of the output of each node that uses a parameter, without the nodes whose layout is unknown.
 
     If no operation of the graph can move or mix rows, the layout is "major" everywhere; else a probe proves it,
     in every batch again.
@@ -61,8 +56,8 @@ def find_layouts(output: Tensor, graph: Graph) -> dict[Node, Layout | None]:
     return prove_layouts(output, nodes)
 
 
-def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None]:
-    """Return the layout of each node's output (None: no known one), by probing backward passes.
+def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout]:
+    """Return the layout of each node's output, where it is a known one, by probing backward passes.
 
     If row b of the gradient at the output is multiplied by w_b, then exactly row b of the gradient at a node must be
     multiplied by w_b. The w_b are powers of two, by which floating-point numbers scale exactly. They encode b in base
@@ -74,7 +69,7 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None
         for node in nodes
     }
     if n_rows == 1 or not nodes:
-        return {node: found[0] if found else None for node, found in candidates.items()}
+        return {node: found[0] for node, found in candidates.items() if found}
     edges = [GradientEdge(node, 0) for node in nodes]
     generator = torch.Generator(output.device).manual_seed(0)
     base = torch.randn(output.shape, generator=generator, device=output.device).to(output)
@@ -91,7 +86,7 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout | None
         for node, before, after in zip(nodes, plain, scaled, strict=True):
             candidates[node] = [each for each in candidates[node] if _scales(each, before, after, weights)]
         place *= DIGITS
-    return {node: found[0] if found else None for node, found in candidates.items()}
+    return {node: found[0] for node, found in candidates.items() if found}
 
 
 def _scales(layout: Layout, before: Tensor | None, after: Tensor | None, weights: Tensor) -> bool:

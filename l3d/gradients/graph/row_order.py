@@ -19,11 +19,12 @@ BATCHED_ALL = {
     "Baddbmm", "Bmm", "ScaledDotProductCudnnAttention", "ScaledDotProductEfficientAttention",
     "ScaledDotProductFlashAttention", "ScaledDotProductFlashAttentionForCpu",
 }  # fmt: skip
-# Operations along dimensions that the node saves: rows stay if the first is not among them.
-ALONG_DIMS = {
-    "Cat", "Cumsum", "LogSoftmax", "Mean", "Select", "Slice", "Softmax", "Split", "SplitWithSizes", "Squeeze", "Stack",
-    "Sum", "Transpose", "Unbind", "Unsqueeze", "Expand", "View", "UnsafeView", "Permute",
+# Operations along dimensions that the node saves: rows stay if the first is not among them. These only move entries.
+REARRANGE_DIMS = {
+    "Expand", "Permute", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Transpose", "Unbind", "UnsafeView",
+    "Unsqueeze", "View",
 }  # fmt: skip
+ALONG_DIMS = REARRANGE_DIMS | {"Cat", "Cumsum", "LogSoftmax", "Mean", "Softmax", "Stack", "Sum"}
 
 
 def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: int) -> bool:

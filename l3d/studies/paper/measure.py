@@ -12,7 +12,7 @@ from l3d.api import Decomposition
 from l3d.decomposition.directions import Directions
 from l3d.gradients.model import Params
 from l3d.toys import Deep, Toy
-from l3d.toys.recovery import cosines
+from l3d.toys.toy import cosines
 
 REACH = 0.2  # largest |δ| of a sweep, as a fraction of the norm of all weights
 REACH_DEEP = 0.03  # the same for a deep network, where larger moves change all samples
