@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from l3d.analysis.intervention_ratios import intervention_ratios as intervention_ratios
     from l3d.analysis.logits import TopLogits as TopLogits
     from l3d.analysis.logits import top_logits as top_logits
+    from l3d.analysis.view import View as View
     from l3d.api import Decomposition as Decomposition
     from l3d.api import load as load
     from l3d.api import save as save
     from l3d.gradients.extract import Extractor as Extractor
     from l3d.gradients.extract import extract_gradients as extract_gradients
     from l3d.gradients.factors import Gradients as Gradients
+    from l3d.report.report import write_report as write_report
     from l3d.train import decompose as decompose
     from l3d.training.options import PRESETS as PRESETS
     from l3d.training.options import GradientCache as GradientCache
@@ -56,6 +58,7 @@ _HOMES = {
     "Replacement": "training.options",
     "TopLogits": "analysis.logits",
     "TopSamples": "analysis.evaluation",
+    "View": "analysis.view",
     "decompose": "train",
     "describe": "analysis.description",
     "evaluate": "analysis.evaluation",
@@ -68,6 +71,7 @@ _HOMES = {
     "save": "api",
     "top_logits": "analysis.logits",
     "top_samples": "analysis.evaluation",
+    "write_report": "report.report",
 }
 _MODULES = ("callbacks", "toys")
 __all__ = [*_MODULES, *_HOMES]

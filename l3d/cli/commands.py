@@ -126,7 +126,7 @@ def report(settings: Settings) -> None:
     """Write a run's report again."""
     from l3d.report.report import render_report, write_report
 
-    run, target = find_run(settings)
+    run, target = find_run(settings, reloads=False)
     if target != run:
         render_report(run)  # fails before anything is copied
         run_folder.copy_run(run, target)
@@ -182,7 +182,7 @@ def _describe(
     if count is not None:
         data = job.data
         n_rows = min(count, n_rows or default_rows(d.settings["steps"], d.settings["batch_size"]))
-    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
+    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data, job.model)
     d = d.to(next(job.model.parameters()).device)
     shown: Settings = {"view": view, "activation_rate": metrics["activation_rate"], "any_weights": any_weights}
     try:

@@ -42,10 +42,14 @@ class Job(NamedTuple):
     toy: Toy | None
 
 
-def find_run(settings: Settings) -> tuple[Path, Path]:
-    """Return the run folder and the one to write into: the same, or a copy to be made in --out."""
+def find_run(settings: Settings, reloads: bool = True) -> tuple[Path, Path]:
+    """Return the run folder and the one to write into: the same, or a copy to be made in --out.
+
+    reloads: whether its model and data are needed, which a folder made from Python does not name.
+    """
     run = Path(settings["run"])
-    run_folder.read_command(run)
+    if reloads or not (run / "decomposition.json").is_file():
+        run_folder.read_command(run)
     if settings["out"] is None:
         return run, run
     if is_first():  # of several processes it alone copies, and the others may come later
@@ -220,5 +224,7 @@ def take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path
     """Take the run folder to make, and whether it may be replaced, out of the settings."""
     out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
     if check and not overwrite:
-        run_folder.check_new(out)  # before the model is loaded, which may take long
+        run_folder.check_new(
+            out, "; choose another, or pass --overwrite"
+        )  # before the model is loaded, which may take long
     return out, overwrite

@@ -110,6 +110,14 @@ def test_choosing() -> None:
     assert space["scored"].error < 0.14
 
 
+def test_reports_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has cards with the classes' names, and the columns of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    python_of("guides/report")
+    page = Path("runs/small/report.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("How often each subnetwork is used", "norm of layer 1", '"dog"'))
+
+
 def test_operations_by_themselves() -> None:
     """The page of the method calls the kernels' operations with the shapes that it names."""
     space = python_of("how/method")
@@ -119,7 +127,15 @@ def test_operations_by_themselves() -> None:
 
 def test_every_python_block_has_its_test() -> None:
     """No page outside this file's tests has Python that nothing runs."""
-    run = {"README", "tour", "guides/interventions", "guides/references", "guides/choosing", "how/method"}
+    run = {
+        "README",
+        "tour",
+        "guides/interventions",
+        "guides/references",
+        "guides/choosing",
+        "guides/report",
+        "how/method",
+    }
     assert {page for page, codes in PYTHON.items() if codes} == run
     assert {b.kind for b in BLOCKS} <= {"python", "python data", "python no-run", "sh", "sh no-run", "text", "bibtex"}
     assert not any("no-run" in block.kind for block in BLOCKS if block.page == "README")
