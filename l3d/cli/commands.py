@@ -20,6 +20,7 @@ from l3d.cli.job import (
     find_run,
     load,
     load_toy,
+    own_divergence,
     reload,
     take_out,
 )
@@ -185,6 +186,7 @@ def _describe(
     view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data, job.model)
     d = d.to(next(job.model.parameters()).device)
     shown: Settings = {"view": view, "activation_rate": metrics["activation_rate"], "any_weights": any_weights}
+    shown["divergence"] = own_divergence(d, settings)
     try:
         return describe(d, job.model, data, n_rows=n_rows, **shown)
     except ValueError as error:  # the run and its figures are good all the same

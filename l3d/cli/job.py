@@ -17,13 +17,14 @@ from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
-from l3d.data.sources import Data, load_data, load_model, take_rows
+from l3d.data.sources import Data, load_data, load_function, load_model, take_rows
 from l3d.distributed.watch import is_first
 from l3d.storage import run_folder
 from l3d.training.options import PRESETS
 
 if TYPE_CHECKING:
     from l3d import Decomposition
+    from l3d.gradients.divergence import Divergence
     from l3d.toys import Toy
 
 Settings = dict[str, Any]
@@ -167,7 +168,15 @@ def arguments(settings: Settings) -> dict[str, Any]:
     if enabled is not None:
         preset = PRESETS[given.get("preset") or "default"]
         given["preset"] = replace(preset, replacement=replace(preset.replacement, enabled=enabled))
+    if str(given.get("divergence")).startswith("python:"):
+        given["divergence"] = load_function(given["divergence"])
     return given
+
+
+def own_divergence(d: Decomposition, settings: Settings) -> Divergence | None:
+    """Return the function that --divergence python: names, if the decomposition was trained with one; else None."""
+    spec = str(settings.get("divergence"))
+    return load_function(spec) if spec.startswith("python:") and d.settings.get("divergence") == "callable" else None
 
 
 class ConfigWriter(Callback):
@@ -201,7 +210,7 @@ def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = Fal
     d = d.to(next(job.model.parameters()).device)
     backend = job.settings.get("backend", "auto")
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
-    options = {"backend": backend, "any_weights": any_weights}
+    options = {"backend": backend, "any_weights": any_weights, "divergence": own_divergence(d, job.settings)}
     found = d.evaluate(job.model, data, n_references=1 if job.toy is None else 30, **options)
     figures = {
         "error": float(found.error),

@@ -142,7 +142,8 @@ def intervene(settings: Settings) -> None:
     found: dict[str, InterventionRatios] = {}
     how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
     for name, d in loaded.items():
-        found[name] = l3d.intervention_ratios(d, job.model, job.data, **how)
+        divergence = job_module.own_divergence(d, job.settings)
+        found[name] = l3d.intervention_ratios(d, job.model, job.data, divergence=divergence, **how)
     if target != run:
         run_folder.copy_run(run, target)
     holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}
