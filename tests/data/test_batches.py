@@ -229,8 +229,6 @@ def test_a_tuple_of_two_tensors_says_how_to_pass_pairs_or_batches() -> None:
     """(x, labels) looks like two batches; as a list, or where the lengths differ, it is."""
     x, labels = torch.randn(6, 2), torch.zeros(6)
     for read in (count_rows, lambda data: Batches(data, 4, seed=0), lambda data: list(in_order(data, 4))):
-        with pytest.raises(
-            ValueError, match=r"data: a tuple of two tensors .* TensorDataset\(x, y\) for rows that are"
-        ):
+        with pytest.raises(ValueError, match=r"data: a tuple of two tensors .*TensorDataset\(x, y\) for rows that are"):
             read((x, labels))
     assert len(list(in_order([x, x], 4))) == len(list(in_order((x, x[:4]), 4))) == 2
