@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from l3d.api import Decomposition as Decomposition
     from l3d.api import load as load
     from l3d.api import save as save
+    from l3d.gradients.explain import Explanation as Explanation
+    from l3d.gradients.explain import explain as explain
     from l3d.gradients.extract import Extractor as Extractor
     from l3d.gradients.extract import extract_gradients as extract_gradients
     from l3d.gradients.factors import Gradients as Gradients
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Decomposition": "api",
     "Evaluation": "analysis.evaluation",
+    "Explanation": "gradients.explain",
     "Extractor": "gradients.extract",
     "FineTuned": "analysis.finetune",
     "GradientCache": "training.options",
@@ -62,6 +65,7 @@ _HOMES = {
     "decompose": "train",
     "describe": "analysis.description",
     "evaluate": "analysis.evaluation",
+    "explain": "gradients.explain",
     "extract_gradients": "gradients.extract",
     "finetune": "analysis.finetune",
     "impact": "analysis.evaluation",

@@ -26,7 +26,7 @@ from l3d.cli.job import (
 )
 from l3d.cli.output import write_results
 from l3d.cli.parser import read_settings
-from l3d.data.batches import count_rows
+from l3d.data.batches import count_rows, take
 from l3d.data.sources import Data, absolute, absolute_files
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
@@ -159,6 +159,7 @@ def _estimate(job: Job) -> None:
     from l3d.cli.output import print_estimate
     from l3d.distributed import process_group as processes
     from l3d.estimate import estimate
+    from l3d.gradients.explain import explain
 
     joined = processes.start()
     found = estimate(job.model, job.data, **arguments(job.settings))
@@ -167,6 +168,10 @@ def _estimate(job: Job) -> None:
     if not is_first():
         return
     print_estimate(found)
+    count = count_rows(job.data)
+    if count is not None:  # a stream may have been read to its end
+        for use in explain(job.model, take(job.data, range(min(4, count))), job.settings["params"]).slow:
+            print(f"one backward call per sample for {use.parameter} at {use.operation}: {use.why}")
 
 
 def _describe(

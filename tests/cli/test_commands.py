@@ -191,6 +191,7 @@ def test_a_divergence_of_the_users_own(user: list[str], capsys: pytest.CaptureFi
     module = next(Path().glob("user_*.py")).stem
     own = [*user, "--divergence", f"python:{module}:far", "--k", ".5"]
     assert main([*own, "--dry_run"]) == 0
+    assert "one backward call per sample" not in capsys.readouterr().out
     assert main([*own, "--held_out", "20", "--checkpoint_every", "10", "--out", "run"]) == 0
     assert yaml.safe_load(Path("run/config.yaml").read_text())["divergence"] == f"python:{module}:far"
     assert l3d.load("run").settings["divergence"] == "callable"

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 import l3d
 from bench.steps import MARKS, table
 from l3d.cli.main import main
+from l3d.gradients import explain, rules
 from l3d.studies.recovery_suite import to_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,10 @@ class Block(NamedTuple):
 
 def blocks_of(page: str) -> list[Block]:
     text = PAGES[page].read_text(encoding="utf-8")
-    return [Block(page, kind, body) for kind, body in re.findall(r"^ *```(\w[\w -]*)\n(.*?)^ *```", text, re.S | re.M)]
+    return [
+        Block(page, kind, dedent(body))
+        for kind, body in re.findall(r"^ *```(\w[\w -]*)\n(.*?)^ *```", text, re.S | re.M)
+    ]
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -118,6 +123,16 @@ def test_reports_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(word in page for word in ("How often each subnetwork is used", "norm of layer 1", '"dog"'))
 
 
+def test_rules_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's rule agrees with autograd, and explain names it."""
+    own = dict(rules.RULES)
+    monkeypatch.setattr(rules, "RULES", own)
+    monkeypatch.setattr(explain, "RULES", own)
+    space = python_of("guides/models")
+    found = l3d.explain(space["model"], space["x"])
+    assert [use.rule for use in found.uses] == ["matrix", "matrix_bias", "prelu"]
+
+
 def test_operations_by_themselves() -> None:
     """The page of the method calls the kernels' operations with the shapes that it names."""
     space = python_of("how/method")
@@ -131,6 +146,7 @@ def test_every_python_block_has_its_test() -> None:
         "README",
         "tour",
         "guides/interventions",
+        "guides/models",
         "guides/references",
         "guides/choosing",
         "guides/report",
