@@ -549,7 +549,10 @@ def test_toy_all_writes_the_table_here_and_into_a_readme(
     assert written["arguments"] == {"steps": 20}
     assert len(written["results"]["columns"]["error"]) == 2
     assert len(set(written["results"]["columns"]["error"])) == 2
-    assert refusal(capsys, command) == f"--out: {tmp_path / 'all'} exists and is not an empty folder"
+    assert (
+        refusal(capsys, command)
+        == f"--out: {tmp_path / 'all'} exists and is not an empty folder; choose another, or pass --overwrite"
+    )
     assert main([*command[:3], "1", *command[4:], "--overwrite"]) == 0
     assert json.loads((tmp_path / "all" / "results.json").read_text(encoding="utf-8"))["seeds"] == [3]
 
