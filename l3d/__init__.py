@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from l3d.analysis.intervention_ratios import intervention_ratios as intervention_ratios
     from l3d.analysis.logits import TopLogits as TopLogits
     from l3d.analysis.logits import top_logits as top_logits
+    from l3d.analysis.view import View as View
     from l3d.api import Decomposition as Decomposition
     from l3d.api import load as load
+    from l3d.gradients.explain import Explanation as Explanation
+    from l3d.gradients.explain import explain as explain
     from l3d.gradients.extract import Extractor as Extractor
     from l3d.gradients.extract import extract_gradients as extract_gradients
     from l3d.gradients.factors import Gradients as Gradients
+    from l3d.report.report import write_report as write_report
     from l3d.storage.store import save as save
     from l3d.train import decompose as decompose
     from l3d.training.options import PRESETS as PRESETS
@@ -48,9 +52,12 @@ _NAMES = {
     "analysis.intervention": ("intervene",),
     "analysis.intervention_ratios": ("InterventionRatios", "intervention_ratios"),
     "analysis.logits": ("TopLogits", "top_logits"),
+    "analysis.view": ("View",),
     "api": ("Decomposition", "load"),
+    "gradients.explain": ("Explanation", "explain"),
     "gradients.extract": ("Extractor", "extract_gradients"),
     "gradients.factors": ("Gradients",),
+    "report.report": ("write_report",),
     "storage.store": ("save",),
     "train": ("decompose",),
     "training.options": ("PRESETS", "GradientCache", "GradientOptions", "Memory", "Preset", "Replacement"),

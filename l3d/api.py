@@ -12,6 +12,15 @@ class Decomposition(Subnetworks):
 
     What they compute (`encode`, `code`, `loss`, `subnetwork`) is `Subnetworks`'; this class adds what needs a model, a
     folder or the hub.
+
+    Attributes:
+        shapes: {name: shape} of the decomposed parameters.
+        ranks: {name: (rank,)} of matrices, (rank per mode) of higher orders, () of vectors, which are whole.
+        settings: how it was trained, resolved: steps, lr, divergence ("callable" for a function), ..
+        history: {column: one value per recorded step}: step, error, kept_per_sample, dead_fraction, k, ..
+        threshold: the magnitude above which a coefficient counts as kept, outside its batch; NaN until trained.
+        timing: seconds and steps_per_second of the training run.
+        base_model: name, revision and hashes of the weights it belongs to; empty: any.
     """
 
     evaluate = evaluation.evaluate

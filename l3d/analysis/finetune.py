@@ -28,7 +28,7 @@ class FineTuned:
     deltas: dict[int, float]  # subnetwork -> δ
     losses: list[float]  # the loss of every step's batch, before the step
     model: nn.Module  # with its original weights
-    decomposition: Subnetworks
+    decomposition: Subnetworks  # that `deltas` are distances along
     any_weights: bool = False  # as passed to `finetune`
 
     def __repr__(self) -> str:

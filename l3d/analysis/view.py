@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from l3d.analysis.png import encode_png
 from l3d.data.batch import without_label
@@ -99,12 +100,20 @@ def thumbnails(images: Tensor, view: View) -> list[str]:
     return [base64.b64encode(encode_png(image)).decode() for image in pixels]
 
 
-def load_view(data_spec: str | None, model_spec: str | None, arguments: Mapping[str, Any], data: Any) -> View:
+def load_view(
+    data_spec: str | None, model_spec: str | None, arguments: Mapping[str, Any], data: Any, model: nn.Module
+) -> View:
     """Return the view for a data source and a model, both given by specs such as "npz:FILE"; see `l3d.data.sources`.
 
-    The tokenizer is that of `arguments`, else that of an "hf:" model. An npz archive of images may hold the outputs'
-    names in an array `classes`; other data may have an attribute `classes`.
+    It is the attribute `view` of the data or the model, if that is a `View`. Else the tokenizer is that of `arguments`,
+    or that of an "hf:" model. An npz archive of images may hold the outputs' names in an array `classes`; other data
+    may have an attribute `classes`.
     """
+    while isinstance(data, Subset):
+        data = data.dataset
+    for owner in (data, model):
+        if isinstance(own := getattr(owner, "view", None), View):
+            return own
     mean, std = arguments.get("mean"), arguments.get("std")
     scheme, _, target = (data_spec or "").partition(":")
     if scheme == "npz":

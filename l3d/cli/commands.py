@@ -14,7 +14,7 @@ from l3d.cli import job as jobs
 from l3d.cli.job import Job, Settings
 from l3d.cli.output import print_estimate, write_results
 from l3d.cli.parser import read_settings
-from l3d.data.batches import count_rows
+from l3d.data.batches import count_rows, take
 from l3d.data.sources import Data
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
@@ -101,7 +101,7 @@ def report(settings: Settings) -> None:
     """Write a run's report again."""
     from l3d.report.report import render_report, write_report
 
-    run, target = jobs.find_run(settings)
+    run, target = jobs.find_run(settings, reloads=False)
     if target != run:
         render_report(run)  # fails before anything is copied
         run_folder.copy_run(run, target)
@@ -130,13 +130,19 @@ def _estimate(job: Job) -> None:
     """Print what a run would take."""
     from l3d.distributed import process_group as processes
     from l3d.estimate import estimate
+    from l3d.gradients.explain import explain
 
     joined = processes.start()
     found = estimate(job.model, job.data, **jobs.arguments(job.settings))
     if joined is not None:
         processes.leave()
-    if is_first():
-        print_estimate(found)
+    if not is_first():
+        return
+    print_estimate(found)
+    count = count_rows(job.data)
+    if count is not None:  # a stream may have been read to its end
+        for use in explain(job.model, take(job.data, range(min(4, count))), job.settings["params"]).slow:
+            print(f"one backward call per sample for {use.parameter} at {use.operation}: {use.why}")
 
 
 def _describe(
@@ -153,9 +159,10 @@ def _describe(
     if count is not None:
         data = job.data
         n_rows = min(count, n_rows or default_rows(d.settings["steps"], d.settings["batch_size"]))
-    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
+    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data, job.model)
     d = d.to(next(job.model.parameters()).device)
     shown: Settings = {"view": view, "activation_rate": metrics["activation_rate"], "any_weights": any_weights}
+    shown["divergence"] = jobs.own_divergence(d, settings)
     try:
         return describe(d, job.model, data, n_rows=n_rows, **shown)
     except ValueError as error:  # the run and its figures are good all the same

@@ -19,8 +19,9 @@ from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
-from l3d.data.sources import Data, absolute, absolute_files, load_data, load_model, take_rows
+from l3d.data.sources import Data, absolute, absolute_files, load_data, load_function, load_model, take_rows
 from l3d.distributed.watch import is_first
+from l3d.gradients.divergence import Divergence
 from l3d.storage import run_folder
 from l3d.training.options import PRESETS
 
@@ -38,10 +39,14 @@ class Job(NamedTuple):
     toy: toys.Toy | None
 
 
-def find_run(settings: Settings) -> tuple[Path, Path]:
-    """Return the run folder and the one to write into: the same, or a copy to be made in --out."""
+def find_run(settings: Settings, reloads: bool = True) -> tuple[Path, Path]:
+    """Return the run folder and the one to write into: the same, or a copy to be made in --out.
+
+    reloads: whether its model and data are needed, which a folder made from Python does not name.
+    """
     run = Path(settings["run"])
-    run_folder.read_command(run)
+    if reloads or not (run / "decomposition.json").is_file():
+        run_folder.read_command(run)
     if settings["out"] is None:
         return run, run
     if is_first():  # of several processes it alone copies, and the others may come later
@@ -165,7 +170,15 @@ def arguments(settings: Settings) -> dict[str, Any]:
     if enabled is not None:
         preset = PRESETS[given.get("preset") or "default"]
         given["preset"] = replace(preset, replacement=replace(preset.replacement, enabled=enabled))
+    if str(given.get("divergence")).startswith("python:"):
+        given["divergence"] = load_function(given["divergence"])
     return given
+
+
+def own_divergence(d: l3d.Decomposition, settings: Settings) -> Divergence | None:
+    """Return the function that --divergence python: names, if the decomposition was trained with one; else None."""
+    spec = str(settings.get("divergence"))
+    return load_function(spec) if spec.startswith("python:") and d.settings.get("divergence") == "callable" else None
 
 
 class ConfigWriter(Callback):
@@ -199,6 +212,7 @@ def evaluate_run(d: l3d.Decomposition, job: Job, data: Data, any_weights: bool =
     d = d.to(next(job.model.parameters()).device)
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
     options = {"backend": job.settings.get("backend", "auto"), "any_weights": any_weights}
+    options |= {"divergence": own_divergence(d, job.settings)}
     found = d.evaluate(job.model, data, n_references=1 if job.toy is None else 30, **options)
     figures: dict[str, Any] = {name: getattr(found, name) for name in ("error", "kept_per_sample", "dead_fraction")}
     figures |= {"activation_rate": found.activation_rate.tolist(), "n_rows": count_rows(data)}
@@ -216,5 +230,7 @@ def take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path
     """Take the run folder to make, and whether it may be replaced, out of the settings."""
     out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
     if check and not overwrite:
-        run_folder.check_new(out)  # before the model is loaded, which may take long
+        run_folder.check_new(
+            out, "; choose another, or pass --overwrite"
+        )  # before the model is loaded, which may take long
     return out, overwrite

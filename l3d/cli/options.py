@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from l3d.training.options import (
     GradientCache,
@@ -214,7 +214,9 @@ def placed(options: Iterable[Option], default: str) -> list[Option]:
     return [each._replace(help=f"{each.help} Default: {default}.") if each.name == "out" else each for each in options]
 
 
-LEARNED, TRAINING, MACHINE = options_of(Learning), options_of(Training), options_of(Machine)
+DIVERGENCE = restricted_string_type("Divergence", "mse|kl|mse_published|python:[^:]+:[^:]+")
+LEARNED = tuple(each._replace(type=DIVERGENCE) if each.name == "divergence" else each for each in options_of(Learning))
+TRAINING, MACHINE = options_of(Training), options_of(Machine)
 CHOSEN_GRADIENTS = options_of(GradientOptions, "gradients.")
 REPLACEMENT = tuple(
     each._replace(type=bool | None, default=None, help=f"{each.help} null: true (published: false).")

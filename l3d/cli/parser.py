@@ -215,12 +215,12 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Turn jsonargparse's own kinds of numbers into Python's, which YAML and everything else can write."""
+    """Turn jsonargparse's own kinds of numbers and texts into Python's, which YAML and everything else can write."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    for kind in (int, float):
+    for kind in (int, float, str):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
     return value
@@ -274,7 +274,7 @@ def explain(error: argparse.ArgumentError) -> str:
         return message
     name, reason = refused.groups()
     expected = _expected(name)
-    given = re.findall(r"(?:Given|Got) value: (.*)", reason) or re.findall(r"(\S+) does not conform", reason)
+    given = re.findall(r"(?:Given|Got) value: (.*)", reason) or re.findall(r"(\S+) does not (?:conform|match)", reason)
     if expected is None or not given:
         return f"--{name}: {reason}"
     return f"--{name}: expected {expected}, got {given[-1]}"

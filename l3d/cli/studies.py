@@ -128,7 +128,10 @@ def intervene(settings: Settings) -> None:
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
     how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
-    found = {name: l3d.intervention_ratios(d, job.model, job.data, **how) for name, d in loaded.items()}
+    found = {
+        name: l3d.intervention_ratios(d, job.model, job.data, divergence=jobs.own_divergence(d, job.settings), **how)
+        for name, d in loaded.items()
+    }
     if target != run:
         run_folder.copy_run(run, target)
     holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}

@@ -105,8 +105,15 @@ def batches_per_epoch(n_rows: int, batch_size: int) -> int:
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for an iterable of batches.
 
-    Raises ValueError for a numpy array, and for a mapping whose values are not tensors of one length.
+    Raises ValueError for a numpy array, for a mapping whose values are not tensors of one length, and for a tuple of
+    two tensors of one length, which may mean two batches, or rows with labels or contrasts.
     """
+    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(each, Tensor) and each.ndim for each in data)
+    if pair and len(data[0]) == len(data[1]):
+        raise ValueError(
+            "data: a tuple of two tensors would be two batches; pass torch.utils.data.TensorDataset(x, y) for rows "
+            "that are pairs, x alone for rows, or a list for batches"
+        )
     if isinstance(data, np.ndarray):
         raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):

@@ -10,7 +10,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     return data
 
 
+def load_function(spec: str) -> Factory:
+    """Return the function that "python:pkg.module:function" names; the working directory is searched too.
+
+    Raises ValueError for a description that names none.
+    """
+    _, target = _split(spec, {"python": "pkg.module:function"}, "function")
+    with _here_too():
+        return _find_factory(spec, *_names(spec, target))
+
+
 def take_rows(data: Data, rows: slice | list[int], name: str = "data") -> Data:
     """Take some rows of a tensor, a mapping of tensors or a Dataset. Raises ValueError for any other iterable."""
     if isinstance(data, torch.Tensor):
@@ -163,17 +174,29 @@ def _check_arguments(function: Factory, known: dict[str, Any], arguments: dict[s
 
 def _call_factory(spec: str, target: str, arguments: dict[str, Any]) -> Any:
     """Call the factory of "pkg.module:factory", with the working directory on sys.path meanwhile."""
+    with _here_too():
+        factory = _find_factory(spec, *_names(spec, target))
+        _check_arguments(factory, {}, arguments, spec)
+        return factory(**arguments)
+
+
+def _names(spec: str, target: str) -> tuple[str, str]:
+    """Split "pkg.module:name". Raises ValueError if either is missing."""
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ValueError(f"{spec}: expected python:pkg.module:factory")
+    return module_name, name
+
+
+@contextmanager
+def _here_too() -> Iterator[None]:
+    """Search the working directory for modules inside the block: a console script, unlike `python -m`, does not."""
     here = os.getcwd()
-    added = here not in sys.path  # a console script, unlike `python -m`, does not search it
+    added = here not in sys.path
     if added:
         sys.path.append(here)
     try:
-        factory = _find_factory(spec, module_name, name)
-        _check_arguments(factory, {}, arguments, spec)
-        return factory(**arguments)
+        yield
     finally:
         if added:
             sys.path.remove(here)
@@ -187,7 +210,9 @@ def _find_factory(spec: str, module_name: str, name: str) -> Factory:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
             raise  # the module exists; a module that it imports does not
-        raise ValueError(f"{spec}: no module named {missing!r}") from error
+        raise ValueError(
+            f"{spec}: no module named {missing!r}, neither installed nor in the working directory {os.getcwd()}"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{spec}: module {module_name!r} has no {name!r}")

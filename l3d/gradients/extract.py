@@ -23,12 +23,12 @@ from l3d.data.batch import count_rows_of, join, without_label
 from l3d.gradients import divergence as div
 from l3d.gradients.checks import check_logits, check_tokens
 from l3d.gradients.factors import Dense, Gradients, Part, combine, compact
-from l3d.gradients.graph.graph import Use, n_outputs, no_gradient, output_shape, read_graph
+from l3d.gradients.graph.graph import Use, no_gradient, output_shape, read_graph
 from l3d.gradients.graph.layout import Layout, find_layouts
 from l3d.gradients.graph.positions import last_apart, positionwise_head
 from l3d.gradients.model import Params, check_fixed, only_trainable, run_fixed, select_parameters
 from l3d.gradients.precision import own_precision
-from l3d.gradients.rules import has_rule, part_of
+from l3d.gradients.rules import from_output, has_rule, part_of
 from l3d.gradients.samples import BatchPart, OwnRows, Samples, check_same_padding, padding_mask
 
 
@@ -249,13 +249,8 @@ class Extractor:
         graph = read_graph(output.grad_fn, self.parameters, output.shape[0])
         uses, layouts = graph.uses, find_layouts(output, graph)
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
-        from_output = {use.name for use in uses if use.node not in layouts}
-        from_output |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
-        # only autograd's engine calls a parameter's hooks
-        from_output |= {name for name, p in self.parameters.items() if p._backward_hooks}
-        if graph.opaque:  # the graph may lack uses of any parameter
-            from_output |= set(self.parameters)
-        uses = [use for use in uses if use.name not in from_output]
+        slow = from_output(graph, layouts, self.parameters)
+        uses = [use for use in uses if use.name not in slow]
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
 
         starts: list[Any] = [output]
@@ -278,7 +273,7 @@ class Extractor:
         dys = self._output_gradients(starts, grad_outputs, samples.per_row, uses, layouts)
         for use in uses:
             parts[use.name].append(part_of(use, layouts[use.node], dys[use.node], self.parameters[use.name]))
-        for name, part in self._from_output(output, samples, d_out, sorted(from_output)).items():
+        for name, part in self._from_output(output, samples, d_out, sorted(slow)).items():
             parts[name] = [part]
         return parts
 

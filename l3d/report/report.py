@@ -21,12 +21,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l3d.report import plots
 from l3d.report.table import common_prefix, make_table
-from l3d.storage.files import replace_text
+from l3d.storage.files import read_json, replace_text
 from l3d.storage.formats import duration, figure, percent, size
-from l3d.storage.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_metrics, read_ratios, read_subnetworks
+from l3d.storage.run_folder import (
+    COLUMNS,
+    CONFIG,
+    METRICS,
+    REPORT,
+    SUBNETWORKS,
+    read_metrics,
+    read_ratios,
+    read_subnetworks,
+    write_subnetworks,
+)
+from l3d.storage.store import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from l3d.decomposition.subnetworks import Subnetworks
 
@@ -44,19 +56,40 @@ class Headline(NamedTuple):
     note: str  # what the figure means; "" for none
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write_report(
+    run_dir: str | os.PathLike[str],
+    *,
+    described: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Sequence[float | None] | Tensor] | None = None,
+) -> Path:
     """Write RUN/report.html from the run folder's files, and return its path.
+
+    Args:
+        run_dir: a folder that holds a decomposition: a run's, `decompose(out=..)`'s, or one that `save` wrote.
+        described: what `describe` returned, for the cards; kept in RUN/subnetworks.json.
+        columns: {header: [K] numbers} to add to the table, None for an unknown one; kept in RUN/columns.json.
 
     The page is written under a temporary name and then renamed, so a failure keeps the old page. Without metrics.json
     the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
-    for a folder without a readable run, and ImportError without the extra `report`.
+    for a folder without a readable run, ValueError for `columns` or `described` of another number of subnetworks, and
+    ImportError without the extra `report`.
     """
-    return replace_text(Path(run_dir) / REPORT, render_report(run_dir))
+    folder = Path(run_dir)
+    page = render_report(folder, described, columns)
+    if described is not None:
+        write_subnetworks(folder, described)
+    if columns is not None:
+        replace_text(folder / COLUMNS, to_json(_checked_columns(columns, "columns")))
+    return replace_text(folder / REPORT, page)
 
 
-def render_report(run_dir: str | os.PathLike[str]) -> str:
+def render_report(
+    run_dir: str | os.PathLike[str],
+    described: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Sequence[float | None] | Tensor] | None = None,
+) -> str:
     """Return the page as text; see `write_report`."""
-    from l3d import load
+    from l3d.api import load
 
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -68,14 +101,24 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     if rates is not None and len(rates) != d.n_subnetworks:
         raise ValueError(f"{folder / METRICS}: activation_rate: expected {d.n_subnetworks} rates, got {len(rates)}")
     shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
-    described = read_subnetworks(folder)
+    described = read_subnetworks(folder) if described is None else described
     if described and len(described["subnetworks"]) != d.n_subnetworks:
         got = len(described["subnetworks"])
         raise ValueError(f"{folder / SUBNETWORKS}: expected {d.n_subnetworks} subnetworks, got {got}")
     ratios = read_ratios(folder)
-    for k, seen in enumerate(described.get("subnetworks", ())):
-        if k in ratios:
-            seen["intervention_ratio"] = ratios[k]
+    if described and ratios:
+        each = enumerate(described["subnetworks"])
+        measured = [seen | ({"intervention_ratio": ratios[k]} if k in ratios else {}) for k, seen in each]
+        described = {**described, "subnetworks": measured}
+    if rates is None and described:
+        known = [seen["activation_rate"] for seen in described["subnetworks"]]
+        rates = None if None in known else known
+    own = _read_columns(folder) if columns is None else _checked_columns(columns, "columns")
+    for name, values in own.items():
+        if len(values) != d.n_subnetworks:
+            raise ValueError(
+                f"columns: {name!r}: expected a number for each of {d.n_subnetworks} subnetworks, got {len(values)}"
+            )
     prefix = common_prefix(list(shapes))
     table = make_table(d, rates, described, prefix, ratios)
     history = {key: list(values) for key, values in d.history.items()}
@@ -99,6 +142,7 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
         chain=plots.mlp_chain(shapes),
         prefix=prefix,
         table=table,
+        own_columns=own,
         described=described,
         cards=_in_script(described) if described else None,
         settings={key: _compact(value) for key, value in sorted(d.settings.items())},
@@ -167,6 +211,23 @@ def _read_config(path: Path) -> tuple[str, str]:
     named = settings if isinstance(settings, dict) else {}
     model = str(named.get("model") or "")  # "hf:folder/name", "python:package.module:factory"
     return text, str(named.get("name") or re.split("[:/]", model.rstrip("/"))[-1])
+
+
+def _read_columns(folder: Path) -> dict[str, list[float | None]]:
+    """Return RUN/columns.json, {} if there is none."""
+    path = folder / COLUMNS
+    return _checked_columns(read_json(path), str(path)) if path.is_file() else {}
+
+
+def _checked_columns(columns: Mapping[str, Any], where: str) -> dict[str, list[float | None]]:
+    """Return columns as lists of numbers, None for one that is not finite. Raises ValueError for other values."""
+    try:
+        return {
+            str(name): [None if value is None or not math.isfinite(value) else float(value) for value in values]
+            for name, values in columns.items()
+        }
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{where}: expected {{header: list of numbers}} ({error})") from error
 
 
 def _diagrams(

@@ -26,6 +26,7 @@ from l3d.storage.store import FORMAT, load, read_tensors, to_json, write, write_
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 SUBNETWORKS = "subnetworks.json"
+COLUMNS = "columns.json"  # columns of the user's own in the report's table
 REPORT = "report.html"
 INTERVENTIONS = "interventions.json"
 SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
@@ -52,7 +53,7 @@ class RunFolder:
             raise ValueError(f"out: {folder} is a file; name a folder")
         if folder.exists() and any(each.name != LOCK for each in folder.iterdir()) and not resume:
             if not overwrite:
-                raise ValueError(f"out: {folder} is not empty; choose another folder or pass overwrite")
+                raise ValueError(f"out: {folder} is not empty; choose another folder or pass existing='overwrite'")
             _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         claim(folder)
@@ -101,7 +102,7 @@ def _remove_run(folder: Path) -> None:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
     for name in ("checkpoints", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, REPORT)
+    files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, COLUMNS, REPORT)
     for name in (*files, INTERVENTIONS, "interventions.svg", "interventions.png"):
         (folder / name).unlink(missing_ok=True)
     if is_card(folder / CARD):
@@ -128,6 +129,11 @@ def read_command(run: Path) -> str:
         raise FileNotFoundError(f"{run}: no such run folder")
     path = run / CONFIG
     if not path.is_file():
+        if (run / "decomposition.json").is_file() or (run / "checkpoints").is_dir():
+            raise ValueError(
+                f"{run}: was made from Python, so no {CONFIG} names its model and data; in Python call "
+                "l3d.load(RUN).evaluate, l3d.intervention_ratios, or l3d.decompose(.., existing='resume')"
+            )
         raise ValueError(f"{run}: not a run folder of l3d: it has no {CONFIG}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -175,7 +181,8 @@ def read_subnetworks(run: Path) -> dict[str, Any]:
     found = read_json(path)
     if found.get("format") != SUBNETWORKS_FORMAT or not isinstance(found.get("subnetworks"), list):
         raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {found.get('format')!r}")
-    return found
+    older = "outputs" if found.get("moved") == "output" else "tokens" if found.get("kind") == "text" else "classes"
+    return {"entries": older, **found}  # older files name no entries
 
 
 def read_ratios(run: Path) -> dict[int, float]:
@@ -216,10 +223,10 @@ def interrupted(run: Path, command: str = "l3d resume") -> str:
     return f"interrupted; last checkpoint: {last}; resume with: {command} {run}"
 
 
-def check_new(out: Path) -> None:
-    """Raise ValueError unless `out` is a new or empty folder."""
+def check_new(out: Path, advice: str = "") -> None:
+    """Raise ValueError, which ends with `advice`, unless `out` is a new or empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out} exists and is not an empty folder")
+        raise ValueError(f"--out: {out} exists and is not an empty folder{advice}")
 
 
 def check_copy(run: Path, out: Path) -> None:

@@ -48,7 +48,7 @@ def restore(run: "Run", folder: RunFolder) -> None:
         raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
     if decomposition.shapes != run.decomposition.shapes or decomposition.ranks != run.decomposition.ranks:
         raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
-    check_identity(decomposition.base_model, run.extractor.parameters)
+    check_identity(decomposition.base_model, run.extractor.parameters, advice="")
     run.decomposition.load_state_dict(decomposition.state_dict())
     run.optimizer.load_state(tensors, state["optimizer"])
     run.recorder.load_state(state["recorder"], decomposition.history)

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 import l3d
 from bench.steps import MARKS, table
 from l3d.cli.main import main
+from l3d.gradients import explain, rules
 from l3d.studies.recovery_suite import to_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,10 @@ class Block(NamedTuple):
 
 def blocks_of(page: str) -> list[Block]:
     text = PAGES[page].read_text(encoding="utf-8")
-    return [Block(page, kind, body) for kind, body in re.findall(r"^ *```(\w[\w -]*)\n(.*?)^ *```", text, re.S | re.M)]
+    return [
+        Block(page, kind, dedent(body))
+        for kind, body in re.findall(r"^ *```(\w[\w -]*)\n(.*?)^ *```", text, re.S | re.M)
+    ]
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -110,6 +115,24 @@ def test_choosing() -> None:
     assert space["scored"].error < 0.14
 
 
+def test_reports_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has cards with the classes' names, and the columns of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    python_of("guides/report")
+    page = Path("runs/small/report.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("How often each subnetwork is used", "norm of layer 1", '"dog"'))
+
+
+def test_rules_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's rule agrees with autograd, and explain names it."""
+    own = dict(rules.RULES)
+    monkeypatch.setattr(rules, "RULES", own)
+    monkeypatch.setattr(explain, "RULES", own)
+    space = python_of("guides/models")
+    found = l3d.explain(space["model"], space["x"])
+    assert [use.rule for use in found.uses] == ["matrix", "matrix_bias", "prelu"]
+
+
 def test_operations_by_themselves() -> None:
     """The page of the method calls the kernels' operations with the shapes that it names."""
     space = python_of("how/method")
@@ -119,7 +142,16 @@ def test_operations_by_themselves() -> None:
 
 def test_every_python_block_has_its_test() -> None:
     """No page outside this file's tests has Python that nothing runs."""
-    run = {"README", "tour", "guides/interventions", "guides/references", "guides/choosing", "how/method"}
+    run = {
+        "README",
+        "tour",
+        "guides/interventions",
+        "guides/models",
+        "guides/references",
+        "guides/choosing",
+        "guides/report",
+        "how/method",
+    }
     assert {page for page, codes in PYTHON.items() if codes} == run
     assert {b.kind for b in BLOCKS} <= {"python", "python data", "python no-run", "sh", "sh no-run", "text", "bibtex"}
     assert not any("no-run" in block.kind for block in BLOCKS if block.page == "README")
