@@ -148,9 +148,10 @@ FEWER = {
     "sweep": ["--steps", "10", "--evaluate_rows", "64"],
 }
 # Fewer images for the network that takes a twentieth of a second for one, and fewer subnetworks, each of which is moved
-# along on four images for its card.
+# along for its card.
 SMALLER = {
-    "efficientnet": ["--data_args.max_rows", "36", "--held_out", "4", "--batch_size", "8", "--n_subnetworks", "20"]
+    "efficientnet": ["--data_args.max_rows", "20", "--held_out", "4", "--batch_size", "8", "--n_subnetworks", "8"],
+    "stories-all": ["--n_subnetworks", "40"],
 }
 LEFT = {
     "toy": {"report.html", "metrics.json"},
