@@ -141,13 +141,13 @@ def test_a_cache_is_found_from_anywhere(user: list[str], tmp_path: Path) -> None
 def test_a_runs_configuration_repeats_it(tmp_path: Path) -> None:
     """config.yaml gives the same figures again, and what stands after it on the command line overrides it."""
     first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
-    assert main(["toy", "tms", "--steps", "40", "--k", ".2", "--seed", "3", "--out", first]) == 0
+    assert main(["toy", "tms", "--steps", "40", "--k", ".2", "--seed", "1", "--out", first]) == 0
     config = yaml.safe_load(Path(first, "config.yaml").read_text())
     assert (config["name"], config["steps"], config["k"], config["seed"], config["rank"]) == (
         "tms",
         40,
         0.2,
-        3,
+        1,
         1,
     )
     assert main(["toy", "--config", f"{first}/config.yaml", "--out", second]) == 0

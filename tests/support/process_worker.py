@@ -20,7 +20,7 @@ from l3d.training import step as step_module
 from l3d.training.run import Run
 from l3d.training.step import StepResult
 
-ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 50, "batch_size": 6, "callbacks": []}
+ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 24, "batch_size": 6, "callbacks": []}
 
 
 class Sequences(nn.Module):
