@@ -69,7 +69,7 @@ def toy_suite(settings: Settings) -> None:
 def sweep(settings: Settings) -> None:
     """Decompose one model over every combination of some settings."""
     from l3d.analysis.controls import redrawn
-    from l3d.studies.sweep import Point, check_base, points, run_sweep, write_results
+    from l3d.studies.sweep import Point, points, run_sweep, write_results
 
     out = Path(settings.pop("out") or "runs/sweep")
     over, random_weights = settings.pop("over"), settings.pop("random_weights")
@@ -87,7 +87,6 @@ def sweep(settings: Settings) -> None:
         defaults = {option.name: option.default for option in options.DECOMPOSE}
         job = jobs.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}
-    check_base(out, base)
     names = [option.name for option in options.DECOMPOSE] + ["gradients", "replacement"]
 
     def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:

@@ -68,6 +68,8 @@ def run_suite(
     import l3d
 
     results = {} if results is None else results
+    for experiment in experiments:
+        results.setdefault(experiment.title, {})
     for seed in seeds:
         for experiment in experiments:
             toy = make(experiment.toy, seed)
@@ -77,7 +79,7 @@ def run_suite(
                 error = d.evaluate(toy.model, toy.data[:1000], n_references=30).error
                 figures = {"error": error, **toy.recovery(d), "seconds": d.timing["seconds"]}
             for name, value in figures.items():
-                results.setdefault(experiment.title, {}).setdefault(name, []).append(value)
+                results[experiment.title].setdefault(name, []).append(value)
             shown = ", ".join(f"{LABELS[name]} {short(value)}" for name, value in figures.items())
             tell(f"{experiment.title}, seed {seed}: {shown}")
     return results

@@ -75,10 +75,9 @@ class Recorder:
             return False
         found = kept.threshold.reshape(-1).tolist()
         self.thresholds = [smooth(mean, value) for mean, value in zip(self.thresholds, found, strict=True)]
-        elapsed = perf_counter() - self.started
         dead = (self.last_kept <= step - self.dead_after).view(len(errors), -1).float().mean(1).tolist()
         error = _one_or_all([total / self.count for total in self.errors])
-        rate = self.samples / max(elapsed, 1e-9)
+        rate = self.samples / max(perf_counter() - self.started, 1e-9)
         row = (step, error, self.kept / self.count, _one_or_all(dead), lr, k, rate)
         for name, value in zip(COLUMNS, row, strict=True):
             self.history[name].append(value)

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import l3d
-from l3d.cli import commands
+from l3d.cli import job
 from l3d.cli.main import main
 from l3d.studies import recovery_suite as suite
 
@@ -237,9 +237,9 @@ def test_of_several_processes_the_first_copies_a_run(user: list[str], monkeypatc
     Path("copy").mkdir()
     Path("copy", "config.yaml").touch()
     with pytest.raises(ValueError, match="--out: copy exists"):
-        commands.find_run({"run": "run", "out": "copy"})
+        job.find_run({"run": "run", "out": "copy"})
     monkeypatch.setenv("RANK", "1")
-    assert commands.find_run({"run": "run", "out": "copy"}) == (Path("run"), Path("copy"))
+    assert job.find_run({"run": "run", "out": "copy"}) == (Path("run"), Path("copy"))
 
 
 def test_evaluate_repeats_the_runs_figures(user: list[str], tmp_path: Path) -> None:
