@@ -34,7 +34,7 @@ demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/de
 	@echo "metrics: $(CURDIR)/$(DEMO)/metrics.json"
 
 test: $(STAMP)  ## run the whole test suite, docstring examples included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow_kernels" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow_kernels" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
 
 test-kernels: $(STAMP)  ## run the longer form of the kernels' tests: every launch configuration, larger sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow_kernels or not slow_kernels" tests/kernels $(PYTEST_ARGS)

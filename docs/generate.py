@@ -66,7 +66,12 @@ class Docstrings(griffe.Extension):
         obj.docstring.value = plain(obj.docstring.value)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Show the default of a field that is declared as option(default, ...)."""
+        """Show a field's comment as its text, and the default of one that is declared as option(default, ...)."""
+        comment = (
+            re.search(r"  # (?!noqa|fmt|type)(.+)", attr.lines[-1]) if attr.lines and attr.docstring is None else None
+        )
+        if comment is not None and attr.parent is not None and attr.parent.is_class:
+            attr.docstring = griffe.Docstring(plain(comment[1]), parent=attr)
         if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "option":
             attr.value = attr.value.arguments[0]
 
@@ -101,14 +106,16 @@ def griffe_package(name: str) -> Any:
 
 
 def plain(text: str) -> str:
-    """Write a docstring so that Markdown takes <a, b> for no tag and *.weight for no emphasis.
+    """Write a docstring so that Markdown takes <a, b> for no tag, *.weight for no emphasis and >>> for code.
 
     >>> plain("|<Vin_k, g_s>| < 1, of '*.weight' and `*.bias`")
     "|⟨Vin_k, g_s⟩| < 1, of '\\\\*.weight' and `*.bias`"
     """
     text = re.sub(r"<([^<>\n]{1,40}, ?[^<>\n]{1,40})>", r"⟨\1⟩", text)
-    prose = re.compile(r"^(?! *(?:>>>|\.\.\.)).*$", re.M)
-    return prose.sub(lambda line: re.sub(r"(`[^`]*`)|(?<=\S)\*|(?<=\s)\*(?=\S)", escaped, line[0]), text)
+    parts = re.split(r"^(>>> (?:.+\n?)+)", text, flags=re.M)  # prose, example, prose, ...
+    parts[::2] = [re.sub(r"(`[^`]*`)|(?<=\S)\*|(?<=\s)\*(?=\S)", escaped, prose) for prose in parts[::2]]
+    parts[1::2] = [f"```pycon\n{example.rstrip()}\n```\n" for example in parts[1::2]]
+    return "".join(parts)
 
 
 def escaped(found: re.Match[str]) -> str:

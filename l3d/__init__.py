@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from l3d.analysis.intervention_ratios import intervention_ratios as intervention_ratios
     from l3d.analysis.logits import TopLogits as TopLogits
     from l3d.analysis.logits import top_logits as top_logits
+    from l3d.analysis.view import View as View
     from l3d.api import Decomposition as Decomposition
     from l3d.api import load as load
-    from l3d.api import save as save
+    from l3d.gradients.explain import Explanation as Explanation
+    from l3d.gradients.explain import explain as explain
     from l3d.gradients.extract import Extractor as Extractor
     from l3d.gradients.extract import extract_gradients as extract_gradients
     from l3d.gradients.factors import Gradients as Gradients
+    from l3d.report.report import write_report as write_report
+    from l3d.storage.store import save as save
     from l3d.train import decompose as decompose
     from l3d.training.options import PRESETS as PRESETS
     from l3d.training.options import GradientCache as GradientCache
@@ -40,35 +44,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> its module, imported on first use: torch takes seconds to import, and `l3d --help` should not.
-_HOMES = {
-    "Decomposition": "api",
-    "Evaluation": "analysis.evaluation",
-    "Extractor": "gradients.extract",
-    "FineTuned": "analysis.finetune",
-    "GradientCache": "training.options",
-    "GradientOptions": "training.options",
-    "Gradients": "gradients.factors",
-    "InterventionRatios": "analysis.intervention_ratios",
-    "Memory": "training.options",
-    "PRESETS": "training.options",
-    "Preset": "training.options",
-    "Replacement": "training.options",
-    "TopLogits": "analysis.logits",
-    "TopSamples": "analysis.evaluation",
-    "decompose": "train",
-    "describe": "analysis.description",
-    "evaluate": "analysis.evaluation",
-    "extract_gradients": "gradients.extract",
-    "finetune": "analysis.finetune",
-    "impact": "analysis.evaluation",
-    "intervene": "analysis.intervention",
-    "intervention_ratios": "analysis.intervention_ratios",
-    "load": "api",
-    "save": "api",
-    "top_logits": "analysis.logits",
-    "top_samples": "analysis.evaluation",
+# Module -> its public names, imported on first use: torch takes seconds to import, and `l3d --help` should not.
+_NAMES = {
+    "analysis.description": ("describe",),
+    "analysis.evaluation": ("Evaluation", "TopSamples", "evaluate", "impact", "top_samples"),
+    "analysis.finetune": ("FineTuned", "finetune"),
+    "analysis.intervention": ("intervene",),
+    "analysis.intervention_ratios": ("InterventionRatios", "intervention_ratios"),
+    "analysis.logits": ("TopLogits", "top_logits"),
+    "analysis.view": ("View",),
+    "api": ("Decomposition", "load"),
+    "gradients.explain": ("Explanation", "explain"),
+    "gradients.extract": ("Extractor", "extract_gradients"),
+    "gradients.factors": ("Gradients",),
+    "report.report": ("write_report",),
+    "storage.store": ("save",),
+    "train": ("decompose",),
+    "training.options": ("PRESETS", "GradientCache", "GradientOptions", "Memory", "Preset", "Replacement"),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("callbacks", "toys")
 __all__ = [*_MODULES, *_HOMES]
 

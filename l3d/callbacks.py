@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -49,9 +48,7 @@ class Callback:
     def __enter__(self: Kind) -> Kind:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -60,30 +57,23 @@ class ProgressBar(Callback):
 
     def __init__(self, label: str = "decompose") -> None:
         console = Console(stderr=True)
-        columns = (
-            TextColumn(label),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = RichProgress(*columns, console=console, refresh_per_second=4) if console.is_terminal else None
-        self._task: Any = None
+        console.quiet = not console.is_terminal
+        figures = TextColumn("{task.fields[figures]}")
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
+        self._bar = RichProgress(*columns, console=console, refresh_per_second=4, disable=console.quiet)
 
     def on_start(self, settings: Mapping[str, Any]) -> None:
         """Show an empty bar."""
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=settings["steps"], figures="")
+        self._bar.start()
+        self._task = self._bar.add_task("", total=settings["steps"], figures="")
 
     def on_step(self, step: int, figures: Mapping[str, float]) -> None:
         """Show a step and its figures."""
-        if self._bar is not None:
-            shown = (
-                f"error {figures['error']:.4f}  kept {figures['kept_per_sample']:.1f}  "
-                f"dead {figures['dead_fraction']:.0%}  {figures['samples_per_second']:,.0f} samples/s"
-            )
-            self._bar.update(self._task, completed=step, figures=shown)
+        shown = (
+            f"error {figures['error']:.4f}  kept {figures['kept_per_sample']:.1f}  "
+            f"dead {figures['dead_fraction']:.0%}  {figures['samples_per_second']:,.0f} samples/s"
+        )
+        self._bar.update(self._task, completed=step, figures=shown)
 
     def on_note(self, line: str) -> None:
         """Print the line to standard error."""
@@ -91,8 +81,7 @@ class ProgressBar(Callback):
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
 
 class TensorBoard(Callback):

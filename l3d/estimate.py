@@ -77,8 +77,7 @@ def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
     before = memory_now() if run.device.type == "cpu" else torch.cuda.memory_allocated(run.device)
     before -= sum(p.nbytes for p in run.decomposition.parameters()) * 3  # parameters and moments exist already
     settings = run.settings
-    warm: list[float] = []
-    final: list[float] = []
+    timed: dict[bool, list[float]] = {True: [], False: []}  # seconds of steps, those of the warm start apart
     for step in range(min(settings.steps, 2 * N_STEPS + 1)):
         is_warm = settings.warm_start > 0 and step <= N_STEPS
         run.step = 0 if is_warm else settings.warm_start
@@ -91,9 +90,9 @@ def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
             torch.cuda.synchronize(run.device)
         if step > 0:
             seconds = (extracted - started) / together + time.perf_counter() - extracted
-            (warm if is_warm else final).append(seconds)
-    per_step = statistics.median(final or warm or [float("nan")])
-    per_warm = statistics.median(warm or final or [float("nan")])
+            timed[is_warm].append(seconds)
+    per_step = statistics.median(timed[False] or timed[True] or [float("nan")])
+    per_warm = statistics.median(timed[True] or timed[False] or [float("nan")])
     # the kept fraction falls geometrically, so the mean of both ends is an upper bound
     seconds = settings.warm_start * (per_warm + per_step) / 2 + (settings.steps - settings.warm_start) * per_step
     first = next(iter(gradients)) if isinstance(gradients, Chunks) else gradients
@@ -141,8 +140,4 @@ def path_name(estimated: TensorEstimate) -> str:
 
 def _factor_bytes(gradients: Gradients | Chunks) -> int:
     chunks: Sequence[Gradients] = list(gradients) if isinstance(gradients, Chunks) else [gradients]
-    return sum(
-        nbytes
-        for chunk in chunks
-        for nbytes in {tensor.data_ptr(): tensor.nbytes for _, tensor in chunk.tensors()}.values()
-    )
+    return sum(sum({tensor.data_ptr(): tensor.nbytes for _, tensor in chunk.tensors()}.values()) for chunk in chunks)

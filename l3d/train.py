@@ -128,9 +128,8 @@ def decompose(
     ['bias', 'weight']
     """
     settings = resolve(locals(), count_rows(data))
-    every = (
-        max(1, settings.steps // 10) if checkpoint_every is None else check_whole("checkpoint_every", checkpoint_every)
-    )
+    every = max(1, settings.steps // 10) if checkpoint_every is None else checkpoint_every
+    every = check_whole("checkpoint_every", every)
     n_restarts = check_whole("n_restarts", n_restarts)
     if existing not in ("refuse", "overwrite", "resume"):
         raise ValueError(f"existing: expected refuse, overwrite or resume, got {existing!r}")

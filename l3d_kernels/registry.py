@@ -4,13 +4,13 @@ The choice is made per call, from the device and dtype of the tensors. "auto" ta
 the table of paths names plain torch as the faster; elsewhere it takes plain torch. An explicit request that cannot be
 met raises an error; no call falls back silently.
 
-Nothing here imports a kernel by its module: `l3d_kernels.kernels` is imported by name at the first call that wants it,
-and states here what it has.
+Nothing here imports `l3d_kernels.kernels` with a statement: the first call that wants it imports it by name, and it
+adds its ops to the table.
 """
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,21 +25,6 @@ TRITON: dict[str, Callable[..., Any]] = {}
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 
-class Kernels(NamedTuple):
-    """What the kernels state about themselves when they are imported."""
-
-    interpreted: bool  # they run in Triton's interpreter
-    torch_is_faster: Callable[[str, torch.device, torch.dtype, str], bool]  # (op, device, dtype, width class)
-
-
-_kernels: list[Kernels] = []  # empty until the kernels are imported, then one entry
-
-
-def register(kernels: Kernels) -> None:
-    """Record what the kernels state about themselves; `l3d_kernels.kernels` calls this once, when it is imported."""
-    _kernels[:] = [kernels]
-
-
 def load_kernels() -> str:
     """Import the Triton kernels, which register themselves; return the reason why there are none, or ""."""
     try:
@@ -52,12 +37,13 @@ def load_kernels() -> str:
 
 def interpreted() -> bool:
     """Return whether the loaded kernels run in Triton's interpreter; that is settled when they are imported."""
-    return _kernels[0].interpreted
+    return bool(importlib.import_module("l3d_kernels.kernels.shared.device").INTERPRETED.value)
 
 
 def torch_is_faster(op: str, device: torch.device, dtype: torch.dtype, width: str) -> bool:
     """Return whether the loaded kernels' table names plain torch for an op, on a device, for a dtype and a width."""
-    return _kernels[0].torch_is_faster(op, device, dtype, width)
+    table = importlib.import_module("l3d_kernels.kernels.shared.path_table")
+    return bool(table.path_of(op, device, dtype, width) == table.TWIN)
 
 
 # torch.compile calls these three while it traces and treats what they return as constants, which they are. The mark is

@@ -80,6 +80,13 @@ def from_arrays(
     return SparseCoefficients(values, to(rows), to(columns), *offsets, threshold, shape)
 
 
+def kept_where(mask: Tensor, coefficients: Tensor, threshold: Tensor) -> SparseCoefficients:
+    """Keep the entries of a coefficient matrix [S, K] where `mask` is true; they stay differentiable."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    shape = (coefficients.shape[0], coefficients.shape[1])
+    return sparse_coefficients(coefficients[rows, columns], rows, columns, threshold, shape)
+
+
 def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
     """Keep the entries of magnitude at least `threshold` of a coefficient matrix [S, K].
 
@@ -89,11 +96,7 @@ def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
     >>> above(torch.tensor([[3.0, -1.0], [0.5, -4.0]]), 2.0).values
     tensor([ 3., -4.])
     """
-    rows, columns = (~(coefficients.detach().abs() < threshold)).nonzero(as_tuple=True)
-    bound = coefficients.new_full((), threshold)
-    return sparse_coefficients(
-        coefficients[rows, columns], rows, columns, bound, (coefficients.shape[0], coefficients.shape[1])
-    )
+    return kept_where(~(coefficients.detach().abs() < threshold), coefficients, coefficients.new_full((), threshold))
 
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:

@@ -15,12 +15,12 @@ from torch import Tensor
 CHUNK = 1 << 23
 
 
-def pieces(total: int, per_item: int) -> list[slice]:
-    """Cut `total` items, each of which needs `per_item` elements of temporaries, into slices of at most CHUNK elements.
+def pieces(total: int, per_item: int, most: int | None = None) -> list[slice]:
+    """Cut `total` items, each of which needs `per_item` elements of memory, into slices of at most `most` elements.
 
-    A slice holds at least one item, even where that item alone needs more than CHUNK elements.
+    `most` is CHUNK if it is None. A slice holds at least one item, even where that item alone needs more.
     """
-    step = max(1, CHUNK // max(1, per_item))
+    step = max(1, (CHUNK if most is None else most) // max(1, per_item))
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 

@@ -9,23 +9,22 @@ Many subnetworks go through the model together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l3d.analysis.contexts import top_contexts
-from l3d.analysis.evaluation import impact
+from l3d.analysis.evaluation import extractor_of, impact
 from l3d.analysis.logits import Movement, move_many, softmax_movement
 from l3d.analysis.shown_rows import ShownRows
 from l3d.analysis.view import View, kind_of
 from l3d.analysis.words import DescriptionParts, short
 from l3d.data.batch import to_device
+from l3d.decomposition.subnetworks import Subnetworks
+from l3d.gradients.divergence import Divergence
 from l3d.gradients.fixed import run_fixed
 from l3d.storage.run_folder import SUBNETWORKS_FORMAT
-
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Subnetworks
 
 N_ROWS = 1000  # default limit on the rows examined
 N_SHOWN = 6  # rows shown per subnetwork
@@ -49,6 +48,8 @@ def describe(
     view: View | None = None,
     activation_rate: Sequence[float] | Tensor | None = None,
     intervention_ratio: Sequence[float | None] | Tensor | None = None,
+    divergence: str | Divergence | None = None,
+    reference: str | Tensor | None = None,
     any_weights: bool = False,
 ) -> dict[str, Any]:
     """Describe every subnetwork: mean impact, norm per tensor, rows of largest impact and output changes there.
@@ -60,6 +61,7 @@ def describe(
         view: how tokens, classes and images are shown; without it by number.
         activation_rate: [K] P_act, from `evaluate`.
         intervention_ratio: [K], if measured; None for a subnetwork without one.
+        divergence, reference: replace the trained ones, as in `evaluate`.
         any_weights: accept a model whose weights differ from the decomposed ones; otherwise that raises ValueError.
 
     Returns a dict that json can hold. Every position of a language model's row is a sample, even if training drew only
@@ -75,17 +77,27 @@ def describe(
     kind = kind_of(shown)
     length = shown.shape[1] if kind == "text" else 1
     source.limit(max(2, IMPACTS_AT_ONCE // (length * decomposition.n_subnetworks)))
-    kl = decomposition.settings.get("divergence") == "kl"
-    by_sample = impact(decomposition, model, source.data, N_REFERENCES, any_weights=any_weights).cpu()
+    extractor = extractor_of(
+        decomposition, model, divergence, reference, any_weights=True
+    )  # `impact` checks the weights
+    kl, device = extractor.is_kl, next(model.parameters()).device
+    with torch.no_grad():
+        one = run_fixed(model, to_device(source.batch([0]), device))
+    by_position = kind == "text" and one.ndim > 2 and extractor.positions is not None
+    given: dict[str, Any] = {"divergence": divergence, "reference": reference, "any_weights": any_weights}
+    by_sample = impact(decomposition, model, source.data, N_REFERENCES, **given).cpu()
     impacts, at = _by_row_and_position(by_sample, source, length)
     tokens = source.inputs() if kind == "text" else None
     contexts = top_contexts(impacts, N_SHOWN, tokens if impacts.shape[1] == length else None)
     at = at[contexts.rows, contexts.positions]
-    raised, predicted = _moves(decomposition, model, source, contexts.rows, at, kl)
-    parts = DescriptionParts(view, source, kind, impacts, kl)
+    at_once = max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // max(one.numel(), shown.numel())))
+    raised, predicted = _moves(decomposition, model, source, contexts.rows, at, kl, at_once)
+    entries = "tokens" if by_position else "classes" if kl else "outputs"
+    parts = DescriptionParts(view, source, kind, impacts, entries)
     return {
         "format": SUBNETWORKS_FORMAT,
         "kind": kind,
+        "entries": entries,
         "moved": "probability" if kl else "output",
         "n_rows": source.count,
         "n_samples": len(by_sample),
@@ -129,17 +141,16 @@ def _by_row_and_position(by_sample: Tensor, source: ShownRows, length: int) -> t
 
 @torch.no_grad()
 def _moves(
-    d: Subnetworks, model: nn.Module, source: ShownRows, rows: Tensor, positions: Tensor, kl: bool
+    d: Subnetworks, model: nn.Module, source: ShownRows, rows: Tensor, positions: Tensor, kl: bool, n_rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return per subnetwork the output derivatives at its first m rows, [m, V], and the predicted entries, [m].
 
     rows, positions: [K, n], the samples of largest impact. kl: the derivatives are those of softmax(output).
+    n_rows: about how many rows go through the model together.
     """
     device = next(model.parameters()).device
     m = min(N_MOVED, rows.shape[1])
-    one = run_fixed(model, to_device(source.batch([0]), device))
-    held = max(one.numel(), source.inputs([0]).numel())
-    at_once = max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // held) // m)
+    at_once = max(1, n_rows // m)
     moves: list[Tensor] = []
     predicted: list[Tensor] = []
     method = "forward"

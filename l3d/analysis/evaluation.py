@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -103,17 +102,17 @@ def evaluate(
     """
     refuse_sharded(model, "evaluate")
     decomposition = _widened(decomposition)
-    k = decomposition.settings.get("k", 0.1) if k is None else k
+    settings = decomposition.settings
     total_residual = total_norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
-    k = check_fraction("k", k)
+    k = check_fraction("k", settings.get("k", 0.1) if k is None else k)
     if selection not in SELECTIONS:
         raise ValueError(f"selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
-    seed = decomposition.settings.get("seed", 0) if seed is None else seed
-    seeds = _draws(decomposition, n_references, mix(seed, 3), reference)
+    extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
+    seeds = _draws(extractor, n_references, mix(settings.get("seed", 0) if seed is None else seed, 3))
     with torch.no_grad():
-        for gradients in _gradients(decomposition, model, data, divergence, reference, batch_size, seeds, any_weights):
+        for gradients in _gradients(decomposition, extractor, data, seeds, batch_size):
             gradients, e = gradients.in_range()
             kept, residual = score(gradients, decomposition, k, selection, refit, backend, e)
             total_residual += math.ldexp(float(residual.sum()), -2 * e)
@@ -204,12 +203,12 @@ def impact(
         raise ValueError("data: this DataLoader shuffles, so samples have no numbers; pass one with shuffle=False")
     decomposition = _widened(decomposition)
     positions = "all" if isinstance(decomposition.settings.get("positions"), int) else None
-    seeds = _draws(decomposition, n_references, mix(decomposition.settings.get("seed", 0), 4), reference, positions)
-    all_draws = _gradients(decomposition, model, data, divergence, reference, None, seeds, any_weights, positions)
+    extractor = extractor_of(decomposition, model, divergence, reference, any_weights, positions)
+    seeds = _draws(extractor, n_references, mix(decomposition.settings.get("seed", 0), 4))
     rows: list[Tensor] = []
-    for draw, gradients in zip(cycle(range(len(seeds))), all_draws, strict=False):
+    for i, gradients in enumerate(_gradients(decomposition, extractor, data, seeds)):
         found = decomposition.encode(gradients).abs()
-        if draw == 0:
+        if i % len(seeds) == 0:
             rows.append(found)
         else:
             rows[-1] += found
@@ -239,49 +238,32 @@ def top_samples(
 
 def _widened(decomposition: Subnetworks) -> Subnetworks:
     """Return the decomposition itself if its dtype is at least float32 wide, else a float32 copy."""
-    if next(decomposition.parameters()).dtype.itemsize >= 4:
-        return decomposition
-    return copy.deepcopy(decomposition).float()
+    is_narrow = next(decomposition.parameters()).dtype.itemsize < 4
+    return copy.deepcopy(decomposition).float() if is_narrow else decomposition
 
 
-def _draws(
-    decomposition: Subnetworks,
-    n_references: int,
-    seed: int,
-    reference: str | Tensor | None,
-    positions: str | None = None,
-) -> list[int]:
+def _draws(extractor: Extractor, n_references: int, seed: int) -> list[int]:
     """Return one seed per repeated draw of a batch's references or positions; a single one if nothing is drawn."""
     if n_references < 1:
         raise ValueError(f"n_references: expected at least 1, got {n_references}")
-    reference = decomposition.settings.get("reference", "sample") if reference is None else reference
-    drawn = isinstance(reference, str) and reference == "sample"
-    drawn = drawn or (positions is None and isinstance(decomposition.settings.get("positions", "all"), int))
+    reference = extractor.reference
+    drawn = isinstance(extractor.positions, int) or (isinstance(reference, str) and reference == "sample")
     return [mix(seed, i) for i in range(n_references if drawn else 1)]
 
 
 def _gradients(
-    decomposition: Subnetworks,
-    model: nn.Module,
-    data: Any,
-    divergence: str | Divergence | None,
-    reference: str | Tensor | None,
-    batch_size: int | None,
-    seeds: list[int],
-    any_weights: bool = False,
-    positions: str | None = None,
+    decomposition: Subnetworks, extractor: Extractor, data: Any, seeds: list[int], batch_size: int | None = None
 ) -> Iterator[Gradients]:
-    """Yield the gradients of all data by the decomposition's settings: each batch in order, once for every seed."""
-    settings = decomposition.settings
-    extractor = extractor_of(decomposition, model, divergence, reference, any_weights, positions)
+    """Yield the gradients of all data, in batches of the trained size if no other: in order, once for every seed."""
     parameter = next(decomposition.parameters())
-    for i, batch in enumerate(in_order(data, settings.get("batch_size", 16) if batch_size is None else batch_size)):
+    batch_size = decomposition.settings.get("batch_size", 16) if batch_size is None else batch_size
+    for i, batch in enumerate(in_order(data, batch_size)):
         if i == 1 and extractor.is_per_sample():
             raise ValueError(
                 "reference: this tensor has one output per sample of a single batch, but the data are several batches; "
                 "raise batch_size to the number of rows, or give one output for all samples"
             )
-        inputs = to_device(batch, next(model.parameters()).device)
+        inputs = to_device(batch, next(extractor.model.parameters()).device)
         for seed in seeds:
             yield extractor(inputs, torch.Generator().manual_seed(mix(seed, i))).to(parameter)
 
@@ -300,26 +282,18 @@ def extractor_of(
     `any_weights`, other values than the decomposed ones.
     """
     settings = decomposition.settings
-    chosen: dict[str, Any] = {}
-    for name, value, default, known in (
-        ("divergence", divergence, "mse", BY_NAME),
-        ("reference", reference, "sample", REFERENCES),
-    ):
-        value = settings.get(name, default) if value is None else value
+    divergence = settings.get("divergence", "mse") if divergence is None else divergence
+    reference = settings.get("reference", "sample") if reference is None else reference
+    positions = settings.get("positions", "all") if positions is None else positions
+    for name, value, known in (("divergence", divergence, BY_NAME), ("reference", reference, REFERENCES)):
         if isinstance(value, str) and value not in known:
             raise ValueError(f"{name}: the decomposition was trained with {value!r}, which is not saved; pass {name}=")
-        chosen[name] = value
-    extractor = Extractor(
-        model,
-        params=[exact_pattern(name) for name in decomposition.shapes],
-        positions=settings.get("positions", "all") if positions is None else positions,
-        **chosen,
-    )
+    params = [exact_pattern(name) for name in decomposition.shapes]
+    extractor = Extractor(model, divergence, reference, params, positions)
     for name, p in extractor.parameters.items():
-        if p.shape != decomposition.shapes[name]:
-            raise ValueError(
-                f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(decomposition.shapes[name])}"
-            )
+        expected = decomposition.shapes[name]
+        if p.shape != expected:
+            raise ValueError(f"model: {name!r} has shape {list(p.shape)}, the decomposition's {list(expected)}")
     if not any_weights:
         check_identity(decomposition.base_model, extractor.parameters)
     return extractor

@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from l3d.analysis.intervention import intervene
+from l3d.analysis.intervention import intervene, output_with
 from l3d.data.arguments import check_whole
 from l3d.data.batch import to_device
 from l3d.data.batches import Batches
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.fixed import check_fixed, only_trainable
-from l3d.gradients.model import model_output
 from l3d.storage.store import write_tensors
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -30,7 +28,7 @@ class FineTuned:
     deltas: dict[int, float]  # subnetwork -> δ
     losses: list[float]  # the loss of every step's batch, before the step
     model: nn.Module  # with its original weights
-    decomposition: Subnetworks
+    decomposition: Subnetworks  # that `deltas` are distances along
     any_weights: bool = False  # as passed to `finetune`
 
     def __repr__(self) -> str:
@@ -118,11 +116,7 @@ def finetune(
                 name: weight + _weighted_sum(deltas, *factors[name]).view(weight.shape).to(weight)
                 for name, weight in weights.items()
             }
-
-            def run(*args: Any, moved: dict[str, Tensor] = moved, **kwargs: Any) -> Any:
-                return functional_call(model, moved, args, kwargs)
-
-            value = loss(model_output(run, inputs), target)
+            value = loss(output_with(model, moved, inputs), target)
             if not isinstance(value, Tensor) or value.numel() != 1 or not torch.isfinite(value).all():
                 shown = list(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
                 raise ValueError(f"loss: expected one finite number, got {shown}; step {step}")
@@ -136,12 +130,9 @@ def finetune(
 @torch.no_grad()
 def _factors(decomposition: Subnetworks, chosen: list[int], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the chosen directions' factors by parameter name: left [n, R, O], right [n, R, I], at least float32."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    result = {}
-    for name, piece in decomposition.decoder.items():
-        left, right = piece.factors()
-        result[name] = (left[chosen].to(like.device, wide), right[chosen].to(like.device, wide))
-    return result
+    target = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+    pairs = {name: piece.factors() for name, piece in decomposition.decoder.items()}
+    return {name: (left[chosen].to(target), right[chosen].to(target)) for name, (left, right) in pairs.items()}
 
 
 def _weighted_sum(deltas: Tensor, left: Tensor, right: Tensor) -> Tensor:

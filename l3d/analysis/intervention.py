@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from l3d.data.arguments import check_index
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.fixed import disturbed, refuse_cached, refuse_sharded
-from l3d.gradients.model import Params, select_parameters
+from l3d.gradients.model import Params, model_output, select_parameters
 from l3d.storage.identity import check_identity, moving
 
 
@@ -38,16 +39,10 @@ def intervene(
     block's first forward pass (which is run twice) if the model's output does not depend on the moved weights.
     """
     refuse_sharded(model, "intervene")
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, shape in decomposition.shapes.items():
-        if name not in named or named[name].shape != shape:
-            raise ValueError(f"model: has no parameter {name!r} of shape {list(shape)}")
+    named = parameters_of(model, decomposition.shapes)
     if not any_weights:
         check_identity(decomposition.base_model, named)
-    chosen = set(decomposition.shapes if params is None else select_parameters(model, params))
-    chosen &= set(decomposition.shapes)
-    if not chosen:
-        raise ValueError(f"params: {params!r} matches no decomposed parameter")
+    chosen = decomposed(decomposition, model, params)
     moves: dict[str, Tensor] = {}
     for index, delta in deltas.items():
         check_index(index, decomposition.n_subnetworks)
@@ -57,6 +52,33 @@ def intervene(
     refuse_cached()
     with shifted(model, moves), _watched(model, moves):
         yield model
+
+
+def parameters_of(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, nn.Parameter]:
+    """Return all parameters of a model, tied ones under each name; raise ValueError unless it has those of `shapes`."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, shape in shapes.items():
+        if name not in named or named[name].shape != shape:
+            raise ValueError(f"model: has no parameter {name!r} of shape {list(shape)}")
+    return named
+
+
+def output_with(model: nn.Module, weights: dict[str, Tensor], inputs: Any) -> Tensor:
+    """Return the model's output on a batch with other weights, by parameter name, in the place of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, weights, args, kwargs)
+
+    return model_output(run, inputs)
+
+
+def decomposed(decomposition: Subnetworks, model: nn.Module, params: Params) -> set[str]:
+    """Return the names of the decomposed parameters that globs choose, all for None; raise ValueError for none."""
+    chosen = set(decomposition.shapes if params is None else select_parameters(model, params))
+    chosen &= set(decomposition.shapes)
+    if not chosen:
+        raise ValueError(f"params: {params!r} matches no decomposed parameter")
+    return chosen
 
 
 @contextmanager

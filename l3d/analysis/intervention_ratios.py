@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import l3d_kernels as lk
 from l3d.analysis.evaluation import extractor_of
-from l3d.analysis.intervention import shifted
+from l3d.analysis.intervention import decomposed, shifted
 from l3d.data.arguments import check_whole
-from l3d.data.batch import to_device
+from l3d.data.batch import join, to_device, without_label
 from l3d.data.batches import count_rows, in_order, mix, take
 from l3d.decomposition.directions import Directions
 from l3d.decomposition.objective import n_kept
@@ -24,7 +24,7 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
 from l3d.gradients.fixed import check_fixed
-from l3d.gradients.model import Params, model_output, select_parameters
+from l3d.gradients.model import Params, model_output
 from l3d.gradients.samples import Samples, padding_mask
 
 # Default δ, as fractions of the norm of the decomposed weights. They are small because a decomposition is local. On
@@ -133,9 +133,7 @@ def intervention_ratios(
         )
     seed = decomposition.settings.get("seed", 0) if seed is None else seed
     extractor = extractor_of(decomposition, model, divergence, reference, any_weights)
-    chosen = {name for name in select_parameters(model, params) if name in decomposition.shapes}
-    if not chosen:
-        raise ValueError(f"params: {params!r} matches no decomposed parameter")
+    chosen = decomposed(decomposition, model, params)
     if deltas is None:
         norm = float(torch.stack([p.double().square().sum() for p in extractor.parameters.values()]).sum().sqrt())
         deltas = [share * norm for share in SWEEP]
@@ -154,10 +152,9 @@ def intervention_ratios(
     results = torch.zeros(4, len(live), len(deltas), dtype=torch.float64)
     for i, index in enumerate(live.tolist()):
         generator = torch.Generator().manual_seed(mix(seed, 8, index))
-        active, rest = (
-            where[torch.randperm(len(where), generator=generator)[:n_samples]]
-            for where in (pool.kept[:, index].nonzero()[:, 0], (~pool.kept[:, index]).nonzero()[:, 0])
-        )
+        kept = pool.kept[:, index]
+        every = (where.nonzero()[:, 0] for where in (kept, ~kept))
+        active, rest = (each[torch.randperm(len(each), generator=generator)[:n_samples]] for each in every)
         change.select(torch.cat([active, rest]))
         own = {name: v for name, v in decomposition.subnetwork(index).items() if name in chosen}
         for j, direction in enumerate((own, alike(own, decomposition, generator))):
@@ -183,10 +180,8 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
     batch_size = decomposition.settings.get("batch_size", 16)
     if count is not None:
         n_rows = min(n_rows, count)
-        data = [
-            take(data, [i * count // n_rows for i in range(start, min(start + batch_size, n_rows))])
-            for start in range(0, n_rows, batch_size)
-        ]
+        spaced = [i * count // n_rows for i in range(n_rows)]
+        data = [take(data, spaced[start : start + batch_size]) for start in range(0, n_rows, batch_size)]
         if len(data) > 1 and n_rows % batch_size == 1:
             data.pop()  # a batch of one row has no other sample as reference
     k = decomposition.settings.get("k", 0.1)
@@ -201,10 +196,9 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
         entries = lk.batch_topk(coefficients, n_kept(k, *coefficients.shape))
         kept = torch.zeros(coefficients.shape, dtype=torch.bool)
         kept[entries.rows.cpu(), entries.columns.cpu()] = True
-        rows = batch[0] if isinstance(batch, (tuple, list)) else batch
-        with torch.no_grad():  # the generator draws positions first, the same as above
-            output = model_output(model, rows)
-        drawn = torch.Generator().manual_seed(mix(seed, 7, i))
+        rows = without_label(batch)
+        output = model_output(model, rows)
+        drawn = torch.Generator().manual_seed(mix(seed, 7, i))  # draws positions first, the same as above
         samples = Samples(output, extractor.positions, extractor.is_kl, drawn, padding_mask(rows, model))
         row = torch.arange(samples.n_rows, device=device).repeat_interleave(samples.per_row)
         row = samples.of(row).cpu() + filled
@@ -213,13 +207,11 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
         filled += samples.n_rows
         if filled >= n_rows:
             break
-    positions = [pool.position for pool in found if pool.position is not None]
-    return Pool(
-        _joined([pool.rows for pool in found]),
-        torch.cat([pool.row for pool in found]),
-        torch.cat(positions) if positions else None,
-        torch.cat([pool.kept for pool in found]),
-    )
+    rows, numbers, positions, active = zip(*found, strict=True)
+    joined = join(rows)
+    if joined is None:
+        raise ValueError("data: expected rows of one shape in all batches; pad them or cut them to one length")
+    return Pool(joined, torch.cat(numbers), None if positions[0] is None else torch.cat(positions), torch.cat(active))
 
 
 class Change:
@@ -233,7 +225,7 @@ class Change:
         """Select samples [n] of the pool, and compute their outputs under the unmoved weights."""
         rows, self._row = self.pool.row[samples].unique(return_inverse=True)
         self._position = None if self.pool.position is None else self.pool.position[samples]
-        self._inputs = _picked(self.pool.rows, rows)
+        self._inputs = take(self.pool.rows, rows)
         self._before = self._outputs()
 
     def by(self, moves: Mapping[str, Tensor]) -> Tensor:
@@ -260,17 +252,3 @@ def _plain(values: Tensor) -> Any:
     if values.ndim > 1:
         return [_plain(row) for row in values]
     return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _joined(batches: list[Any]) -> Any:
-    if isinstance(batches[0], Mapping):
-        return {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
-    if any(batch.shape[1:] != batches[0].shape[1:] for batch in batches):
-        raise ValueError("data: expected rows of one shape in all batches; pad them or cut them to one length")
-    return torch.cat(batches)
-
-
-def _picked(rows: Any, chosen: Tensor) -> Any:
-    if isinstance(rows, Mapping):
-        return {key: _picked(value, chosen) for key, value in rows.items()}
-    return rows[chosen.to(rows.device)]

@@ -8,21 +8,19 @@ This is one Jacobian-vector product in forward mode: a single forward pass gives
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from l3d.analysis.intervention import output_with, parameters_of
 from l3d.data.arguments import check_index
 from l3d.data.batch import to_device
+from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.fixed import check_fixed
-from l3d.gradients.model import model_output
 from l3d.storage.identity import check_identity
-
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Subnetworks
 
 METHODS = ("forward", "double_backward")
 
@@ -102,24 +100,21 @@ def move(model: nn.Module, direction: Mapping[str, Tensor], inputs: Any, method:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_fixed(model)
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in direction.items():
-        if name not in named or named[name].shape != tensor.shape:
-            raise ValueError(f"model: has no parameter {name!r} of shape {list(tensor.shape)}")
-    weights = {name: named[name].detach() for name in direction}
-    tangents = {name: tensor.detach().to(weights[name]) for name, tensor in direction.items()}
-    inputs = to_device(inputs, next(iter(weights.values())).device)
+    named = parameters_of(model, {name: tensor.shape for name, tensor in direction.items()})
+    weights = tuple(named[name].detach() for name in direction)
+    tangents = tuple(tensor.detach().to(named[name]) for name, tensor in direction.items())
+    inputs = to_device(inputs, weights[0].device)
 
-    def forward(changed: dict[str, Tensor]) -> Tensor:
-        return functional_call(_Output(model), {f"model.{name}": p for name, p in changed.items()}, (inputs,))
+    def forward(*changed: Tensor) -> Tensor:
+        return output_with(model, dict(zip(direction, changed, strict=True)), inputs)
 
     # the fused attention kernels have neither forward mode nor second derivatives; the MATH backend has both
     with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
         if method == "double_backward":
-            return _double_backward(forward, weights, tangents)
+            return Movement(*torch.autograd.functional.jvp(forward, weights, tangents))
         try:
             with torch.no_grad():
-                return Movement(*jvp(forward, (weights,), (tangents,)))
+                return Movement(*jvp(forward, weights, tangents))
         except (RuntimeError, NotImplementedError) as error:
             if "forward" not in str(error).lower() and "jvp" not in str(error).lower():
                 raise
@@ -154,29 +149,3 @@ def move_many(model: nn.Module, directions: Mapping[str, Tensor], inputs: Any, m
 
 def _at(inputs: Any, index: int) -> Any:
     return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[index]
-
-
-class _Output(nn.Module):
-    """Wrap a model as a function from one batch to one output tensor, whatever types it takes and returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
-
-    def forward(self, inputs: Any) -> Tensor:
-        return model_output(self.model, inputs)
-
-
-def _double_backward(forward: Any, weights: dict[str, Tensor], tangents: dict[str, Tensor]) -> Movement:
-    """Return J V as the gradient of <uᵀJ, V> with respect to u; it is linear in u, so u may be zero."""
-    with torch.enable_grad():
-        leaves = {name: p.clone().requires_grad_() for name, p in weights.items()}
-        output = forward(leaves)
-        u = torch.zeros_like(output, requires_grad=True)
-        pulled = torch.autograd.grad(
-            output, list(leaves.values()), u, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        along = torch.stack([(g * tangents[name]).sum() for name, g in zip(leaves, pulled, strict=True)]).sum()
-        (derivative,) = torch.autograd.grad(along, u)
-    return Movement(output.detach(), derivative.detach())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import Subset
 
 from l3d.analysis.view import plain_inputs
+from l3d.data.batch import join, without_label
 from l3d.data.batches import count_rows, take
 
 
@@ -25,13 +25,12 @@ class ShownRows:
     def __init__(self, data: Any, most: int) -> None:
         count = count_rows(data)
         if count is None:  # a list of batches that the caller took from a stream
-            batches = list(data)
-            sizes = [len(plain_inputs(batch)) for batch in batches]
-            self._row = lambda i: _row_of(batches, sizes, i)
-            self.data: Any = batches
-            self.numbers = list(range(sum(sizes)))
+            self.data: Any = list(data)
+            self._all = join([without_label(batch) for batch in self.data])
+            if self._all is None:
+                raise ValueError("data: rows differ in shape, so they cannot form a batch")
+            self.numbers = list(range(len(plain_inputs(self._all))))
         else:
-            self._row = partial(_row_in, data) if isinstance(data, Mapping) else data.__getitem__
             self._all = data
             self._keep([i * count // min(most, count) for i in range(min(most, count))])
 
@@ -52,11 +51,7 @@ class ShownRows:
 
     def batch(self, rows: Sequence[int]) -> Any:
         """Return rows (numbers below `count`) as one batch for the model, without labels and contrasts."""
-        try:
-            batch = default_collate([self._row(self.numbers[row]) for row in rows])
-        except RuntimeError as error:
-            raise ValueError(f"data: rows differ in shape, so they cannot form a batch ({error})") from error
-        return batch[0] if isinstance(batch, (tuple, list)) else batch
+        return without_label(take(self._all, [self.numbers[row] for row in rows]))
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Any:
         """Return C batches of m rows each, stacked: [C, m, ...]."""
@@ -72,21 +67,5 @@ class ShownRows:
 
     def mask(self) -> Tensor | None:
         """Return the rows' `attention_mask` as bool [count, T], False at padding; None if the data have none."""
-        if not isinstance(self.batch([0]), Mapping) or "attention_mask" not in self.batch([0]):
-            return None
-        return self.batch(range(self.count))["attention_mask"] != 0
-
-
-def _row_in(data: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """Return one row of a mapping of tensors."""
-    return {name: values[index] for name, values in data.items()}
-
-
-def _row_of(batches: list[Any], sizes: list[int], index: int) -> Any:
-    """Return one row of a list of batches."""
-    for batch, size in zip(batches, sizes, strict=True):
-        if index < size:
-            whole = batch[0] if isinstance(batch, (tuple, list)) else batch
-            return _row_in(whole, index) if isinstance(whole, Mapping) else whole[index]
-        index -= size
-    raise IndexError(index)
+        batch = self.batch(range(self.count))
+        return batch["attention_mask"] != 0 if isinstance(batch, Mapping) and "attention_mask" in batch else None

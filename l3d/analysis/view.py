@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from l3d.analysis.png import encode_png
+from l3d.data.batch import without_label
 
 THUMBNAIL = 64  # pixels along the longer side, at most
 MAX_POINT = 64  # numbers in a row that is shown as a point
-
-KINDS = ("text", "image", "point", "row")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class View:
 
 
 def kind_of(inputs: Tensor) -> str:
-    """Return how a batch of inputs [n, ...] is displayed: one of `KINDS`."""
+    """Return how a batch of inputs [n, ...] is displayed: as text, image, point or row."""
     if inputs.ndim == 2 and not inputs.is_floating_point():
         return "text"
     if inputs.ndim == 4 and inputs.shape[1] in (1, 3):
@@ -49,8 +49,7 @@ def kind_of(inputs: Tensor) -> str:
 
 def plain_inputs(batch: Any) -> Tensor:
     """Return the input tensor of a batch, which is a tensor, (input, label) or {"input_ids": ..}."""
-    if isinstance(batch, (tuple, list)):
-        batch = batch[0]
+    batch = without_label(batch)
     if isinstance(batch, Mapping):
         batch = batch.get("input_ids", next(iter(batch.values())))
     if not isinstance(batch, Tensor):
@@ -101,12 +100,20 @@ def thumbnails(images: Tensor, view: View) -> list[str]:
     return [base64.b64encode(encode_png(image)).decode() for image in pixels]
 
 
-def load_view(data_spec: str | None, model_spec: str | None, arguments: Mapping[str, Any], data: Any) -> View:
+def load_view(
+    data_spec: str | None, model_spec: str | None, arguments: Mapping[str, Any], data: Any, model: nn.Module
+) -> View:
     """Return the view for a data source and a model, both given by specs such as "npz:FILE"; see `l3d.data.sources`.
 
-    The tokenizer is that of `arguments`, else that of an "hf:" model. An npz archive of images may hold the outputs'
-    names in an array `classes`; other data may have an attribute `classes`.
+    It is the attribute `view` of the data or the model, if that is a `View`. Else the tokenizer is that of `arguments`,
+    or that of an "hf:" model. An npz archive of images may hold the outputs' names in an array `classes`; other data
+    may have an attribute `classes`.
     """
+    while isinstance(data, Subset):
+        data = data.dataset
+    for owner in (data, model):
+        if isinstance(own := getattr(owner, "view", None), View):
+            return own
     mean, std = arguments.get("mean"), arguments.get("std")
     scheme, _, target = (data_spec or "").partition(":")
     if scheme == "npz":

@@ -23,13 +23,14 @@ class DescriptionParts:
     Args:
         view: how tokens, classes and images are displayed.
         source: the rows.
-        kind: the kind of rows, one of `l3d.analysis.view.KINDS`.
+        kind: the kind of rows, as `l3d.analysis.view.kind_of` tells it.
         impacts: [rows, positions, K].
-        kl: whether outputs are logits of classes or tokens; an entry then is a class or a token.
+        entries: what an entry of the output is: "tokens" (every position is a sample), "classes" or "outputs".
     """
 
-    def __init__(self, view: View, source: ShownRows, kind: str, impacts: Tensor, kl: bool) -> None:
-        self.view, self.source, self.kind, self.impacts, self.kl = view, source, kind, impacts, kl
+    def __init__(self, view: View, source: ShownRows, kind: str, impacts: Tensor, entries: str) -> None:
+        self.view, self.source, self.kind, self.impacts = view, source, kind, impacts
+        self.by_token = entries == "tokens"
         self.tokens = source.inputs() if kind == "text" else None
         self.rows: set[int] = set()
         self.ids: set[int] = set()
@@ -49,7 +50,8 @@ class DescriptionParts:
     def places(self, contexts: Contexts, at: Tensor, k: int, moved: Tensor, predicted: Tensor) -> list[dict[str, Any]]:
         """Return subnetwork k's rows of largest impact.
 
-        at: [n] positions in the output. moved: [m, V] output derivatives at the first m rows, predicted: [m] entries.
+        at: [n] positions in the output; each row's last one where a row is one sample. moved: [m, V] output
+        derivatives at the first m rows, predicted: [m] entries.
         """
         shown = []
         largest = max(float(contexts.impacts[k, 0]), 1e-30)
@@ -61,9 +63,13 @@ class DescriptionParts:
             if self.tokens is not None:
                 position = int(at[i])
                 first, last = max(0, position - WINDOW[0]), position + 1 + WINDOW[1]
+                if self.by_token:
+                    place["position"] = position
+                else:  # no token is marked: the row's beginning is shown
+                    first, last = 0, min(position, sum(WINDOW)) + 1
                 ids = self.tokens[row, first:last].tolist()
                 self.ids |= set(ids)
-                place |= {"position": position, "first": first, "tokens": ids}
+                place |= {"first": first, "tokens": ids}
                 if self.impacts.shape[1] > 1:  # in percent of the largest impact shown
                     shares = 100 * self.impacts[row, first:last, k] / largest
                     place["shares"] = shares.clamp(0, 100).round().int().tolist()
@@ -79,7 +85,7 @@ class DescriptionParts:
         rows = sorted(self.rows)
         found: dict[str, Any] = {"rows": {str(row): {"number": self.source.numbers[row]} for row in rows}}
         if self.kind == "text":
-            found["tokens"] = self._named(self.ids | (self.entries if self.kl else set()))
+            found["tokens"] = self._named(self.ids | (self.entries if self.by_token else set()))
         if self.kind == "image":
             for start in range(0, len(rows), 64):
                 chosen = rows[start : start + 64]
@@ -89,10 +95,9 @@ class DescriptionParts:
         if self.kind == "point":
             for row, values in zip(rows, self.source.inputs(rows).tolist(), strict=True):
                 found["rows"][str(row)]["point"] = [short(value) for value in values]
-        if self.kind != "text" and self.view.classes is not None:
-            found["classes"] = {
-                str(i): self.view.classes[i] for i in sorted(self.entries) if i < len(self.view.classes)
-            }
+        names = self.view.classes
+        if not self.by_token and names is not None:
+            found["classes"] = {str(i): names[i] for i in sorted(self.entries) if i < len(names)}
         return found
 
     def _named(self, ids: set[int]) -> dict[str, str]:

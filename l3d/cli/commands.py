@@ -6,50 +6,31 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import l3d
 from l3d.callbacks import Callback, ProgressBar, log_to
-from l3d.cli.job import (
-    ConfigWriter,
-    Job,
-    Settings,
-    arguments,
-    costs,
-    evaluate_run,
-    evaluation_data,
-    find_run,
-    load,
-    load_toy,
-    reload,
-    take_out,
-)
-from l3d.cli.output import write_results
+from l3d.cli import job as jobs
+from l3d.cli.job import Job, Settings
+from l3d.cli.output import print_estimate, write_results
 from l3d.cli.parser import read_settings
-from l3d.data.batches import count_rows
-from l3d.data.sources import Data, absolute, absolute_files
+from l3d.data.batches import count_rows, take
+from l3d.data.sources import Data
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
-
-if TYPE_CHECKING:
-    from l3d import Decomposition
 
 
 def decompose(settings: Settings) -> None:
     """Decompose a model on data, into a new run folder."""
     dry_run = settings.pop("dry_run")
-    out, overwrite = take_out(settings, "runs/decompose", check=not dry_run)
-    for name in ("model", "data"):
-        if not settings[name]:
-            raise ValueError(f"--{name} SPEC is required; see l3d decompose --help")
-        settings[name] = absolute(settings[name])
-        settings[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
-    if settings["cache"]["folder"] is not None:
-        settings["cache"]["folder"] = str(
-            Path(settings["cache"]["folder"]).resolve()
-        )  # a resumed run may start elsewhere
+    out, overwrite = jobs.take_out(settings, "runs/decompose", check=not dry_run)
+    jobs.make_absolute(settings, "; see l3d decompose --help")
+    cache = settings["cache"]
+    if cache["folder"] is not None:  # a resumed run may start elsewhere
+        cache["folder"] = str(Path(cache["folder"]).resolve())
     if dry_run:
-        return _estimate(load(settings))
-    _train(load(settings), out, overwrite=overwrite)
+        return _estimate(jobs.load(settings))
+    _train(jobs.load(settings), out, overwrite=overwrite)
 
 
 def toy(settings: Settings) -> None:
@@ -57,48 +38,42 @@ def toy(settings: Settings) -> None:
     for name in ("seeds", "readme"):
         if settings.pop(name) is not None:
             raise ValueError(f"--{name}: only for l3d toy all, got the toy {settings['name']}")
-    out, overwrite = take_out(settings, f"runs/{settings['name']}")
-    _train(load_toy(settings), out, overwrite=overwrite)
+    out, overwrite = jobs.take_out(settings, f"runs/{settings['name']}")
+    _train(jobs.load_toy(settings), out, overwrite=overwrite)
 
 
 def resume(settings: Settings) -> None:
     """Go on with an interrupted run from its last checkpoint."""
-    run, target = find_run(settings)
-    job = reload(run, {})
+    run, target = jobs.find_run(settings)
+    job = jobs.reload(run, {})
     copied = target != run and is_first()
     if copied:
         run_folder.copy_run(run, target)
     try:
         _train(job, target, resume=True)
     except ValueError:
-        if copied and _checkpoint_name(target) == _checkpoint_name(run):  # refused: the copy is worth nothing
+        steps = [[path.name for path in run_folder.RunFolder(each).checkpoints()] for each in (run, target)]
+        if copied and steps[0] == steps[1]:  # refused: the copy is worth nothing
             shutil.rmtree(target)
         raise
 
 
-def _checkpoint_name(run: Path) -> str | None:
-    last = run_folder.last_checkpoint(run)
-    return None if last is None else last.name
-
-
 def evaluate(settings: Settings) -> None:
     """Evaluate a run's decomposition again and renew its figures."""
-    import l3d
-
-    run, target = find_run(settings)
+    run, target = jobs.find_run(settings)
     names = ("evaluate_rows", "describe", "device")
     changes = {name: settings[name] for name in names if settings[name] is not None}
     if settings["data"] is not None:
         changes |= {"data": settings["data"], "data_args": _data_args(run, settings), "held_out": 0}
     elif settings["data_args"] is not None:
         raise ValueError("--data_args: needs --data, to which they belong")
-    job = reload(run, changes)
+    job = jobs.reload(run, changes)
     metrics = run_folder.read_metrics(run)
     metrics.pop("held_out_error", None)  # either computed anew or of other rows than the rest
     metrics.pop("evaluated_on", None)
     d = l3d.load(run)
-    data = evaluation_data(job)
-    metrics |= evaluate_run(d, job, data, settings["any_weights"])
+    data = jobs.evaluation_data(job)
+    metrics |= jobs.evaluate_run(d, job, data, settings["any_weights"])
     if settings["data"] is not None:
         metrics["evaluated_on"] = settings["data"]
     described = _describe(d, job, data, metrics, settings["any_weights"])
@@ -126,7 +101,7 @@ def report(settings: Settings) -> None:
     """Write a run's report again."""
     from l3d.report.report import render_report, write_report
 
-    run, target = find_run(settings)
+    run, target = jobs.find_run(settings, reloads=False)
     if target != run:
         render_report(run)  # fails before anything is copied
         run_folder.copy_run(run, target)
@@ -134,19 +109,17 @@ def report(settings: Settings) -> None:
 
 
 def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -> None:
-    import l3d
-
     existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     try:
         with log_to(job.settings.get("log"), out) if is_first() else Callback() as log:
             with together(lambda command: run_folder.interrupted(out, command)), ProgressBar() as bar:
-                told = [bar, Callback() if resume else ConfigWriter(job), log]
-                own = arguments(job.settings)
+                told = [bar, Callback() if resume else jobs.ConfigWriter(job), log]
+                own = jobs.arguments(job.settings)
                 d = l3d.decompose(job.model, job.data, **own, out=out, existing=existing, callbacks=told)
             if not is_first():
                 return  # of several processes the first one writes, and reports
-            data = evaluation_data(job)
-            metrics = evaluate_run(d, job, data) | costs(d, job.model)
+            data = jobs.evaluation_data(job)
+            metrics = jobs.evaluate_run(d, job, data) | jobs.costs(d, job.model)
             log.on_end(metrics)
         write_results(out, metrics, _describe(d, job, data, metrics))
     except KeyboardInterrupt:
@@ -155,21 +128,25 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
 
 def _estimate(job: Job) -> None:
     """Print what a run would take."""
-    from l3d.cli.output import print_estimate
     from l3d.distributed import process_group as processes
     from l3d.estimate import estimate
+    from l3d.gradients.explain import explain
 
     joined = processes.start()
-    found = estimate(job.model, job.data, **arguments(job.settings))
+    found = estimate(job.model, job.data, **jobs.arguments(job.settings))
     if joined is not None:
         processes.leave()
     if not is_first():
         return
     print_estimate(found)
+    count = count_rows(job.data)
+    if count is not None:  # a stream may have been read to its end
+        for use in explain(job.model, take(job.data, range(min(4, count))), job.settings["params"]).slow:
+            print(f"one backward call per sample for {use.parameter} at {use.operation}: {use.why}")
 
 
 def _describe(
-    d: Decomposition, job: Job, data: Data, metrics: Mapping[str, Any], any_weights: bool = False
+    d: l3d.Decomposition, job: Job, data: Data, metrics: Mapping[str, Any], any_weights: bool = False
 ) -> dict[str, Any] | None:
     """Return what each subnetwork does; None where that is not wanted. data: where job.data is a stream."""
     from l3d.analysis.description import default_rows, describe
@@ -182,9 +159,10 @@ def _describe(
     if count is not None:
         data = job.data
         n_rows = min(count, n_rows or default_rows(d.settings["steps"], d.settings["batch_size"]))
-    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data)
+    view = load_view(settings.get("data"), settings.get("model"), settings.get("data_args") or {}, job.data, job.model)
     d = d.to(next(job.model.parameters()).device)
     shown: Settings = {"view": view, "activation_rate": metrics["activation_rate"], "any_weights": any_weights}
+    shown["divergence"] = jobs.own_divergence(d, settings)
     try:
         return describe(d, job.model, data, n_rows=n_rows, **shown)
     except ValueError as error:  # the run and its figures are good all the same

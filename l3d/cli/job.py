@@ -7,28 +7,25 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import l3d
+from l3d import toys
 from l3d.callbacks import Callback
 from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows
-from l3d.data.sources import Data, load_data, load_model, take_rows
+from l3d.data.sources import Data, absolute, absolute_files, load_data, load_function, load_model, take_rows
 from l3d.distributed.watch import is_first
+from l3d.gradients.divergence import Divergence
 from l3d.storage import run_folder
 from l3d.training.options import PRESETS
 
-if TYPE_CHECKING:
-    from l3d import Decomposition
-    from l3d.toys import Toy
-
 Settings = dict[str, Any]
-
-TIMING = ("seconds", "steps_per_second")
 
 
 class Job(NamedTuple):
@@ -39,13 +36,17 @@ class Job(NamedTuple):
     model: nn.Module
     data: Data  # to train on
     held_out: Data | None
-    toy: Toy | None
+    toy: toys.Toy | None
 
 
-def find_run(settings: Settings) -> tuple[Path, Path]:
-    """Return the run folder and the one to write into: the same, or a copy to be made in --out."""
+def find_run(settings: Settings, reloads: bool = True) -> tuple[Path, Path]:
+    """Return the run folder and the one to write into: the same, or a copy to be made in --out.
+
+    reloads: whether its model and data are needed, which a folder made from Python does not name.
+    """
     run = Path(settings["run"])
-    run_folder.read_command(run)
+    if reloads or not (run / "decomposition.json").is_file():
+        run_folder.read_command(run)
     if settings["out"] is None:
         return run, run
     if is_first():  # of several processes it alone copies, and the others may come later
@@ -65,6 +66,15 @@ def reload(run: Path, changes: Settings) -> Job:
     if command == "toy" and "data" in changes:
         raise ValueError("--data: a toy has its own data")
     return load_toy(settings | changes) if command == "toy" else load(settings | changes)
+
+
+def make_absolute(settings: Settings, hint: str) -> None:
+    """Name the model and the data in full, so that they are found from anywhere; both are required."""
+    for name in ("model", "data"):
+        if not settings.get(name):
+            raise ValueError(f"--{name} SPEC is required{hint}")
+        settings[name] = absolute(settings[name])
+        settings[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
 
 
 def load(settings: Settings) -> Job:
@@ -87,8 +97,6 @@ def load(settings: Settings) -> Job:
 
 def load_toy(settings: Settings) -> Job:
     """Make the toy that settings name, and complete them by its own."""
-    from l3d import toys
-
     _check_scored_rows(settings)
     seed = settings["seed"] or 0
     own_seed = settings.get("toy_seed")
@@ -131,9 +139,9 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
         raise ValueError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def costs(d: Decomposition, model: nn.Module) -> dict[str, Any]:
+def costs(d: l3d.Decomposition, model: nn.Module) -> dict[str, Any]:
     """Return what a run took and where, as metrics.json holds it."""
-    return {name: float(d.timing[name]) for name in TIMING} | peak_memory() | {"environment": environment(model)}
+    return {**d.timing, **peak_memory(), "environment": environment(model)}
 
 
 def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
@@ -142,8 +150,7 @@ def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:
     if job.command == "toy":
         settings |= {"name": job.settings["name"], "toy_seed": job.settings["seed"]}
     else:
-        names = [option.name for option in options.SOURCE]
-        settings |= {name: job.settings[name] for name in names}
+        settings |= {option.name: job.settings[option.name] for option in options.SOURCE}
     settings |= {"random_weights": random_weights, "weights_seed": weights_seed(job) if random_weights else None}
     return job._replace(settings=settings, toy=None if random_weights else job.toy)
 
@@ -163,7 +170,15 @@ def arguments(settings: Settings) -> dict[str, Any]:
     if enabled is not None:
         preset = PRESETS[given.get("preset") or "default"]
         given["preset"] = replace(preset, replacement=replace(preset.replacement, enabled=enabled))
+    if str(given.get("divergence")).startswith("python:"):
+        given["divergence"] = load_function(given["divergence"])
     return given
+
+
+def own_divergence(d: l3d.Decomposition, settings: Settings) -> Divergence | None:
+    """Return the function that --divergence python: names, if the decomposition was trained with one; else None."""
+    spec = str(settings.get("divergence"))
+    return load_function(spec) if spec.startswith("python:") and d.settings.get("divergence") == "callable" else None
 
 
 class ConfigWriter(Callback):
@@ -192,22 +207,17 @@ def evaluation_data(job: Job) -> Data:
     return job.data if count <= most else take_rows(job.data, [i * count // most for i in range(most)])
 
 
-def evaluate_run(d: Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
+def evaluate_run(d: l3d.Decomposition, job: Job, data: Data, any_weights: bool = False) -> dict[str, Any]:
     """Return the figures of an evaluation, as metrics.json holds them."""
     d = d.to(next(job.model.parameters()).device)
-    backend = job.settings.get("backend", "auto")
     # a toy's thousand points are few: references are drawn more than once, for a figure that does not wobble
-    options = {"backend": backend, "any_weights": any_weights}
+    options = {"backend": job.settings.get("backend", "auto"), "any_weights": any_weights}
+    options |= {"divergence": own_divergence(d, job.settings)}
     found = d.evaluate(job.model, data, n_references=1 if job.toy is None else 30, **options)
-    figures = {
-        "error": float(found.error),
-        "kept_per_sample": float(found.kept_per_sample),
-        "dead_fraction": float(found.dead_fraction),
-        "activation_rate": [float(rate) for rate in found.activation_rate],
-        "n_rows": count_rows(data),
-    }
+    figures: dict[str, Any] = {name: getattr(found, name) for name in ("error", "kept_per_sample", "dead_fraction")}
+    figures |= {"activation_rate": found.activation_rate.tolist(), "n_rows": count_rows(data)}
     if job.held_out is not None:
-        figures["held_out_error"] = float(d.evaluate(job.model, job.held_out, **options).error)
+        figures["held_out_error"] = d.evaluate(job.model, job.held_out, **options).error
     if job.toy is not None:
         try:
             figures |= job.toy.recovery(d)
@@ -220,5 +230,7 @@ def take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path
     """Take the run folder to make, and whether it may be replaced, out of the settings."""
     out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
     if check and not overwrite:
-        run_folder.check_new(out)  # before the model is loaded, which may take long
+        run_folder.check_new(
+            out, "; choose another, or pass --overwrite"
+        )  # before the model is loaded, which may take long
     return out, overwrite

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # Such an error may as well come from the user's own code: then the traceback helps.
         hint = " (L3D_DEBUG=1 shows where)" if isinstance(error, RuntimeError) else ""
-        return _fail((str(error) or type(error).__name__) + hint)
+        message = str(error) or type(error).__name__
+        return _fail(message.replace("any_weights=True", "--any_weights") + hint)  # as it is spelt here
     return 0
 
 

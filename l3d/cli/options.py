@@ -6,12 +6,12 @@ Only data, and quick to import: importing this file does not import torch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from l3d.training.options import (
     GradientCache,
@@ -177,7 +177,7 @@ def options_of(group: type, prefix: str = "", only: Iterable[str] | None = None)
         Option(
             prefix + each.name,
             _checked_type(hints[each.name], each.metadata["least"]),
-            each.default if each.metadata["default"] is None else each.metadata["default"],
+            {} if each.default is MISSING else each.default,
             each.metadata["values"],
             help_of[each.name].partition(" In Python also")[0],
             each.metadata.get("positional", False),
@@ -214,7 +214,9 @@ def placed(options: Iterable[Option], default: str) -> list[Option]:
     return [each._replace(help=f"{each.help} Default: {default}.") if each.name == "out" else each for each in options]
 
 
-LEARNED, TRAINING, MACHINE = options_of(Learning), options_of(Training), options_of(Machine)
+DIVERGENCE = restricted_string_type("Divergence", "mse|kl|mse_published|python:[^:]+:[^:]+")
+LEARNED = tuple(each._replace(type=DIVERGENCE) if each.name == "divergence" else each for each in options_of(Learning))
+TRAINING, MACHINE = options_of(Training), options_of(Machine)
 CHOSEN_GRADIENTS = options_of(GradientOptions, "gradients.")
 REPLACEMENT = tuple(
     each._replace(type=bool | None, default=None, help=f"{each.help} null: true (published: false).")
@@ -224,20 +226,3 @@ MEMORY = (*options_of(GradientCache, "cache."), *options_of(Memory, "memory.")) 
 DECOMPOSE = (*LEARNED, *TRAINING, *MACHINE)  # arguments of `l3d.decompose` of the same names
 GROUPS = {"cache": GradientCache, "memory": Memory, "gradients": GradientOptions}  # arguments that are a group
 SOURCE, RESULTS, CONTROL = options_of(Source), options_of(Results), options_of(Control)
-OWN = tuple(each for group in (Toy, Sweep, ExistingRun, Intervention, Paper) for each in options_of(group))
-
-
-def expected(name: str) -> str | None:
-    """Say what values an option takes; None for an unknown one."""
-    every = (*DECOMPOSE, *CHOSEN_GRADIENTS, *REPLACEMENT, *MEMORY, *SOURCE, *RESULTS, *CONTROL, *OWN)
-    found = next((each for each in every if each.name == name), None)
-    if found is None:
-        return None
-    kinds = [kind for kind in get_args(found.type) if kind is not type(None)]
-    kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(found.type) else found.type
-    numbers = {
-        PositiveInt: "a whole number above 0",
-        NonNegativeInt: "a whole number from 0",
-        int: "a whole number",
-    }
-    return {**numbers, PositiveFloat: "a number above 0"}.get(kind, found.values)

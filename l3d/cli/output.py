@@ -15,7 +15,7 @@ from torch import nn
 from l3d.estimate import Estimate, path_name
 from l3d.storage import run_folder
 from l3d.storage.card import renew_card
-from l3d.storage.formats import duration, percent, size
+from l3d.storage.formats import duration, size
 from l3d.training import memory
 
 
@@ -63,7 +63,7 @@ def peak_memory() -> dict[str, int]:
 
 def write_results(run: Path, metrics: Mapping[str, Any], described: Mapping[str, Any] | None) -> None:
     """Write metrics, what each subnetwork does, and the report; print the figures that matter with the paths."""
-    from l3d.report.report import write_report
+    from l3d.report.report import headlines, write_report
 
     paths = {"metrics": run_folder.write_metrics(run, metrics)}
     renew_card(run, metrics)
@@ -77,27 +77,8 @@ def write_results(run: Path, metrics: Mapping[str, Any], described: Mapping[str,
         print(f"l3d: no report: {error}", file=sys.stderr)
 
     table = Table(box=None, show_header=False)
-    shown = {
-        "error": ("error", percent),
-        "held_out_error": ("held-out error", percent),
-        "mmcs": ("match with the truth (mmcs)", "{:.4f}".format),
-        "mmcs_own": ("the same, feature's own weights", "{:.4f}".format),
-        "features_found": ("features found", "{:.0f}".format),
-        "groups_found": ("groups found", "{:.0f}".format),
-        "purity": ("purity", "{:.4f}".format),
-        "r2": ("r² with W_out W_in", "{:.4f}".format),
-        "r2_task": ("r² with the task's matrix", "{:.4f}".format),
-        "inputs_found": ("inputs found", "{:.0f}".format),
-        "kept_per_sample": ("kept per sample", "{:.3g}".format),
-        "dead_fraction": ("dead", percent),
-        "steps_per_second": ("steps per second", "{:,.4g}".format),
-        "seconds": ("training time", duration),
-        "peak_memory_bytes": ("peak memory", size),
-        "cuda_peak_memory_bytes": ("peak memory, GPU", size),
-    }
-    for name, (label, show) in shown.items():
-        if name in metrics:
-            table.add_row(label, "not finite" if metrics[name] is None else show(metrics[name]))
+    for each in headlines(metrics):
+        table.add_row(each.label, each.shown)
     Console().print(table)
     for name, path in paths.items():
         print(f" {name}: {path}")  # whole, where a table would cut it to the width of the terminal

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jsonargparse
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from l3d.cli import options
 from l3d.cli.options import Option, options_of, placed
@@ -168,9 +170,7 @@ examples:
         """\
 Make the figures of one of the paper's toy studies again: SVG and PNG files, figures.json with the numbers in
 them, and index.html, a page of them all.""",
-        {
-            "figures": placed(options_of(options.Paper), "runs/paper-NAME"),
-        },
+        {"figures": placed(options_of(options.Paper), "runs/paper-NAME")},
         "examples:\n  l3d paper tms\n  l3d paper squared --seed 1 --out runs/squared-1",
     ),
     "report": Command(
@@ -193,6 +193,11 @@ class _Help(DefaultHelpFormatter):
         return action.help or ""
 
 
+_new_parser = partial(
+    ArgumentParser, prog="l3d", formatter_class=_Help, exit_on_error=False, parser_mode=_LOADER, default_env=False
+)
+
+
 def read_settings(command: str, run: Path) -> dict[str, Any]:
     """Read and check RUN/config.yaml as `l3d COMMAND --config` would."""
     path = run / "config.yaml"
@@ -210,12 +215,12 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Turn jsonargparse's own kinds of numbers into Python's, which YAML and everything else can write."""
+    """Turn jsonargparse's own kinds of numbers and texts into Python's, which YAML and everything else can write."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    for kind in (int, float):
+    for kind in (int, float, str):
         if isinstance(value, kind) and not isinstance(value, bool):
             return kind(value)
     return value
@@ -226,25 +231,12 @@ def _parser() -> ArgumentParser:
     parser = _new_parser(usage="l3d COMMAND ...", description=_DESCRIPTION, epilog=_EPILOG)
     added = parser.add_subcommands(dest="command", required=True, title="commands")
     for name, command in COMMANDS.items():
-        subparser = _new_parser(command.usage, command.description, command.examples)
+        subparser = _new_parser(usage=command.usage, description=command.description, epilog=command.examples)
         subparser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help=_CONFIG)
         for title, group in command.groups.items():
             _add(subparser.add_argument_group(title), group)
         added.add_subcommand(name, subparser, help=command.summary)
     return parser
-
-
-def _new_parser(usage: str, description: str, epilog: str) -> ArgumentParser:
-    return ArgumentParser(
-        prog="l3d",
-        usage=usage,
-        description=description,
-        epilog=epilog,
-        formatter_class=_Help,
-        exit_on_error=False,
-        parser_mode=_LOADER,
-        default_env=False,
-    )
 
 
 def _add(group: Any, added: Iterable[Option]) -> None:
@@ -281,8 +273,20 @@ def explain(error: argparse.ArgumentError) -> str:
     if refused is None:
         return message
     name, reason = refused.groups()
-    expected = options.expected(name)
-    given = re.findall(r"(?:Given|Got) value: (.*)", reason) or re.findall(r"(\S+) does not conform", reason)
+    expected = _expected(name)
+    given = re.findall(r"(?:Given|Got) value: (.*)", reason) or re.findall(r"(\S+) does not (?:conform|match)", reason)
     if expected is None or not given:
         return f"--{name}: {reason}"
     return f"--{name}: expected {expected}, got {given[-1]}"
+
+
+def _expected(name: str) -> str | None:
+    """Say what values an option takes; None for an unknown one."""
+    every = (each for command in COMMANDS.values() for group in command.groups.values() for each in group)
+    found = next((each for each in every if each.name == name), None)
+    if found is None:
+        return None
+    kinds = [kind for kind in get_args(found.type) if kind is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(found.type) else found.type
+    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", int: "a whole number"}
+    return {**numbers, PositiveFloat: "a number above 0"}.get(kind, found.values)

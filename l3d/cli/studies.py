@@ -11,16 +11,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import l3d
 from l3d.callbacks import ProgressBar
-from l3d.cli import job as job_module
+from l3d.cli import job as jobs
 from l3d.cli import options
+from l3d.cli.job import Settings
 from l3d.cli.output import environment
-from l3d.data.sources import absolute, absolute_files
 from l3d.storage import run_folder
 from l3d.storage.files import replace_text
 from l3d.storage.lock import check_free
-
-Settings = dict[str, Any]
 
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
 
@@ -30,7 +29,7 @@ def toy_suite(settings: Settings) -> None:
     n_seeds, readme = settings.pop("seeds") or 10, settings.pop("readme")
     if settings["random_weights"] or settings["toy_seed"] is not None or settings["weights_seed"] is not None:
         raise ValueError("--random_weights, --weights_seed and --toy_seed: for one toy, not for l3d toy all")
-    out, _ = job_module.take_out(settings, "runs/all")
+    out, _ = jobs.take_out(settings, "runs/all")
     from torch import nn
 
     from l3d.storage.files import replace_between
@@ -48,7 +47,7 @@ def toy_suite(settings: Settings) -> None:
     given = {name: settings[name] for name in names if settings[name] is not None}
     for name in ("gradients", "replacement"):
         given |= {name: settings[name]} if any(value is not None for value in settings[name].values()) else {}
-    arguments = job_module.arguments(given)
+    arguments = jobs.arguments(given)
     first = settings["seed"] or 0
     seeds = range(first, first + n_seeds)
     results: suite.Results = {}
@@ -58,10 +57,8 @@ def toy_suite(settings: Settings) -> None:
         )
         table = suite.to_markdown(results, suite.EXPERIMENTS)
         holds = {"environment": environment(nn.Linear(1, 1)), "seeds": list(seeds[:done]), "arguments": given}
-        paths = [
-            replace_text(out / "table.md", table),
-            replace_text(out / "results.json", json.dumps(holds | {"results": results}, indent=1) + "\n"),
-        ]
+        figures = json.dumps(holds | {"results": results}, indent=1) + "\n"
+        paths = [replace_text(out / "table.md", table), replace_text(out / "results.json", figures)]
     if readme is not None:
         paths.append(replace_between(Path(readme), TABLE_MARKS, table))
     print(table)
@@ -71,9 +68,8 @@ def toy_suite(settings: Settings) -> None:
 
 def sweep(settings: Settings) -> None:
     """Decompose one model over every combination of some settings."""
-    import l3d
     from l3d.analysis.controls import redrawn
-    from l3d.studies.sweep import Point, check_base, points, run_sweep, write_results
+    from l3d.studies.sweep import Point, points, run_sweep, write_results
 
     out = Path(settings.pop("out") or "runs/sweep")
     over, random_weights = settings.pop("over"), settings.pop("random_weights")
@@ -82,21 +78,15 @@ def sweep(settings: Settings) -> None:
     runs = points(over, random_weights)
     given = {name: value for name, value in settings.items() if value is not None}
     if settings["toy"]:
-        named = [name for name in ("model", "data") if settings[name]]
-        if named or settings["held_out"]:
-            raise ValueError(f"--{(named or ['held_out'])[0]}: a toy has its own model and data")
-        job = job_module.load_toy({**settings, "name": settings["toy"]})
+        named = [name for name in ("model", "data", "held_out") if settings[name]]
+        if named:
+            raise ValueError(f"--{named[0]}: a toy has its own model and data")
+        job = jobs.load_toy({**settings, "name": settings["toy"]})
     else:
-        for name in ("model", "data"):
-            if not settings[name]:
-                raise ValueError(f"--{name} SPEC is required, or --toy NAME; see l3d sweep --help")
-            given[name] = absolute(settings[name])
-            if settings[f"{name}_args"]:
-                given[f"{name}_args"] = absolute_files(settings[f"{name}_args"])
+        jobs.make_absolute(given, ", or --toy NAME; see l3d sweep --help")
         defaults = {option.name: option.default for option in options.DECOMPOSE}
-        job = job_module.load({**settings, **defaults, **given})
+        job = jobs.load({**settings, **defaults, **given})
     base = {name: value for name, value in given.items() if name not in over}
-    check_base(out, base)
     names = [option.name for option in options.DECOMPOSE] + ["gradients", "replacement"]
 
     def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
@@ -104,17 +94,17 @@ def sweep(settings: Settings) -> None:
         check_free(folder)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
-        own = job_module.standing_alone(job, chosen, point.random_weights)
-        control = redrawn(job.model, chosen.get("params"), job_module.weights_seed(job))
+        own = jobs.standing_alone(job, chosen, point.random_weights)
+        control = redrawn(job.model, chosen.get("params"), jobs.weights_seed(job))
 
         with control if point.random_weights else nullcontext():
             existing = "resume" if resume else "refuse"
             with ProgressBar() as bar:
-                told = [bar, job_module.ConfigWriter(own)]
-                arguments = job_module.arguments(chosen)
+                told = [bar, jobs.ConfigWriter(own)]
+                arguments = jobs.arguments(chosen)
                 d = l3d.decompose(job.model, job.data, **arguments, out=folder, existing=existing, callbacks=told)
-            metrics = job_module.evaluate_run(d, own, job_module.evaluation_data(own))
-            return metrics | job_module.costs(d, own.model)
+            metrics = jobs.evaluate_run(d, own, jobs.evaluation_data(own))
+            return metrics | jobs.costs(d, own.model)
 
     try:
         found = run_sweep(out, base, runs, train)
@@ -128,21 +118,19 @@ def sweep(settings: Settings) -> None:
 
 def intervene(settings: Settings) -> None:
     """Measure interventions along every subnetwork of a run."""
-    import l3d
-    from l3d.analysis.intervention_ratios import InterventionRatios
-    from l3d.report.plots import intervention_ratios as draw
-    from l3d.report.plots import write_figure
+    from l3d.report import plots
     from l3d.report.report import write_report
     from l3d.storage.store import to_json
 
-    run, target = job_module.find_run(settings)
-    job = job_module.reload(run, {})
+    run, target = jobs.find_run(settings)
+    job = jobs.reload(run, {})
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
-    found: dict[str, InterventionRatios] = {}
     how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
-    for name, d in loaded.items():
-        found[name] = l3d.intervention_ratios(d, job.model, job.data, **how)
+    found = {
+        name: l3d.intervention_ratios(d, job.model, job.data, divergence=jobs.own_divergence(d, job.settings), **how)
+        for name, d in loaded.items()
+    }
     if target != run:
         run_folder.copy_run(run, target)
     holds: Settings = {"rows": settings["rows"], "samples": settings["samples"]}
@@ -157,7 +145,8 @@ def intervene(settings: Settings) -> None:
         print(f"{name}: {len(values)}, median ratio {statistics.median(values.tolist()):.3g}")
     print(f"above the random direction: {100 * found[''].share_above_random:.1f} %")
     try:
-        paths += write_figure(draw({name: values.tolist() for name, values in lines.items()}), target / "interventions")
+        figure = plots.intervention_ratios({name: values.tolist() for name, values in lines.items()})
+        paths += plots.write_figure(figure, target / "interventions")
         if (target / run_folder.REPORT).is_file():  # which has a column for them
             paths.append(write_report(target))
     except ImportError as error:
@@ -168,17 +157,14 @@ def intervene(settings: Settings) -> None:
 
 def paper(settings: Settings) -> None:
     """Make the figures of one of the paper's studies again."""
-    from l3d.studies.paper import MARK, NAMES, write_figures
+    from l3d.studies.paper import MARK, check_name, write_figures
 
-    name = settings["name"]
-    if name not in NAMES:
-        raise ValueError(f"paper: expected one of {', '.join(NAMES)}, got {name!r}")
+    name = check_name(settings["name"])
     out = Path(settings["out"] or f"runs/paper-{name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not settings["overwrite"]:
             raise ValueError(f"--out: {out} exists and is not an empty folder")
         if not (out / MARK).is_file():
             raise ValueError(f"--out: {out} holds no figures of l3d, so --overwrite will not touch it")
-    out.mkdir(parents=True, exist_ok=True)  # before the work, not after
     for path in write_figures(name, out, settings["seed"]):
         print(f"written: {path}")

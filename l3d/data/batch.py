@@ -1,6 +1,6 @@
 """Count, cut and join the rows of a batch (a tensor, mapping or tuple), and move it to a device."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,23 +50,16 @@ def join(batches: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         if not all(isinstance(batch, Mapping) and batch.keys() == first.keys() for batch in batches):
             return None
-        joined: Any = {key: join([batch[key] for batch in batches]) for key in first}
-        return joined if _have_equal_rows(joined.values()) else None
+        joined = {key: join([batch[key] for batch in batches]) for key in first}
+        n_rows = {None if part is None else rows_in(part) for part in joined.values()}
+        return joined if len(n_rows) == 1 and None not in n_rows else None
     if isinstance(first, (tuple, list)):
-        if not all(isinstance(batch, (tuple, list)) and len(batch) == len(first) for batch in batches):
-            return None
-        joined = tuple(map(join, zip(*batches, strict=True)))
-        return joined if _have_equal_rows(joined) else None
+        by_place = join([dict(enumerate(each)) if isinstance(each, (tuple, list)) else each for each in batches])
+        return None if by_place is None else tuple(by_place.values())
     if not all(isinstance(batch, Tensor) and batch.ndim for batch in batches):
         return None
     alike = all(batch.shape[1:] == first.shape[1:] and batch.dtype == first.dtype for batch in batches)
     return torch.cat(list(batches)) if alike else None
-
-
-def _have_equal_rows(parts: Iterable[Any]) -> bool:
-    """Tell whether all tensors of a batch were joined and have equally many rows."""
-    n_rows = {None if part is None else rows_in(part) for part in parts}
-    return len(n_rows) == 1 and None not in n_rows
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -84,23 +77,23 @@ def rows_of(batch: Any, rows: slice) -> Any:
     Values without a row for each of the batch's rows are returned whole; the slice of all rows returns the batch.
     """
     n_rows = count_rows_of(batch)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(each) for key, each in value.items()}
-        if isinstance(value, (tuple, list)):
-            return tuple(cut(each) for each in value)
-        return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == n_rows else value
-
-    return batch if rows == slice(0, n_rows) else cut(batch)
+    if rows == slice(0, n_rows):
+        return batch
+    return on_tensors(batch, lambda tensor: tensor[rows] if tensor.ndim and len(tensor) == n_rows else tensor)
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """Move a batch (tensor, mapping, tuple) to a device; what is no tensor stays as it is."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(to_device(value, device) for value in inputs)
-    return inputs
+    return on_tensors(inputs, lambda tensor: tensor.to(device))
+
+
+def on_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a batch (tensor, mapping, tuple); what is no tensor stays as it is."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: on_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        changed = [on_tensors(value, change) for value in batch]
+        return changed if isinstance(batch, list) else tuple(changed)
+    return batch

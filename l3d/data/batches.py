@@ -105,8 +105,15 @@ def batches_per_epoch(n_rows: int, batch_size: int) -> int:
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for an iterable of batches.
 
-    Raises ValueError for a numpy array, and for a mapping whose values are not tensors of one length.
+    Raises ValueError for a numpy array, for a mapping whose values are not tensors of one length, and for a tuple of
+    two tensors of one length, which may mean two batches, or rows with labels or contrasts.
     """
+    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(each, Tensor) and each.ndim for each in data)
+    if pair and len(data[0]) == len(data[1]):
+        raise ValueError(
+            "data: a tuple of two tensors would be two batches; pass torch.utils.data.TensorDataset(x, y) for rows "
+            "that are pairs, x alone for rows, or a list for batches"
+        )
     if isinstance(data, np.ndarray):
         raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):
@@ -118,9 +125,7 @@ def count_rows(data: Any) -> int | None:
             raise ValueError(f"data: expected a mapping of tensors with one row for each sample, got {held or 'none'}")
         return lengths.pop()
     by_row = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # Hugging Face datasets have it
-    if by_row and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
-        return len(data)
-    return None
+    return len(data) if by_row and hasattr(data, "__len__") and not isinstance(data, IterableDataset) else None
 
 
 def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
@@ -158,24 +163,21 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
 
 def _stream_in_order(data: Any) -> Iterator[Any]:
     """Yield an iterable's batches once; a last batch of a single row is joined to the batch before."""
-    before = last = ENDED
+    held: list[Any] = []  # the last two batches
     for batch in data:
-        if before is not ENDED:
-            yield before
-        before, last = last, batch
-    if last is ENDED:
+        held.append(batch)
+        if len(held) > 2:
+            yield held.pop(0)
+    if not held:
         spent = iter(data) is data
         raise ValueError(
             "data: expected at least one batch, got none"
             + ("; an iterator can be read only once: pass a list or a DataLoader" if spent else "")
         )
-    if before is not ENDED:
-        joined = join([before, last]) if rows_in(last) == 1 < (rows_in(before) or 0) else None
-        if joined is not None:  # as in `in_order`
-            yield joined
-            return
-        yield before
-    yield last
+    if len(held) == 2 and rows_in(held[1]) == 1 < (rows_in(held[0]) or 0):
+        joined = join(held)
+        held = held if joined is None else [joined]  # as in `in_order`
+    yield from held
 
 
 def mix(*numbers: int) -> int:

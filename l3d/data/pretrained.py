@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from l3d.data.extras import import_extra
 
-def source_of(spec: str, target: str, needed: str | None = "config.json") -> str:
+
+def _source_of(spec: str, target: str, needed: str | None) -> str:
     """Return the folder or hub ID that `target` names.
 
     needed: a file that a folder must hold; None for none. Raises ValueError for a folder without it and for a file,
@@ -24,25 +26,26 @@ def source_of(spec: str, target: str, needed: str | None = "config.json") -> str
     return target
 
 
-def from_pretrained(spec: str, class_name: str, source: str, **arguments: Any) -> Any:
-    """Call transformers.CLASS.from_pretrained(source).
+def from_pretrained(
+    spec: str, class_name: str, target: str, needed: str | None = "config.json", **arguments: Any
+) -> Any:
+    """Call transformers.CLASS.from_pretrained with the folder or hub ID `target`.
 
-    Raises ImportError if transformers is not installed, and ValueError if it or the hub fails: nothing found, no
-    network, no permission, a truncated file.
+    needed: a file that a folder must hold; None for none. Raises FileNotFoundError for a folder that does not exist,
+    ImportError if transformers is not installed, and ValueError if it or the hub fails: nothing found, no network, no
+    permission, a truncated file.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{spec}: transformers is not installed: pip install 'l3d[hf]'") from error
+    source = _source_of(spec, target, needed)
+    transformers = import_extra("transformers", "hf", f"{spec}: transformers is not installed")
     try:
         return getattr(transformers, class_name).from_pretrained(source, **arguments)
     except Exception as error:  # its class varies with the versions of transformers, hub client, HTTP library
         raise ValueError(f"{spec}: transformers cannot load it: {first_line(error)}") from error
 
 
-def causal_lm(spec: str, source: str, **arguments: Any) -> Any:
+def causal_lm(spec: str, target: str, **arguments: Any) -> Any:
     """Load a causal language model. Raises ValueError for a file that lacks weights: they would be random."""
-    model, loading = from_pretrained(spec, "AutoModelForCausalLM", source, output_loading_info=True, **arguments)
+    model, loading = from_pretrained(spec, "AutoModelForCausalLM", target, output_loading_info=True, **arguments)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(
@@ -59,5 +62,4 @@ def first_line(error: BaseException) -> str:
     >>> first_line(OSError("no such model\\n\\nIf this is a private repository, ..."))
     'no such model'
     """
-    text = str(error).strip() or type(error).__name__
-    return text.split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -10,7 +10,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 from l3d.data.arguments import check_whole
 from l3d.data.batches import count_rows
 from l3d.data.images import array_rows
-from l3d.data.pretrained import causal_lm, source_of
+from l3d.data.pretrained import causal_lm
 from l3d.data.readers import read_array
 from l3d.data.tokens import load_dataset, load_text, load_tokens
 
@@ -41,10 +42,7 @@ def load_model(spec: str, **arguments: Any) -> nn.Module:
     folder, ImportError if transformers is not installed.
     """
     scheme, target = _split(spec, {"hf": "DIR_OR_ID", "python": "pkg.module:factory"}, "model")
-    if scheme == "python":
-        model = _call_factory(spec, target, arguments)
-    else:
-        model = causal_lm(spec, source_of(spec, target), **arguments)
+    model = _call_factory(spec, target, arguments) if scheme == "python" else causal_lm(spec, target, **arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: expected a torch.nn.Module, got {type(model).__name__}")
     return model.eval()
@@ -79,13 +77,13 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     if load is None:
         data = _call_factory(spec, target, arguments)
     else:
-        known: dict[str, Any] = {"path": Path(target).expanduser()}
-        if scheme == "dataset":
-            known = {"source": target}
+        known: dict[str, Any] = {"source": target} if scheme == "dataset" else {"path": Path(target).expanduser()}
         if scheme != "npz":
             known["model_spec"] = model_spec
         _check_arguments(load, known, arguments, spec)
         try:
+            if arguments.get("max_rows") is not None:
+                check_whole("max_rows", arguments["max_rows"])
             data = load(**known, **arguments)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{spec}: {error}") from error
@@ -102,6 +100,16 @@ def load_data(spec: str, *, model_spec: str | None = None, rows: str | None = No
     if count_rows(data) == 0:
         raise ValueError(f"{spec}: no rows" + (f" in {rows!r}" if rows else ""))
     return data
+
+
+def load_function(spec: str) -> Factory:
+    """Return the function that "python:pkg.module:function" names; the working directory is searched too.
+
+    Raises ValueError for a description that names none.
+    """
+    _, target = _split(spec, {"python": "pkg.module:function"}, "function")
+    with _here_too():
+        return _find_factory(spec, *_names(spec, target))
 
 
 def take_rows(data: Data, rows: slice | list[int], name: str = "data") -> Data:
@@ -128,12 +136,9 @@ def absolute_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     A value counts as a file if it has a suffix and exists: "weights.pt" does, a revision "main" does not.
     """
-    return {
-        name: str(Path(value).resolve())
-        if isinstance(value, str) and Path(value).suffix and Path(value).is_file()
-        else value
-        for name, value in arguments.items()
-    }
+    paths = {name: Path(value) for name, value in arguments.items() if isinstance(value, str)}
+    files = {name: str(path.resolve()) for name, path in paths.items() if path.suffix and path.is_file()}
+    return {**arguments, **files}
 
 
 def _split(spec: str, schemes: dict[str, str], what: str) -> tuple[str, str]:
@@ -169,17 +174,29 @@ def _check_arguments(function: Factory, known: dict[str, Any], arguments: dict[s
 
 def _call_factory(spec: str, target: str, arguments: dict[str, Any]) -> Any:
     """Call the factory of "pkg.module:factory", with the working directory on sys.path meanwhile."""
+    with _here_too():
+        factory = _find_factory(spec, *_names(spec, target))
+        _check_arguments(factory, {}, arguments, spec)
+        return factory(**arguments)
+
+
+def _names(spec: str, target: str) -> tuple[str, str]:
+    """Split "pkg.module:name". Raises ValueError if either is missing."""
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ValueError(f"{spec}: expected python:pkg.module:factory")
+    return module_name, name
+
+
+@contextmanager
+def _here_too() -> Iterator[None]:
+    """Search the working directory for modules inside the block: a console script, unlike `python -m`, does not."""
     here = os.getcwd()
-    added = here not in sys.path  # a console script, unlike `python -m`, does not search it
+    added = here not in sys.path
     if added:
         sys.path.append(here)
     try:
-        factory = _find_factory(spec, module_name, name)
-        _check_arguments(factory, {}, arguments, spec)
-        return factory(**arguments)
+        yield
     finally:
         if added:
             sys.path.remove(here)
@@ -193,7 +210,9 @@ def _find_factory(spec: str, module_name: str, name: str) -> Factory:
         missing = error.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
             raise  # the module exists; a module that it imports does not
-        raise ValueError(f"{spec}: no module named {missing!r}") from error
+        raise ValueError(
+            f"{spec}: no module named {missing!r}, neither installed nor in the working directory {os.getcwd()}"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{spec}: module {module_name!r} has no {name!r}")
@@ -212,8 +231,6 @@ def _load_npz(
     size: int | list[int] | None = None,
 ) -> torch.Tensor | Dataset:
     """Read an array of rows or images; see `load_data`."""
-    if max_rows is not None:
-        check_whole("max_rows", max_rows)
     return array_rows(read_array(path, key)[:max_rows], mean, std, size)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from l3d.data.arguments import check_whole
-from l3d.data.pretrained import first_line, from_pretrained, source_of
+from l3d.data.extras import import_extra
+from l3d.data.pretrained import first_line, from_pretrained
 from l3d.data.readers import TokenData, TokenRows, array_names, read_array, read_texts, token_rows
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -28,9 +29,7 @@ def load_text(
     short: str = "drop",
 ) -> TokenData:
     """Read a text file, or all *.txt files of a folder; see `l3d.data.sources.load_data`."""
-    config = _check_choices(model_spec, length, max_rows, start, short)
-    texts = read_texts(path, separator)
-    return _rows(texts, model_spec, config, length, max_rows, tokenizer, start, short)
+    return _cutter(model_spec, length, max_rows, tokenizer, start, short)(read_texts(path, separator))
 
 
 def load_dataset(
@@ -47,10 +46,9 @@ def load_dataset(
     short: str = "drop",
 ) -> TokenData:
     """Read a column of a Hugging Face dataset: texts, or lists of token ids; see `l3d.data.sources.load_data`."""
-    config = _check_choices(model_spec, length, max_rows, start, short)
+    cut = _cutter(model_spec, length, max_rows, tokenizer, start, short)
     try:
-        values = _column(_open(source, split, name, revision), column)
-        return _rows(values, model_spec, config, length, max_rows, tokenizer, start, short)
+        return cut(_column(_open(source, split, name, revision), column))
     except (ValueError, ImportError):  # Arrow raises ValueErrors
         raise
     except StopIteration as error:
@@ -61,8 +59,6 @@ def load_dataset(
 
 def load_tokens(path: Path, model_spec: str | None, key: str | None = None, max_rows: int | None = None) -> TokenData:
     """Read rows of token ids from an .npy or .npz file; see `l3d.data.sources.load_data`."""
-    if max_rows is not None:
-        check_whole("max_rows", max_rows)
     array = read_array(path, key, default="input_ids")
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise ValueError(f"expected whole numbers [rows, length], got {array.dtype} {list(array.shape)}")
@@ -79,50 +75,38 @@ def load_tokens(path: Path, model_spec: str | None, key: str | None = None, max_
     return ids if mask is None else TokenRows(ids, torch.from_numpy(mask[:max_rows].astype(np.int64)))
 
 
-def _rows(
-    texts: Iterable[Any],
-    model_spec: str | None,
-    config: Any,
-    length: int,
-    max_rows: int | None,
-    tokenizer: str | None,
-    start: str,
-    short: str,
-) -> TokenData:
-    """Cut texts, or lists of ids, into rows. Raises ValueError for ids outside the model's vocabulary."""
-    texts = iter(texts)
-    first = next(texts, None)
-    if first is None:
-        raise ValueError("holds no text")
-    if isinstance(first, str):
-        chosen, encoder = _tokenizer(model_spec, tokenizer)
-    else:
-        chosen, encoder = "the data", None
-    data = token_rows(chain([first], texts), encoder, length, max_rows, start, short)
-    ids = data.ids if isinstance(data, TokenRows) else data
-    _check_vocabulary(config, int(ids.max()), chosen)
-    return data
+def _cutter(
+    model_spec: str | None, length: int, max_rows: int | None, tokenizer: str | None, start: str, short: str
+) -> Callable[[Iterable[Any]], TokenData]:
+    """Check the arguments and return the function that cuts texts, or lists of ids, into rows.
 
-
-def _check_choices(model_spec: str | None, length: int, max_rows: int | None, start: str, short: str) -> Any:
-    """Check the arguments and return the model's configuration; None if the model is not an "hf:" one."""
+    That raises ValueError for ids outside the model's vocabulary.
+    """
     check_whole("length", length, 2)
-    if max_rows is not None:
-        check_whole("max_rows", max_rows)
     for name, value, known in (("start", start, ("every", "first")), ("short", short, ("drop", "pad"))):
         if value not in known:
             raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {value!r}")
     config = _model_config(model_spec)
     _check_length(config, length)
-    return config
+
+    def cut(texts: Iterable[Any]) -> TokenData:
+        texts = iter(texts)
+        first = next(texts, None)
+        if first is None:
+            raise ValueError("holds no text")
+        chosen, encoder = _tokenizer(model_spec, tokenizer) if isinstance(first, str) else ("the data", None)
+        data = token_rows(chain([first], texts), encoder, length, max_rows, start, short)
+        ids = data.ids if isinstance(data, TokenRows) else data
+        _check_vocabulary(config, int(ids.max()), chosen)
+        return data
+
+    return cut
 
 
 def _model_config(model_spec: str | None) -> Any:
     """Load the configuration of an "hf:" model; None for any other."""
     model = _hf_name(model_spec)
-    return (
-        None if model is None else from_pretrained(f"model {model}", "AutoConfig", source_of(f"model {model}", model))
-    )
+    return None if model is None else from_pretrained(f"model {model}", "AutoConfig", model)
 
 
 def _hf_name(model_spec: str | None) -> str | None:
@@ -152,34 +136,28 @@ def _tokenizer(model_spec: str | None, tokenizer: str | None) -> tuple[str, Any]
     chosen = tokenizer.removeprefix("hf:") if tokenizer else _hf_name(model_spec)
     if chosen is None:
         raise ValueError("tokenizer: needed (a folder or hub ID), because the model is not an hf: one")
-    name = f"tokenizer {chosen}"
-    return chosen, from_pretrained(name, "AutoTokenizer", source_of(name, chosen, needed=None))
+    return chosen, from_pretrained(f"tokenizer {chosen}", "AutoTokenizer", chosen, needed=None)
 
 
 def _open(source: str, split: str, name: str | None, revision: str | None) -> Any:
     """Open a dataset without reading all of it: a folder, a file of rows, or a hub ID, which is streamed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("datasets is not installed: pip install 'l3d[datasets]'") from error
+    datasets = import_extra("datasets", "datasets", "datasets is not installed")
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise ValueError(f"expected a file of {', '.join(_BUILDERS)}, got {path.name}")
-        found = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         found = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
                 raise ValueError(f"split: expected one of {', '.join(found)}, got {split!r}")
             found = found[split]
-    elif source[0] in "/.~" and not path.exists():
+        return found
+    if source[0] in "/.~" and not path.exists():
         raise ValueError("no such file or folder")
-    else:
-        found = datasets.load_dataset(
-            str(path) if path.is_dir() else source, name, split=split, revision=revision, streaming=True
-        )
-    return found
+    source = str(path) if path.is_dir() else source
+    return datasets.load_dataset(source, name, split=split, revision=revision, streaming=True)
 
 
 def _column(dataset: Any, column: str | None) -> Iterator[Any]:

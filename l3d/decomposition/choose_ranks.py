@@ -36,8 +36,7 @@ def ranks_from_gradients(gradients: Gradients, share: float = SHARE, most: int =
     ranks: dict[str, int | list[int]] = {}
     for name, shape in some.shapes.items():
         if len(shape) == 2:
-            values = singular(some, name)[1]
-            ranks[exact_pattern(name)] = _least(values, share, min(most, *shape))
+            ranks[exact_pattern(name)] = _least(singular(some, name)[1], share, min(most, *shape))
         elif len(shape) > 2:
             whole = some.matrix(name).reshape(-1, *shape)
             ranks[exact_pattern(name)] = [

@@ -7,16 +7,15 @@ coefficients and the decoder, and the derivatives by the coefficients enter the 
 gradients are those of `l3d.decomposition.objective` up to the order of summation.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 import l3d_kernels as lk
 from l3d.decomposition.costs import Plan
-from l3d.decomposition.directions import Directions, Whole
-from l3d.decomposition.objective import Objective, at_pairs, energy, everywhere, n_kept
+from l3d.decomposition.directions import Directions, inner_products
+from l3d.decomposition.objective import Objective, at_pairs, energy, everywhere, n_kept, relative
 from l3d.decomposition.project import project
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.chunks import Chunks
@@ -52,7 +51,6 @@ def objective_in_chunks(
         squared_norms = torch.cat(norms)
         if group is not None:  # processes may take different paths, but must go on with the same bits
             squared_norms = group.stacked(squared_norms)[0]
-    squared_norm = squared_norms.sum()
 
     leaf = kept.values.detach().requires_grad_()
     energies, d_leaf, d_decoder = _energy(kept._replace(values=leaf), leaf, decoder, plan, group)
@@ -77,11 +75,8 @@ def objective_in_chunks(
     residual = energies - 2 * explained  # [S, groups], of this rank's subnetworks
     if group is not None:
         residual = group.total(residual)
-    residual = squared_norms[:, None] + residual
-    loss = residual.sum(0) / squared_norm
-    if n_groups == 1:
-        loss, residual = loss[0], residual[:, 0]
-    return Objective(loss, kept, squared_norm, residual), [total / squared_norm for total in totals]
+    found = relative(kept, squared_norms[:, None] + residual, squared_norms)
+    return found, [total / found.squared_norm for total in totals]
 
 
 def _kept(coefficients: Tensor, k: float, plan: Plan, group: ProcessGroup | None) -> lk.SparseCoefficients:
@@ -111,13 +106,14 @@ def _energy(
     if group is None:
         return value, totals[0], totals[1:]
     used = kept.columns.unique()
-    payload = [kept.dense().detach()[:, used].mT]  # [n, S] coefficients, then the directions' factors
-    for _, piece in decoder.items():
-        payload += [piece.vector[used]] if isinstance(piece, Whole) else [each[used] for each in piece.factors()]
-    for coefficients, *factors in group.visitors([each.detach() for each in payload]):
+    factors = chain.from_iterable(decoder.factors(used))
+    payload = [kept.dense()[:, used].mT, *factors]  # [n, S] coefficients, then the directions' factors
+    for coefficients, *visiting in group.visitors([each.detach() for each in payload]):
         if not len(used):
             continue
-        gram = _cross_gram(decoder, used, iter(factors), plan.backend)  # [n, own n]
+        remaining, ours = iter(visiting), list(decoder.factors(used))
+        theirs = (tuple(islice(remaining, len(each))) for each in ours)
+        gram = inner_products(theirs, ours, plan.backend)  # [n, own n]
         cross = ((coefficients.mT @ gram) * kept.dense()[:, used]).sum(1)
         for total, more in zip(totals, _derivatives(2 * cross.sum(), variables), strict=True):
             total += more
@@ -125,19 +121,5 @@ def _energy(
     return value, totals[0], totals[1:]
 
 
-def _cross_gram(decoder: Directions, used: Tensor, factors: Iterator[Tensor], backend: str) -> Tensor:
-    """Return <V_j, V_k> of visiting directions j, given by factors, and own ones k in `used`: [n, own n]."""
-    total: Any = 0
-    for _, piece in decoder.items():
-        if isinstance(piece, Whole):
-            total = total + next(factors) @ piece.vector[used].mT
-            continue
-        left, right = next(factors), next(factors)  # a direction is a gradient whose positions are its ranks
-        own_left, own_right = (each[used] for each in piece.factors())
-        total = total + lk.project(right, left, own_left, own_right, backend=backend)
-    return total
-
-
 def _derivatives(value: Tensor, variables: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(value, variables, allow_unused=True)
-    return [torch.zeros_like(v) if d is None else d.clone() for v, d in zip(variables, found, strict=True)]
+    return [each.clone() for each in torch.autograd.grad(value, variables, materialize_grads=True)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from l3d.decomposition.directions import Directions, Whole
+from l3d.decomposition.directions import Directions, Piece, Whole
 from l3d.decomposition.flat import is_small
 from l3d.gradients.factors import Gradients, Rows, matrix_shape
 from l3d_kernels import SparseCoefficients
@@ -97,14 +97,13 @@ def choose_paths(gradients: Gradients, directions: Directions, n_kept: int) -> d
     return {name: _choose(gradients, name, piece, n_kept) for name, piece in directions.items()}
 
 
-def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path:
-    parts = gradients.parts[name]
-    if isinstance(piece, Whole) or not parts or not all(isinstance(part, Rows) for part in parts):
+def _choose(gradients: Gradients, name: str, piece: Piece, n_kept: int) -> Path:
+    parts = [part for part in gradients.parts[name] if isinstance(part, Rows)]
+    if isinstance(piece, Whole) or not parts or len(parts) < len(gradients.parts[name]):
         return Path(materialised=False, sampled=False)
-    left, _ = piece.factors()  # type: ignore[attr-defined]
+    left, _ = piece.factors()
     totals: dict[Path, float] = {}
     for part in parts:
-        assert isinstance(part, Rows)
         sizes = Sizes(
             n_sequences=part.x.shape[0],
             n_samples=part.dy.shape[0],
@@ -117,7 +116,7 @@ def _choose(gradients: Gradients, name: str, piece: object, n_kept: int) -> Path
         )
         for path, cost in projection_costs(sizes).items():
             # indices are gathered, not multiplied: never worth forming one-hot products for, in any of the parts
-            if path.materialised and not all(p.x.is_floating_point() for p in parts):  # type: ignore[union-attr]
+            if path.materialised and not all(p.x.is_floating_point() for p in parts):
                 continue
             totals[path] = totals.get(path, 0.0) + cost
     return min(totals, key=totals.__getitem__)

@@ -9,7 +9,8 @@ once the core and all modes but the first are contracted into `right`. Vectors a
 """
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -93,7 +94,6 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
         numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
         if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
             raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
-    for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
     for name, shape in shapes.items():
@@ -154,19 +154,16 @@ class Directions(nn.Module):
         columns: slice | None = None,
     ) -> None:
         super().__init__()
-        self.shapes = dict(shapes)
-        drawn = n_subnetworks
-        if columns is not None:
-            n_subnetworks = columns.stop - columns.start
-        self.n_subnetworks = n_subnetworks
+        self.shapes, self._ranks = dict(shapes), dict(ranks)
+        self.n_subnetworks = n_subnetworks if columns is None else columns.stop - columns.start
         self.pieces = nn.ModuleList()
         for name, shape in shapes.items():
             if not ranks[name]:
-                self.pieces.append(Whole(n_subnetworks, shape))
+                self.pieces.append(Whole(self.n_subnetworks, shape))
             elif len(shape) == 2:
-                self.pieces.append(LowRank(n_subnetworks, shape, ranks[name][0]))
+                self.pieces.append(LowRank(self.n_subnetworks, shape, ranks[name][0]))
             else:
-                self.pieces.append(Tucker(n_subnetworks, shape, ranks[name]))
+                self.pieces.append(Tucker(self.n_subnetworks, shape, ranks[name]))
         if all(parameter.is_meta for parameter in self.parameters()):
             return  # still to be filled; without values a start is only slow
         with torch.no_grad():
@@ -174,7 +171,8 @@ class Directions(nn.Module):
                 if columns is None:
                     parameter.normal_(generator=generator)
                 else:  # one tensor's start at a time is drawn for all
-                    parameter.copy_(torch.empty(drawn, *parameter.shape[1:]).normal_(generator=generator)[columns])
+                    whole = torch.empty(n_subnetworks, *parameter.shape[1:]).normal_(generator=generator)
+                    parameter.copy_(whole[columns])
             for piece in self.pieces:  # every tensor starts with the same share of the norm
                 _rescale([piece], _squared_norm(piece))
         self.normalize_()
@@ -194,30 +192,19 @@ class Directions(nn.Module):
 
     def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
-        total: Tensor | None = None
-        for _, piece in self.items():
-            if isinstance(piece, Whole):
-                product = piece.vector[chosen] @ piece.vector[chosen].mT
-            else:
-                left, right = piece.factors()
-                product = lk.gram(left[chosen], right[chosen], backend=backend)
-            total = product if total is None else total + product
-        assert total is not None
-        return total
+        every = self.factors(chosen)
+        return reduce(torch.add, (f[0] @ f[0].mT if len(f) == 1 else lk.gram(*f, backend=backend) for f in every))
 
     def inner(self, other: "Directions") -> Tensor:
         """Return <V_k, U_j> with directions U of the same tensors, over all together: [K, J]."""
-        total: Tensor | None = None
-        for (_, own), (_, theirs) in zip(self.items(), other.items(), strict=True):
-            left, right = theirs.factors()
-            if isinstance(own, Whole):
-                product = own.vector @ left[:, 0].to(own.vector).mT
-            else:  # a direction is a gradient whose positions are its ranks
-                own_left, own_right = own.factors()
-                product = lk.project(own_right, own_left, left.to(own_left), right.to(own_left))
-            total = product if total is None else total + product
-        assert total is not None
-        return total
+        like = next(self.parameters())
+        return inner_products(self.factors(), (tuple(each.to(like) for each in found) for found in other.factors()))
+
+    def factors(self, chosen: slice | Tensor | int = slice(None)) -> Iterator[tuple[Tensor, ...]]:
+        """Yield each tensor's factors of the chosen directions: (left, right), or of a vector (vector [K, P],)."""
+        for _, piece in self.items():
+            found = (piece.vector,) if isinstance(piece, Whole) else piece.factors()
+            yield tuple(each[chosen] for each in found)
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
@@ -227,31 +214,33 @@ class Directions(nn.Module):
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
         """Return the ranks of every tensor, as `resolve_ranks` gives them."""
-        return {name: _ranks_held(piece) for name, piece in self.items()}
+        return dict(self._ranks)
 
     def grams(self, n_groups: int, backend: str = "auto") -> Tensor:
         """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
         size = self.n_subnetworks // n_groups
         if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
             return torch.stack([self.gram(slice(i * size, (i + 1) * size), backend) for i in range(n_groups)])
-        blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2)
-        return blocks.movedim(-1, 0)
+        blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size)
+        return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Multiply one direction out: {name: tensor of the parameter's shape}."""
-        result = {}
-        for name, piece in self.items():
-            left, right = piece.factors()
-            result[name] = (left[index].mT @ right[index]).reshape(self.shapes[name])
-        return result
+        every = ((name, *piece.factors()) for name, piece in self.items())
+        return {name: (left[index].mT @ right[index]).reshape(self.shapes[name]) for name, left, right in every}
 
 
-def _ranks_held(piece: Piece) -> tuple[int, ...]:
-    if isinstance(piece, Whole):
-        return ()
-    if isinstance(piece, LowRank):
-        return (piece.left.shape[1],)
-    return tuple(piece.core.shape[1:])
+def inner_products(
+    first: Iterable[tuple[Tensor, ...]], second: Iterable[tuple[Tensor, ...]], backend: str = "auto"
+) -> Tensor:
+    """Return <V_j, U_k> of two sets of directions, given by `Directions.factors`, over all tensors together: [J, K]."""
+
+    def product(v: tuple[Tensor, ...], u: tuple[Tensor, ...]) -> Tensor:
+        if len(v) == 1:
+            return v[0] @ u[0].mT
+        return lk.project(v[1], v[0], *u, backend=backend)  # a direction is a gradient whose positions are its ranks
+
+    return reduce(torch.add, map(product, first, second))
 
 
 def _squared_norm(piece: nn.Module) -> Tensor:

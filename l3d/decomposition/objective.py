@@ -8,6 +8,7 @@ No reconstruction is formed. Everything on the right is summed over the paramete
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from l3d.decomposition.directions import Directions, Whole
 from l3d.decomposition.flat import flat_residual
 from l3d.decomposition.project import project, project_at, project_topk
 from l3d.gradients.factors import Gradients
-from l3d_kernels import cpu
+from l3d_kernels import SparseCoefficients, cpu
 from l3d_kernels.splitting import energy_costs
 
 
@@ -27,7 +28,7 @@ class Objective(NamedTuple):
     """The loss of one batch and its kept coefficients."""
 
     loss: Tensor  # [] differentiable: the squared ratio; [groups] where there are several
-    kept: lk.SparseCoefficients
+    kept: SparseCoefficients
     squared_norm: Tensor  # [] Σ_s ‖g_s‖², which the loss is relative to
     residual: Tensor  # [S] or [S, groups], differentiable: ‖g_s − ĝ_s‖²
 
@@ -52,15 +53,14 @@ def objective(
     n = n_kept(k, gradients.n_samples, encoder.n_subnetworks // plan.n_groups)
     plan = plan.for_batch(gradients, encoder, n * plan.n_groups)
     if plan.small:
-        return _relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
+        return relative(*flat_residual(gradients, encoder, decoder, n, plan.n_groups))
     kept, overlap = keep(gradients, encoder, decoder, n, plan)
-    squared_norms = gradients.squared_norm_in_range(plan.backend)
-    residual = residual_norms(squared_norms, kept, overlap, energy(kept, decoder, plan))
-    return _relative(kept, residual, squared_norms)
+    norms = gradients.squared_norm_in_range(plan.backend)
+    return relative(kept, residual_norms(norms, kept, overlap, energy(kept, decoder, plan)), norms)
 
 
-def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
-    """Divide residuals [S, groups] by norms [S], both summed over samples."""
+def relative(kept: SparseCoefficients, residual: Tensor, squared_norms: Tensor) -> Objective:
+    """Make the objective of residuals [S, groups] and norms [S]: their ratio, both summed over samples."""
     squared_norm = squared_norms.sum()
     loss = residual.sum(0) / squared_norm
     if residual.shape[1] == 1:
@@ -70,7 +70,7 @@ def _relative(kept: lk.SparseCoefficients, residual: Tensor, squared_norms: Tens
 
 def keep(
     gradients: Gradients, encoder: Directions, decoder: Directions, n: int, plan: Plan
-) -> tuple[lk.SparseCoefficients, Tensor]:
+) -> tuple[SparseCoefficients, Tensor]:
     """Return the n coefficients kept in each group, and <Vout_k, g_s> at the same pairs [N]; both differentiable."""
     sides = encoder, decoder
     sums, sampled = everywhere(gradients, sides, plan)
@@ -98,12 +98,7 @@ def everywhere(gradients: Gradients, sides: Sides, plan: Plan) -> tuple[tuple[Te
 
 
 def at_pairs(
-    gradients: Gradients,
-    sides: Sides,
-    sums: Sequence[Tensor],
-    kept: lk.SparseCoefficients,
-    sampled: list[str],
-    plan: Plan,
+    gradients: Gradients, sides: Sides, sums: Sequence[Tensor], kept: SparseCoefficients, sampled: list[str], plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """Return <Vin_k, g_s> and <Vout_k, g_s> at the kept pairs, [N] each: `everywhere`'s and the sampled tensors'."""
     values, overlap = (each[kept.rows, kept.columns] for each in sums)
@@ -113,7 +108,7 @@ def at_pairs(
     return values + encoder, overlap + decoder
 
 
-def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:
+def residual_norms(squared_norms: Tensor, kept: SparseCoefficients, overlap: Tensor, energies: Tensor) -> Tensor:
     """Return ‖g_s − ĝ_s‖²: [S, groups].
 
     From ‖g_s‖² [S], the kept coefficients, <Vout_k, g_s> at the kept pairs [N], and ‖ĝ_s‖² [S, groups].
@@ -122,35 +117,25 @@ def residual_norms(squared_norms: Tensor, kept: lk.SparseCoefficients, overlap: 
     return squared_norms[:, None] - 2 * explained + energies
 
 
-def energy(kept: lk.SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
+def energy(kept: SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
     """Return ‖ĝ_s‖² over all tensors together, for each group of directions: [S, groups]."""
     coactive, n_groups, backend = plan.coactive, plan.n_groups, plan.backend
     if coactive is None:
         coactive = coactive_is_cheaper(decoder, kept, n_groups)
     if not coactive:
-        coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in (kept.values, *decoder.parameters()))
         by_gram, by_tiles = energy_costs(kept.shape, decoder.sizes(), trains)
-        if n_groups == 1 and by_tiles < by_gram and backend != "triton":  # which has no kernel for it
-            return _energy_by_tiles(coefficients[0], decoder)[:, None]
-        return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
+        if n_groups > 1 or by_gram <= by_tiles or backend == "triton":  # which has no kernel for tiles
+            coefficients = kept.dense().unflatten(1, (n_groups, -1)).transpose(0, 1)  # [groups, S, K]
+            return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)
+    dense = by_group.dense if coactive else cache(by_group.dense)  # for tiles made once
     total = kept.values.new_zeros(by_group.shape[0])
     for _, piece in decoder.items():
         if isinstance(piece, Whole):
-            reconstruction = by_group.dense() @ piece.vector
-            total = total + reconstruction.square().sum(1)
-        else:
+            total = total + (dense() @ piece.vector).square().sum(1)
+        elif coactive:
             total = total + lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
-    return total.unflatten(0, (-1, n_groups))
-
-
-def _energy_by_tiles(coefficients: Tensor, decoder: Directions) -> Tensor:
-    """Return ‖ĝ_s‖² over all tensors together: [S]; coefficients [S, K]."""
-    total = coefficients.new_zeros(coefficients.shape[0])
-    for _, piece in decoder.items():
-        if isinstance(piece, Whole):
-            total = total + (coefficients @ piece.vector).square().sum(1)
         else:
-            total = total + cpu.energy_by_tiles(coefficients, *piece.factors())
-    return total
+            total = total + cpu.energy_by_tiles(dense(), *piece.factors())
+    return total.unflatten(0, (-1, n_groups))

@@ -37,13 +37,12 @@ def _contributions(
         if plan.path(name).materialised and gradients.fits_whole(name):
             yield lk.project_dense(gradients.matrix(name), left, right, backend=plan.backend)
             continue
+        project_rows = lk.project_tiled if plan.path(name).materialised else lk.project
         for part in gradients.widened(name):
             if isinstance(part, Dense):
                 yield lk.project_dense(part.grad.flatten(2), left, right, backend=plan.backend)
-            elif plan.path(name).materialised:
-                yield lk.project_tiled(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
             else:
-                yield lk.project(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
+                yield project_rows(part.x, part.dy, *_oriented(part, left, right), backend=plan.backend)
 
 
 def project_topk(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import l3d_kernels as lk
 from l3d.data.arguments import check_fraction
 from l3d.decomposition.costs import Plan
-from l3d.decomposition.directions import Directions, Rank, Whole, resolve_ranks
+from l3d.decomposition.directions import Directions, Rank, resolve_ranks
 from l3d.decomposition.objective import objective
 from l3d.decomposition.project import project
 from l3d.distributed.process_group import ProcessGroup
@@ -185,12 +185,8 @@ class Subnetworks(nn.Module):
 
         Of its matrices and tensors of higher order; vectors have no factors. Detached copies.
         """
-        index = self._checked_index(index)
-        pieces = {name: piece.factors() for name, piece in self.decoder.items() if not isinstance(piece, Whole)}
-        return {
-            name: (left[index].detach().clone(), right[index].detach().clone())
-            for name, (left, right) in pieces.items()
-        }
+        found = zip(self.shapes, self.decoder.factors(self._checked_index(index)), strict=True)
+        return {name: (f[0].detach().clone(), f[1].detach().clone()) for name, f in found if len(f) == 2}
 
     def __len__(self) -> int:
         return self.n_subnetworks

@@ -68,17 +68,12 @@ class ProcessGroup:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Append every rank's tensor [n, ...], where n may differ between ranks: [Σ n, ...]."""
-        lengths = self.stacked(torch.tensor(len(tensor), device=tensor.device)).tolist()
-        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        stacked = self.stacked(padded)
-        return torch.cat([each[:length] for each, length in zip(stacked, lengths, strict=True)])
+        lengths, padded = self._padded(tensor)
+        return torch.cat([each[:length] for each, length in zip(self.stacked(padded), lengths, strict=True)])
 
     def collect(self, tensor: Tensor) -> Tensor | None:
         """Append every rank's tensor [n, ...] as `gather` does, on the CPU of rank 0; None on the others."""
-        lengths = self.stacked(torch.tensor(len(tensor), device=tensor.device)).tolist()
-        padded = torch.zeros(max(lengths), *tensor.shape[1:], dtype=tensor.dtype)
-        padded[: len(tensor)] = tensor.detach()
+        lengths, padded = self._padded(tensor.detach().cpu())
         flat = _bytes(padded)
         received = [torch.empty_like(flat) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(flat, received)
@@ -86,6 +81,17 @@ class ProcessGroup:
             return None
         parts = [each.view(tensor.dtype).view(padded.shape) for each in received]
         return torch.cat([each[:length] for each, length in zip(parts, lengths, strict=True)])
+
+    def _lengths(self, tensor: Tensor) -> list[int]:
+        """Return the length of every rank's tensor."""
+        return self.stacked(torch.tensor(len(tensor), device=tensor.device)).tolist()
+
+    def _padded(self, tensor: Tensor) -> tuple[list[int], Tensor]:
+        """Return the length of every rank's tensor, and this rank's with zero rows up to the greatest of them."""
+        lengths = self._lengths(tensor)
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        return lengths, padded
 
     def root_mean_squares(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return each tensor's root mean square over all its entries on all ranks, one number shaped to broadcast."""
@@ -99,9 +105,7 @@ class ProcessGroup:
 
     def visitors(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yield the other ranks' tensors [n, ...], one rank at a time; n may differ, ranks with n = 0 are skipped."""
-        like = tensors[0]
-        lengths = self.stacked(torch.tensor(len(like), device=like.device)).tolist()
-        for rank, length in enumerate(lengths):
+        for rank, length in enumerate(self._lengths(tensors[0])):
             if length == 0:
                 continue
             visiting = []
@@ -144,9 +148,7 @@ def start() -> ProcessGroup | None:
         raise ValueError("WORLD_SIZE: this build of torch has no torch.distributed; start one process")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     return ProcessGroup.current()
 
 
@@ -161,7 +163,6 @@ def leave() -> None:
     if rank == 0:
         with suppress(RuntimeError):  # a rank that has ended in the meantime
             store.wait([f"l3d/left/{other}" for other in range(1, size)], timedelta(seconds=10))
-        dist.destroy_process_group()
-    else:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+    if rank:
         store.set(f"l3d/left/{rank}", "1")

@@ -65,12 +65,9 @@ def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
     # an empty handler: the thread reads the signal from the socket
     terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    threads = [
-        threading.Thread(target=_answer_signals, args=(receiver, end), daemon=True),
-        threading.Thread(target=_beat, args=(group, done, end), daemon=True),
-    ]
-    for thread in threads:
-        thread.start()
+    threading.Thread(target=_answer_signals, args=(receiver, end), daemon=True).start()
+    beating = threading.Thread(target=_beat, args=(group, done, end), daemon=True)
+    beating.start()
     try:
         yield
         dist.barrier()  # rank 0 holds the store: no process leaves before all are done
@@ -83,7 +80,7 @@ def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, terminate)
         sender.close()
-        threads[1].join()  # it uses the store, which rank 0 may close next
+        beating.join()  # it uses the store, which rank 0 may close next
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -104,13 +101,8 @@ def _beat(group: ProcessGroup, done: threading.Event, end: Callable[[str, int], 
     """Increment this rank's heartbeat every `BEAT` seconds and check the others', until `done` is set."""
     try:
         # a connection of its own: the default one may be blocked
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=SILENCE),
-        )
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=SILENCE))
         last = {rank: (0, time.monotonic()) for rank in range(group.size) if rank != group.rank}
         while not done.wait(BEAT):
             store.add(f"l3d/beat/{group.rank}", 1)

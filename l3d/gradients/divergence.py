@@ -4,6 +4,7 @@ Built in are "mse", "mse_published" and "kl"; the user may pass any callable
 f(output [S, ...], reference [S, ...]) -> [S].
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -57,8 +58,14 @@ REFERENCES = ("sample", "mean", "uniform", "pair")
 
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
-    """Return the divergence with this name, or the callable itself. Raises ValueError for anything else."""
+    """Return the divergence with this name, or the callable of two arguments. Raises ValueError for anything else."""
     if callable(divergence):
+        try:
+            inspect.signature(divergence).bind("output", "reference")
+        except TypeError as error:
+            raise ValueError(f"divergence: expected a function of (output, reference): {error}") from error
+        except ValueError:
+            pass  # a built-in function without a signature
         return divergence
     if not isinstance(divergence, str) or divergence not in BY_NAME:
         raise ValueError(f"divergence: expected {', '.join(BY_NAME)} or a callable, got {divergence!r}")
@@ -119,8 +126,7 @@ def reference_outputs(
         return outputs[index.to(outputs.device)]
     if reference == "mean":
         if is_kl:
-            log_mean = outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)
-            return log_mean.expand_as(outputs)
+            return (outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)).expand_as(outputs)
         return outputs.mean(0, keepdim=True).expand_as(outputs)
     if reference == "uniform":
         return torch.zeros_like(outputs)

@@ -35,13 +35,13 @@ from l3d.gradients.fixed import (
     run_fixed,
     whole_weights,
 )
-from l3d.gradients.graph.graph import Use, n_outputs, no_gradient, output_shape, read_graph
+from l3d.gradients.graph.graph import Use, no_gradient, output_shape, read_graph
 from l3d.gradients.graph.layout import Layout, find_layouts
 from l3d.gradients.graph.positions import last_apart, positionwise_head
 from l3d.gradients.model import Params, select_parameters
 from l3d.gradients.precision import own_precision
-from l3d.gradients.rules import has_rule, part_of
-from l3d.gradients.samples import BatchPart, Samples, check_same_padding, padding_mask
+from l3d.gradients.rules import from_output, has_rule, part_of
+from l3d.gradients.samples import BatchPart, OwnRows, Samples, check_same_padding, padding_mask
 
 
 def extract_gradients(
@@ -96,11 +96,10 @@ class Extractor:
         self.model = model
         self.divergence = div.resolve_divergence(divergence)
         self.is_kl = self.divergence is div.kl
-        self.by_row = self.divergence in (div.mse, div.mse_published)
         self.reference = div.check_reference(reference)
         if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
-        self.positions = None if self.by_row else positions
+        self.positions = None if self.divergence in (div.mse, div.mse_published) else positions
         self._whole = whole_weights if is_sharded(model) else nullcontext
         with self._whole(model):
             self.parameters = select_parameters(model, params)
@@ -124,18 +123,15 @@ class Extractor:
         inputs = without_label(inputs)
         with self._recording():
             output = self._forward(inputs)
-            contrast_output = None
+            contrast = None
             mask = padding_mask(inputs, self.model)
             if contrast_inputs is not None:
                 check_same_padding(mask, padding_mask(contrast_inputs, self.model))
                 with torch.no_grad():
-                    contrast_output = run_fixed(self.model, contrast_inputs)
+                    contrast = run_fixed(self.model, contrast_inputs)
             with own_precision():
                 samples = Samples(output, self.positions, self.is_kl, generator, mask, batch_part)
-                outputs = self._outputs_of(samples, output)
-                contrast = None if contrast_output is None else samples.gather(contrast_output)
-                references = self._references(outputs, contrast, samples, generator, batch_part)
-                d_out = samples.spread(self._output_gradient(outputs, references))
+                d_out = self._at_outputs(samples, output, contrast, generator)
                 gradients = self._gradients(output, samples, d_out)
                 if self._batches == 1 and d_out.dtype == torch.float16:
                     self._warn_of_zeros(gradients, self._gradients(output, samples, d_out * 64))
@@ -166,11 +162,8 @@ class Extractor:
                 pieces = output.detach().split([count_rows_of(without_label(batch)) for batch in batches])
                 each, d_outs = [], []
                 for own, generator in zip(pieces, generators, strict=True):
-                    samples = Samples(own, self.positions, self.is_kl, generator)
-                    outputs = self._outputs_of(samples, own)
-                    references = self._references(outputs, None, samples, generator, None)
-                    d_outs.append(self._output_gradient(outputs, references))
-                    each.append(samples)
+                    each.append(Samples(own, self.positions, self.is_kl, generator))
+                    d_outs.append(self._at_outputs(each[-1], own, None, generator))
                 gradients = self._gradients(output, Samples.joined(output, each), torch.cat(d_outs))
         return gradients, [samples.count for samples in each]
 
@@ -184,19 +177,27 @@ class Extractor:
             with only_trainable(self.model, self.parameters):
                 yield
 
-    def _outputs_of(self, samples: Samples, output: Tensor) -> Tensor:
-        """Check the samples' outputs and return them: [S, ...]."""
-        self._check_width(samples)
+    def _at_outputs(
+        self, samples: Samples, output: Tensor, contrast: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Check the samples' outputs, and return 2^exponent ∂D/∂output there, with zeros at padding: [B·P, ...].
+
+        output, contrast: the model's for the inputs and for those they are contrasted with, [B, ...].
+        """
+        width = tuple(samples.width)
+        if self._output_width not in (None, width):
+            raise ValueError(
+                f"data: the shape of one sample's output changed between batches, from {self._output_width} to {width}"
+            )
+        self._output_width = width
         outputs = samples.gather(output.detach())
         if self.is_kl and self._batches == 0:
             check_logits(outputs)
         self._batches += 1
-        return outputs
-
-    def _output_gradient(self, outputs: Tensor, references: Tensor) -> Tensor:
-        """Return 2^exponent ∂D_s/∂f_s of every sample: [S, ...]."""
+        contrasts = None if contrast is None else samples.gather(contrast)
+        references = self._references(samples, outputs, contrasts, generator)
         d_out = div.output_gradient(self.divergence, outputs, references)
-        return d_out if self.exponent == 0 else d_out * 2.0**self.exponent
+        return samples.spread(d_out if self.exponent == 0 else d_out * 2.0**self.exponent)
 
     def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:
         """Return the parameters' gradients, padding included, from the gradient at the outputs, d_out [B·P, ...]."""
@@ -217,7 +218,7 @@ class Extractor:
             warn(f"model: its float16 loses {lost} entries of the first batch's gradients to zero; use model.float()")
 
     @torch.no_grad()
-    def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart) -> Tensor:
+    def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart | None) -> Tensor:
         """Return only the samples' outputs, for some rows of a larger batch: [s, ...]."""
         inputs = without_label(inputs)
         output = run_fixed(self.model, inputs)
@@ -233,24 +234,16 @@ class Extractor:
         return isinstance(self.reference, str) and self.reference in ("sample", "mean")
 
     def _references(
-        self,
-        outputs: Tensor,
-        contrast: Tensor | None,
-        samples: Samples,
-        generator: torch.Generator | None,
-        batch_part: BatchPart | None,
+        self, samples: Samples, outputs: Tensor, contrast: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """Return these samples' reference outputs: [s, ...]."""
-        reference = self.reference
-        if batch_part is None:
-            return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
-        if self.needs_whole():
-            whole = div.reference_outputs(reference, batch_part.whole(outputs), None, self.is_kl, generator)
-            first = batch_part.start * samples.per_row
-            return whole[first : first + samples.count]
-        if isinstance(reference, Tensor) and reference.shape != samples.width:
-            per_row = reference.shape[0] // batch_part.n_rows  # 1 or P: the reference is given by row or by sample
-            reference = reference[batch_part.start * per_row : (batch_part.start + samples.n_rows) * per_row]
+        reference, part = self.reference, samples.part
+        if part is not None and self.needs_whole():
+            whole = div.reference_outputs(reference, part.whole(outputs), None, self.is_kl, generator)
+            return whole[part.start * samples.per_row :][: samples.count]
+        if part is not None and isinstance(reference, Tensor) and reference.shape != samples.width:
+            per_row = reference.shape[0] // part.n_rows  # 1 or P: the reference is given by row or by sample
+            reference = reference[part.start * per_row : (part.start + samples.n_rows) * per_row]
         return div.reference_outputs(reference, outputs, contrast, self.is_kl, generator, samples)
 
     def _forward(self, inputs: Any) -> Tensor:
@@ -287,15 +280,6 @@ class Extractor:
                 "tensor or a Dataset, or batches of them"
             )
 
-    def _check_width(self, samples: Samples) -> None:
-        """Raise ValueError if a sample's output has another shape than in earlier batches."""
-        width = tuple(samples.width)
-        if self._output_width not in (None, width):
-            raise ValueError(
-                f"data: the shape of one sample's output changed between batches, from {self._output_width} to {width}"
-            )
-        self._output_width = width
-
     def _backward(self, output: Tensor, samples: Samples, d_out: Tensor) -> dict[str, list[Part]]:
         """Return the parts of every parameter's gradient from the gradient at the outputs, d_out [B·P, ...]."""
         assert output.grad_fn is not None
@@ -303,13 +287,8 @@ class Extractor:
         uses, layouts = graph.uses, find_layouts(output, graph)
         self._lacking = set(self.parameters) - graph.reached
         self.rows_stay, self.graph_bytes = graph.rows_stay, graph.n_entries * output.element_size()
-        from_output = {use.name for use in uses if layouts[use.node] is None}
-        from_output |= {use.name for use in uses if not has_rule(use) and n_outputs(use.node) != 1}
-        # only autograd's engine calls a parameter's hooks
-        from_output |= {name for name, p in self.parameters.items() if p._backward_hooks}
-        if graph.opaque:  # the graph may lack uses of any parameter
-            from_output |= set(self.parameters)
-        uses = [use for use in uses if use.name not in from_output]
+        slow = from_output(graph, layouts, self.parameters)
+        uses = [use for use in uses if use.name not in slow]
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
 
         starts: list[Any] = [output]
@@ -326,25 +305,19 @@ class Extractor:
                 at_edges = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
                 starts, grad_outputs = [edge], samples.one_by_one(at_edges[-1])
                 for use in at_head:  # a sample's only row is that of its own position
+                    layout = OwnRows("major", samples.count, samples.own_rows)
                     dy = samples.own_rows(at_edges[0])
-                    part = part_of(use, samples.own_layout(), dy, self.parameters[use.name])
-                    parts[use.name].append(part)
+                    parts[use.name].append(part_of(use, layout, dy, self.parameters[use.name]))
         dys = self._output_gradients(starts, grad_outputs, samples.per_row, uses, layouts)
         for use in uses:
-            layout = layouts[use.node]
-            assert layout is not None
-            parts[use.name].append(part_of(use, layout, dys[use.node], self.parameters[use.name]))
-        for name, part in self._from_output(output, samples, d_out, sorted(from_output)).items():
+            parts[use.name].append(part_of(use, layouts[use.node], dys[use.node], self.parameters[use.name]))
+        for name, part in self._from_output(output, samples, d_out, sorted(slow)).items():
             parts[name] = [part]
         return parts
 
     @staticmethod
     def _output_gradients(
-        starts: list[Any],
-        grad_outputs: Iterable[Tensor],
-        per_row: int,
-        uses: list[Use],
-        layouts: dict[Node, Layout | None],
+        starts: list[Any], grad_outputs: Iterable[Tensor], per_row: int, uses: list[Use], layouts: dict[Node, Layout]
     ) -> dict[Node, Tensor]:
         """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
         nodes = list(dict.fromkeys(use.node for use in uses))
@@ -355,9 +328,7 @@ class Extractor:
         for position, grad_output in enumerate(grad_outputs):
             grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
             for node, grad in zip(nodes, grads, strict=True):
-                layout = layouts[node]
-                assert layout is not None
-                rows = layout.split(no_gradient(node, grad_output.device) if grad is None else grad)
+                rows = layouts[node].split(no_gradient(node, grad_output.device) if grad is None else grad)
                 if per_row == 1:
                     collected[node] = rows[:, None]
                     continue
@@ -370,14 +341,11 @@ class Extractor:
         """Compute dense gradients by a backward pass from the output per sample: slow, exact wherever autograd is."""
         if not names:
             return {}
-        grads: dict[str, list[Tensor]] = {name: [] for name in names}
-        inputs = [self.parameters[name] for name in names]
+        inputs, rows = [self.parameters[name] for name in names], []
         for sample in range(samples.count):
             alone = torch.zeros_like(d_out)
             alone[sample] = d_out[sample]
-            results = torch.autograd.grad(
-                [output], inputs, [samples.scatter(alone)], retain_graph=True, allow_unused=True
-            )
-            for name, parameter, grad in zip(names, inputs, results, strict=True):
-                grads[name].append(torch.zeros_like(parameter) if grad is None else grad.to_dense())
-        return {name: Dense(torch.stack(rows)) for name, rows in grads.items()}
+            at_output = [samples.scatter(alone)]
+            grads = torch.autograd.grad([output], inputs, at_output, retain_graph=True, materialize_grads=True)
+            rows.append([grad.to_dense() for grad in grads])
+        return {name: Dense(torch.stack(each)) for name, each in zip(names, zip(*rows, strict=True), strict=True)}

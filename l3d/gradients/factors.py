@@ -11,8 +11,10 @@ T positions that share the weight, I and O the widths of x and dy.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +23,7 @@ import l3d_kernels as lk
 from l3d_kernels import splitting
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A gradient as layer inputs and output gradients, G_s = Σ_t dy[s, t] ⊗ x[s // (S // B), t], or its transpose."""
 
     x: Tensor  # [B, T, I], or int64 [B, T]: indices of one-hot rows
@@ -54,8 +55,7 @@ class Rows:
         return Rows(x, self.dy.to(like), self.x_axis)
 
 
-@dataclass(frozen=True)
-class Dense:
+class Dense(NamedTuple):
     """A gradient in full, one tensor per sample."""
 
     grad: Tensor  # [S, *shape of the parameter]
@@ -119,13 +119,10 @@ class Gradients:
         """Return one parameter's gradients multiplied out as matrices [S, d0, d1*...]; the result is cached."""
         if name not in self._matrices:
             shape = matrix_shape(self.shapes[name])
-            total: Tensor | None = None
-            for part in self.widened(name):
-                grad = part.materialize(shape)
-                total = grad if total is None else total + grad
-            if total is None:
-                total = torch.zeros(self.n_samples, *shape, dtype=self.dtype, device=self.device)
-            self._matrices[name] = total
+            if self.parts[name]:
+                self._matrices[name] = reduce(torch.add, (part.materialize(shape) for part in self.widened(name)))
+            else:
+                self._matrices[name] = self._like().new_zeros(self.n_samples, *shape)
         return self._matrices[name]
 
     def flat(self, names: Sequence[str]) -> Tensor:
@@ -168,12 +165,13 @@ class Gradients:
         e = self.exponent()
         if e == 0:
             return self, 0
-        scale = 2.0**e
-        parts: dict[str, list[Part]] = {
-            name: [Dense(p.grad * scale) if isinstance(p, Dense) else Rows(p.x, p.dy * scale, p.x_axis) for p in each]
-            for name, each in self.parts.items()
-        }
-        return Gradients(parts, self.shapes, self.n_samples, self.dtype, self.device), e
+
+        def scaled(part: Part) -> Part:
+            if isinstance(part, Dense):
+                return Dense(part.grad * 2.0**e)
+            return part._replace(dy=part.dy * 2.0**e)
+
+        return self.changed(scaled), e
 
     def squared_norm(self, backend: str = "auto") -> Tensor:
         """Return ‖g_s‖² over all parameters together: [S]; in float64 where the gradients' dtype could not hold it."""
@@ -183,7 +181,7 @@ class Gradients:
 
     def squared_norm_in_range(self, backend: str = "auto") -> Tensor:
         """Return what `squared_norm` does, without a look at the gradients' size: for those whose exponent is 0."""
-        total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
+        total = self._like().new_zeros(self.n_samples)
         for name in self.shapes:
             total = total + self._squared_norm_of(name, backend)
         return total
@@ -195,7 +193,7 @@ class Gradients:
         parts = self.widened(name)
         if any(isinstance(part, Dense) for part in parts) and len(parts) > 1:
             return self.matrix(name).square().sum((1, 2))
-        total = torch.zeros(self.n_samples, dtype=self.dtype, device=self.device)
+        total = self._like().new_zeros(self.n_samples)
         for i, part in enumerate(parts):
             total = total + part.squared_norm(backend)
             for other in parts[i + 1 :]:
@@ -204,21 +202,28 @@ class Gradients:
 
     def select(self, samples: Tensor) -> "Gradients":
         """Return the gradients of the given samples, int64 [n], in that order; repeats are allowed."""
-        samples = samples.to(self.device)
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        parts = {name: [part.select(samples).to(like) for part in parts] for name, parts in self.parts.items()}
-        return Gradients(parts, self.shapes, len(samples), self.dtype, self.device)
+        samples, like = samples.to(self.device), self._like()
+        return self.changed(lambda part: part.select(samples).to(like), n_samples=len(samples))
 
     def held_in(self, dtype: torch.dtype) -> "Gradients":
         """Return these gradients with factors in a narrower dtype; each is widened again where it is multiplied."""
-        like = torch.empty(0, dtype=dtype, device=self.device)
-        parts = {name: [part.to(like) for part in parts] for name, parts in self.parts.items()}
-        return Gradients(parts, self.shapes, self.n_samples, self.dtype, self.device)
+        like = self._like().to(dtype)
+        return self.changed(lambda part: part.to(like))
 
     def widened(self, name: str) -> list[Part]:
         """Return one parameter's parts in the gradients' dtype."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        like = self._like()
         return [part.to(like) for part in self.parts[name]]
+
+    def _like(self) -> Tensor:
+        """Return an empty tensor of the gradients' dtype and device."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def changed(self, change: Callable[[Part], Part], **others: Any) -> "Gradients":
+        """Return gradients with `change` applied to every part, and with other attributes where given."""
+        parts = {name: [change(part) for part in parts] for name, parts in self.parts.items()}
+        same: dict[str, Any] = {"n_samples": self.n_samples, "dtype": self.dtype, "device": self.device}
+        return Gradients(parts, self.shapes, **(same | others))
 
     def per_sequence(self) -> int:
         """Return the number of samples per sequence, S / B; 1 if no part has rows."""
@@ -234,16 +239,13 @@ class Gradients:
             per_sequence = part.dy.shape[0] // part.x.shape[0]
             return Rows(part.x[start // per_sequence : stop // per_sequence], part.dy[start:stop], part.x_axis)
 
-        parts = {name: [cut(part) for part in parts] for name, parts in self.parts.items()}
-        within = (self, start, stop)
-        return Gradients(parts, self.shapes, stop - start, self.dtype, self.device, _within=within)
+        return self.changed(cut, n_samples=stop - start, _within=(self, start, stop))
 
     def to(self, like: Tensor) -> "Gradients":
         """Move to the device and floating-point dtype of `like`; returns self if nothing changes."""
         if (like.dtype, like.device) == (self.dtype, self.device):
             return self
-        parts = {name: [part.to(like) for part in parts] for name, parts in self.parts.items()}
-        return Gradients(parts, self.shapes, self.n_samples, like.dtype, like.device)
+        return self.changed(lambda part: part.to(like), dtype=like.dtype, device=like.device)
 
     def nbytes(self) -> int:
         """Count the bytes of the factors, without cached matrices."""
@@ -253,11 +255,7 @@ class Gradients:
         """Yield (parameter name, tensor) for the tensors of all parts."""
         for name, parts in self.parts.items():
             for part in parts:
-                if isinstance(part, Dense):
-                    yield name, part.grad
-                else:
-                    yield name, part.x
-                    yield name, part.dy
+                yield from ((name, tensor) for tensor in part if isinstance(tensor, Tensor))
 
 
 Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
@@ -278,7 +276,7 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
         return first
     joined: dict[tuple[Place, ...], Tensor] = {}  # by the tensors joined: one that parts share is joined once
 
-    def append(tensors: list[Tensor]) -> Tensor:
+    def append(tensors: tuple[Tensor, ...]) -> Tensor:
         key = tuple(map(place_of, tensors))
         if key not in joined:
             joined[key] = torch.cat(tensors)
@@ -288,13 +286,10 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
     for name in first.shapes:
         parts[name] = []
         for each in zip(*(batch.parts[name] for batch in batches), strict=True):
-            if all(isinstance(part, Dense) for part in each):
-                parts[name].append(Dense(append([part.grad for part in each])))
-            elif len({_kind(part) for part in each}) == 1:
-                x, dy = append([part.x for part in each]), append([part.dy for part in each])
-                parts[name].append(Rows(x, dy, each[0].x_axis))
-            else:
+            if len({_kind(part) for part in each}) > 1:
                 raise ValueError(f"data: the gradients of {name!r} change their form between rows of a batch")
+            fields = zip(*each, strict=True)  # x, dy and x_axis of rows, or grad
+            parts[name].append(type(each[0])(*(append(f) if isinstance(f[0], Tensor) else f[0] for f in fields)))
     return Gradients(parts, first.shapes, sum(batch.n_samples for batch in batches), first.dtype, first.device)
 
 
@@ -314,31 +309,21 @@ def _kind(part: Part) -> tuple[object, ...]:
 
 def combine(parts: list[Part]) -> list[Part]:
     """Merge parts of one kind: rows are appended along T, dense arrays are added."""
-    merged: list[Part] = []
+    alike: dict[object, list[Any]] = {}  # by kind: None for dense arrays; of rows the axis, whether indices, and B
     for part in parts:
-        for i, other in enumerate(merged):
-            joined = _join(other, part)
-            if joined is not None:
-                merged[i] = joined
-                break
-        else:
-            merged.append(part)
-    return merged
+        kind = (part.x_axis, part.x.is_floating_point(), len(part.x)) if isinstance(part, Rows) else None
+        alike.setdefault(kind, []).append(part)
+    return [_sum(kind) for kind in alike.values()]
 
 
-def _join(a: Part, b: Part) -> Part | None:
-    """Return the sum of two parts as one part; None if they differ in kind, axis or sequences."""
-    if isinstance(a, Dense) and isinstance(b, Dense):
-        return Dense(a.grad + b.grad)
-    if (
-        isinstance(a, Rows)
-        and isinstance(b, Rows)
-        and a.x_axis == b.x_axis
-        and a.x.is_floating_point() == b.x.is_floating_point()
-        and a.x.shape[0] == b.x.shape[0]
-    ):
-        return Rows(torch.cat([a.x, b.x], 1), torch.cat([a.dy, b.dy], 1), a.x_axis)
-    return None
+def _sum(parts: list[Any]) -> Part:
+    """Return the sum of parts of one kind as one part."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Dense):
+        return Dense(reduce(torch.add, (part.grad for part in parts)))
+    x, dy = torch.cat([part.x for part in parts], 1), torch.cat([part.dy for part in parts], 1)
+    return Rows(x, dy, parts[0].x_axis)
 
 
 def compact(part: Part, shape: torch.Size) -> Part:

@@ -6,6 +6,7 @@ autograd; each chunk then gets them with its own place in the batch (`l3d.gradie
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +64,14 @@ class Microbatches:
     def _outputs(self, index: int) -> Tensor:
         """Return the outputs of a chunk's samples, on every rank: [s, ...]."""
         rows, split = self._rows(index)
-        part = BatchPart(rows.start, self.n_rows, lambda own: own, self.padded)
-        outputs = self.extractor.outputs(rows_of(self.batch, rows), self.generator(), part)
-        return self.group.gather(outputs) if self.group is not None and split else outputs
+        part = self._batch_part(rows, split)
+        return self._whole(self.extractor.outputs(rows_of(self.batch, rows), self.generator(), part), split)
+
+    def _whole(self, own: Tensor, split: bool) -> Tensor:
+        """Return the outputs of the batch if they are known, else those of the chunk, of which this rank has `own`."""
+        if self.outputs is not None:
+            return self.outputs
+        return self.group.gather(own) if self.group is not None and split else own
 
     def _rows(self, index: int) -> tuple[slice, bool]:
         """Return the rows of a chunk that this rank extracts, and whether the chunk is split over the ranks."""
@@ -77,12 +83,9 @@ class Microbatches:
 
     def _batch_part(self, rows: slice, split: bool) -> BatchPart | None:
         """Return the place of these rows in the batch; None if they are all of it."""
-        if self.outputs is not None:
-            outputs = self.outputs
-            return BatchPart(rows.start, self.n_rows, lambda own: outputs, self.padded)
-        if self.group is not None and split:
-            return BatchPart(rows.start, self.n_rows, self.group.gather, self.padded)
-        return None if len(self) == 1 else BatchPart(rows.start, self.n_rows, lambda own: own, self.padded)
+        if len(self) == 1 and not split:
+            return None
+        return BatchPart(rows.start, self.n_rows, partial(self._whole, split=split), self.padded)
 
 
 def gather_gradients(group: ProcessGroup, own: Gradients) -> Gradients:
@@ -100,9 +103,7 @@ def gather_gradients(group: ProcessGroup, own: Gradients) -> Gradients:
             return Dense(gathered(part.grad))
         return Rows(gathered(part.x), gathered(part.dy), part.x_axis)
 
-    parts = {name: [whole(part) for part in parts] for name, parts in own.parts.items()}
-    n_samples = int(group.total(torch.tensor(own.n_samples, device=own.device)))
-    return Gradients(parts, own.shapes, n_samples, own.dtype, own.device)
+    return own.changed(whole, n_samples=int(group.total(torch.tensor(own.n_samples, device=own.device))))
 
 
 def in_chunks(microbatches: Microbatches, keep: bool, held: Callable[[Gradients], Gradients]) -> Chunks:

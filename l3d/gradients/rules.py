@@ -8,16 +8,16 @@ To add a layer kind, write a function here, register it, and add a case to tests
 it with torch.func.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import dropwhile
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from l3d.gradients.factors import Dense, Part, Rows
-from l3d.gradients.graph.graph import Use, n_outputs, operation
+from l3d.gradients.graph.graph import Graph, Use, n_outputs, operation, output_shape
 from l3d.gradients.graph.layout import Layout
 
 Rule = Callable[[Use, Layout, Tensor, torch.Size], Part | None]
@@ -29,8 +29,7 @@ def rule(*keys: tuple[str, int]) -> Callable[[Rule], Rule]:
     """Register a rule for (operation, slot) pairs."""
 
     def register(function: Rule) -> Rule:
-        for key in keys:
-            RULES[key] = function
+        RULES.update(dict.fromkeys(keys, function))
         return function
 
     return register
@@ -99,8 +98,7 @@ def convolution(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> Part
         return Rows(patches.flatten(2), dy, x_axis=1)
     x_by_group = patches.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2)  # [B, g, T, I]
     dy_by_group = dy.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [S, g, O/g, T]
-    per_sequence = dy.shape[0] // x_by_group.shape[0]
-    grad = dy_by_group.unflatten(0, (-1, per_sequence)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
+    grad = dy_by_group.unflatten(0, (len(x_by_group), -1)) @ x_by_group[:, None]  # [B, P, g, O/g, I]
     return Dense(grad.reshape(-1, *shape))
 
 
@@ -231,6 +229,22 @@ def vector_jacobian_product(use: Use, layout: Layout, dy: Tensor, parameter: Ten
 def has_rule(use: Use) -> bool:
     """Tell whether a rule is registered for this use."""
     return (operation(use.node), use.slot) in RULES
+
+
+def from_output(graph: Graph, layouts: Mapping[Node, Layout], parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the parameters that need a backward pass per sample from the output, each with the reason."""
+    found: dict[str, str] = {}
+    for use in graph.uses:
+        if use.node not in layouts:
+            found[use.name] = f"the batch's rows lie in no known layout in its output {list(output_shape(use.node))}"
+        elif not has_rule(use) and n_outputs(use.node) != 1:
+            found[use.name] = f"no rule for it, and {operation(use.node)} has several outputs"
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks:
+            found[name] = "it has a hook, which only autograd's engine calls"
+        if graph.opaque:
+            found[name] = "a custom autograd.Function in the model may hide uses"
+    return found
 
 
 def part_of(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:

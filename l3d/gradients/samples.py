@@ -47,8 +47,7 @@ class Samples:
         mask: Tensor | None = None,
         part: BatchPart | None = None,
     ) -> None:
-        self.shape = output.shape
-        self.n_rows = output.shape[0]
+        self.shape, self.n_rows, self.part = output.shape, output.shape[0], part
         self.positions: Tensor | None = None  # [B, P] positions, flat
         self.kept: Tensor | None = None  # indices among the B·P chosen positions that are not padding; None: all
         self.per_row = 1
@@ -163,12 +162,7 @@ class Samples:
     def own_rows(self, values: Tensor) -> Tensor:
         """Select the row of each sample's own position from [B*T, D]: [S, 1, D]."""
         assert self.positions is not None
-        picked = values.reshape(self.n_rows, self.n_positions, -1)[self._row, self.positions]
-        return picked.flatten(0, 1)[:, None]
-
-    def own_layout(self) -> Layout:
-        """Return the layout in which a sample has only the row of its own position."""
-        return OwnRows("major", self.count, self.own_rows)
+        return values.reshape(self.n_rows, self.n_positions, -1)[self._row, self.positions].flatten(0, 1)[:, None]
 
 
 def padding_mask(inputs: Any, model: object) -> Tensor | None:

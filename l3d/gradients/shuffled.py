@@ -1,7 +1,5 @@
 """Shuffle gradients over the samples: a control in which no sample keeps its own gradient."""
 
-from dataclasses import replace
-
 import torch
 
 from l3d.gradients.factors import Dense, Gradients, Part
@@ -17,9 +15,6 @@ def shuffled(gradients: Gradients, generator: torch.Generator | None = None) -> 
 
     def permuted(part: Part) -> Part:
         order = torch.randperm(gradients.n_samples, generator=generator).to(gradients.device)
-        if isinstance(part, Dense):
-            return Dense(part.grad[order])
-        return replace(part, dy=part.dy[order])
+        return Dense(part.grad[order]) if isinstance(part, Dense) else part._replace(dy=part.dy[order])
 
-    parts = {name: [permuted(part) for part in parts] for name, parts in gradients.parts.items()}
-    return Gradients(parts, gradients.shapes, gradients.n_samples, gradients.dtype, gradients.device)
+    return gradients.changed(permuted)

@@ -38,18 +38,10 @@ FLOOR = 0.02  # diagrams omit entries below this fraction of the largest one
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": RULE,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), RULE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
     "svg.hashsalt": "l3d",
 }
@@ -77,16 +69,26 @@ def _style() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure, Any]]:
+    """Yield a figure of this size, in inches, and its panels, to draw in l3d's style inside the block.
+
+    layout: arguments of `Figure.subplots`.
+    """
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(**layout)
+
+
 def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the error over the training steps; below it in grey, kept subnetworks per sample and the dead fraction.
 
     history: equally long lists `step`, `error`, `kept_per_sample`, `dead_fraction`, `k`.
     """
-    with _style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9.4, 4.9), layout="constrained")
-        error, kept, dead = panels = figure.subplots(3, 1, sharex=True, height_ratios=(5, 1, 1))
+    with canvas(9.4, 4.9, nrows=3, sharex=True, height_ratios=(5, 1, 1)) as (figure, panels):
+        error, kept, dead = panels
         step, lowest, mean, highest = _binned(history["step"], history["error"])
         error.fill_between(step, lowest, highest, color=POSITIVE, alpha=0.18, linewidth=0)
         error.plot(step, mean, color=POSITIVE, linewidth=1.6)
@@ -119,17 +121,12 @@ def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
 
 def intervention_ratios(ratios: Mapping[str, Sequence[float]]) -> Figure:
     """Draw intervention ratios (output change on active samples / on inactive ones) in descending order, by name."""
-    with _style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-        axes = figure.subplots()
+    with canvas(7.2, 3.8) as (figure, axes):
         looks = ((POSITIVE, "-"), (NEGATIVE, "-"), (INK, (0, (4, 2))))
         for (name, values), (colour, line) in zip(ratios.items(), looks, strict=False):
             falling = sorted((value for value in values if 0 < value < float("inf")), reverse=True)
-            axes.plot(
-                np.linspace(0, 100, len(falling)), falling, color=colour, linestyle=line, linewidth=1.8, label=name
-            )
+            share = np.linspace(0, 100, len(falling))
+            axes.plot(share, falling, color=colour, linestyle=line, linewidth=1.8, label=name)
         axes.axhline(1, color=RULE, linewidth=0.9)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -144,11 +141,7 @@ def activation_rates(rates: Sequence[float]) -> Figure:
     order = sorted(range(len(rates)), key=lambda i: -float(rates[i]))
     ordered = [float(rates[i]) for i in order]
     n_alive, n_all = sum(rate > 0 for rate in ordered), len(ordered)
-    with _style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9.4, 2.9), layout="constrained")
-        axes = figure.subplots()
+    with canvas(9.4, 2.9) as (figure, axes):
         if n_all <= MAX_BARS:
             axes.bar(range(n_all), ordered, width=0.66, color=POSITIVE, alpha=0.85)
             axes.set_xticks(range(n_all), map(str, order), size=min(9.0, 360 / max(1, n_all)))
@@ -202,9 +195,7 @@ def mlp_chain(shapes: Mapping[str, Sequence[int]]) -> tuple[ChainLayer, ...] | N
 
 
 def network_diagram(
-    subnetworks: Sequence[Mapping[str, torch.Tensor]],
-    shapes: Mapping[str, Sequence[int]],
-    scale: float | None = None,
+    subnetworks: Sequence[Mapping[str, torch.Tensor]], shapes: Mapping[str, Sequence[int]], scale: float | None = None
 ) -> Figure:
     """Draw each subnetwork as a network diagram: columns of units, inputs on the left, one line per weight.
 
@@ -250,8 +241,8 @@ def to_svg(figure: Figure, prefix: str = "", css: bool = False) -> str:
     buffer = io.StringIO()
     with _style():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
+    _, tag, text = buffer.getvalue().partition("<svg")
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", tag + text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r'(url\(#| id="|href="#)', rf"\g<1>{prefix}", text)

@@ -21,12 +21,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from l3d.report import plots
 from l3d.report.table import common_prefix, make_table
-from l3d.storage.files import replace_text
+from l3d.storage.files import read_json, replace_text
 from l3d.storage.formats import duration, figure, percent, size
-from l3d.storage.run_folder import CONFIG, METRICS, REPORT, SUBNETWORKS, read_metrics, read_ratios, read_subnetworks
+from l3d.storage.run_folder import (
+    COLUMNS,
+    CONFIG,
+    METRICS,
+    REPORT,
+    SUBNETWORKS,
+    read_metrics,
+    read_ratios,
+    read_subnetworks,
+    write_subnetworks,
+)
+from l3d.storage.store import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from l3d.decomposition.subnetworks import Subnetworks
 
@@ -44,25 +56,40 @@ class Headline(NamedTuple):
     note: str  # what the figure means; "" for none
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write_report(
+    run_dir: str | os.PathLike[str],
+    *,
+    described: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Sequence[float | None] | Tensor] | None = None,
+) -> Path:
     """Write RUN/report.html from the run folder's files, and return its path.
+
+    Args:
+        run_dir: a folder that holds a decomposition: a run's, `decompose(out=..)`'s, or one that `save` wrote.
+        described: what `describe` returned, for the cards; kept in RUN/subnetworks.json.
+        columns: {header: [K] numbers} to add to the table, None for an unknown one; kept in RUN/columns.json.
 
     The page is written under a temporary name and then renamed, so a failure keeps the old page. Without metrics.json
     the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
-    for a folder without a readable run, and ImportError without the extra `report`.
+    for a folder without a readable run, ValueError for `columns` or `described` of another number of subnetworks, and
+    ImportError without the extra `report`.
     """
     folder = Path(run_dir)
-    return replace_text(folder / REPORT, render_report(folder))
+    page = render_report(folder, described, columns)
+    if described is not None:
+        write_subnetworks(folder, described)
+    if columns is not None:
+        replace_text(folder / COLUMNS, to_json(_checked_columns(columns, "columns")))
+    return replace_text(folder / REPORT, page)
 
 
-def render_report(run_dir: str | os.PathLike[str]) -> str:
+def render_report(
+    run_dir: str | os.PathLike[str],
+    described: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Sequence[float | None] | Tensor] | None = None,
+) -> str:
     """Return the page as text; see `write_report`."""
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ImportError("the report needs jinja2: pip install 'l3d[report]'") from error
-    from l3d import load
+    from l3d.api import load
 
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -72,54 +99,52 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     d = load(folder)
     rates = metrics.get("activation_rate")
     if rates is not None and len(rates) != d.n_subnetworks:
-        expected = f"expected {d.n_subnetworks} rates, got {len(rates)}"
-        raise ValueError(f"{folder / METRICS}: activation_rate: {expected}")
+        raise ValueError(f"{folder / METRICS}: activation_rate: expected {d.n_subnetworks} rates, got {len(rates)}")
     shapes = {name: tuple(shape) for name, shape in d.shapes.items()}
-    described = read_subnetworks(folder)
+    described = read_subnetworks(folder) if described is None else described
     if described and len(described["subnetworks"]) != d.n_subnetworks:
         got = len(described["subnetworks"])
         raise ValueError(f"{folder / SUBNETWORKS}: expected {d.n_subnetworks} subnetworks, got {got}")
     ratios = read_ratios(folder)
-    for k, seen in enumerate(described.get("subnetworks", ())):
-        if k in ratios:
-            seen["intervention_ratio"] = ratios[k]
+    if described and ratios:
+        each = enumerate(described["subnetworks"])
+        measured = [seen | ({"intervention_ratio": ratios[k]} if k in ratios else {}) for k, seen in each]
+        described = {**described, "subnetworks": measured}
+    if rates is None and described:
+        known = [seen["activation_rate"] for seen in described["subnetworks"]]
+        rates = None if None in known else known
+    own = _read_columns(folder) if columns is None else _checked_columns(columns, "columns")
+    for name, values in own.items():
+        if len(values) != d.n_subnetworks:
+            raise ValueError(
+                f"columns: {name!r}: expected a number for each of {d.n_subnetworks} subnetworks, got {len(values)}"
+            )
     prefix = common_prefix(list(shapes))
     table = make_table(d, rates, described, prefix, ratios)
     history = {key: list(values) for key, values in d.history.items()}
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
-
-    def draw(drawing: Figure, ids: str) -> Markup:
-        return Markup(plots.to_svg(drawing, ids, css=True))
-
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"percent": percent, "figure": figure}
-    return templates.get_template("report.html.j2").render(
+    return render(
+        _TEMPLATES / "report.html.j2",
         title=subject or folder.resolve().name,
-        script=Markup(script),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup(style),
+        style=style,
         n_subnetworks=d.n_subnetworks,
         n_parameters=sum(math.prod(shape) for shape in shapes.values()),
         shapes=shapes,
-        headlines=_headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
+        headlines=headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
         from_history=not metrics,
-        curve=draw(plots.error_curve(history), "curve-") if history.get("step") else None,
+        curve=plots.to_svg(plots.error_curve(history), "curve-", css=True) if history.get("step") else None,
         curve_summary=_curve_summary(history),
-        rates=draw(plots.activation_rates(rates), "rates-") if rates else None,
+        rates=plots.to_svg(plots.activation_rates(rates), "rates-", css=True) if rates else None,
         n_dead=sum(rate == 0 for rate in rates or ()),
-        diagrams=[(i, draw(drawing, f"net{i}-")) for i, drawing in _diagrams(d, shapes, rates)],
+        diagrams=[(i, plots.to_svg(drawing, f"net{i}-", css=True)) for i, drawing in _diagrams(d, shapes, rates)],
         chain=plots.mlp_chain(shapes),
         prefix=prefix,
         table=table,
-        rows=table.rows,
+        own_columns=own,
         described=described,
-        cards=Markup(_in_script(described)) if described else None,
+        cards=_in_script(described) if described else None,
         settings={key: _compact(value) for key, value in sorted(d.settings.items())},
         metrics={key: _compact(value) for key, value in metrics.items() if key != "activation_rate"},
         config=config,
@@ -127,24 +152,32 @@ def render_report(run_dir: str | os.PathLike[str]) -> str:
     )
 
 
-_HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, note
+def render(template: Path, **values: Any) -> str:
+    """Fill in a template; values are escaped but where it says `safe`. Raises ImportError without jinja2."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install 'l3d[report]'") from error
+    loader = jinja2.FileSystemLoader(template.parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "figure": figure}
+    return environment.get_template(template.name).render(**values)
+
+
+HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, what it means
     "error": ("error", percent, "of the gradients’ squared norm is not reconstructed; 0 % is perfect"),
     "held_out_error": ("error on held-out data", percent, "the same, on rows not used in training"),
-    "mmcs": (
-        "match with the true features",
-        "{:.3f}".format,
-        "mean best |cosine| with the true directions; 1 is perfect",
-    ),
+    "mmcs": ("match with the true features", "{:.3f}".format, "mean best |cosine| with the true ones; 1 is perfect"),
+    "mmcs_own": ("match of own weights", "{:.3f}".format, "the same over each feature’s own weights alone"),
     "features_found": ("features found", "{:.0f}".format, "have a subnetwork of their own"),
     "r2": ("r² with the weights", "{:.3f}".format, "between the columns found and those of W_out W_in"),
+    "r2_task": ("r² with the task", "{:.3f}".format, "between the columns found and those of the task’s matrix"),
     "groups_found": ("groups found", "{:.0f}".format, "have a live subnetwork of purity 0.9 or more"),
     "purity": ("purity", "{:.3f}".format, "of W_in lies in the group, for each group’s best subnetwork, on average"),
     "inputs_found": ("inputs found", "{:.0f}".format, "act most on a subnetwork of their own"),
-    "kept_per_sample": (
-        "kept per sample",
-        "{:.3g}".format,
-        "subnetworks used to reconstruct one gradient, on average",
-    ),
+    "kept_per_sample": ("kept per sample", "{:.3g}".format, "subnetworks used to reconstruct one gradient, on average"),
     "dead_fraction": ("dead", percent, "of the subnetworks are never kept"),
     "seconds": ("training time", duration, ""),
     "steps_per_second": ("steps per second", "{:,.4g}".format, ""),
@@ -153,19 +186,15 @@ _HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label
 }
 
 
-def _headlines(figures: Mapping[str, Any]) -> list[Headline]:
-    """Return the figures for the top of the page, in the order of _HEADLINES."""
+def headlines(figures: Mapping[str, Any]) -> list[Headline]:
+    """Return the figures for the top of the page and the end of a command, in the order of HEADLINES."""
     other = {"error": "error on other data"} if "evaluated_on" in figures else {}
-    return [
-        Headline(
-            other.get(key, label),
-            "not finite" if figures[key] is None else shown(figures[key]),
-            json.dumps(figures[key]),
-            note,
-        )
-        for key, (label, shown, note) in _HEADLINES.items()
-        if key in figures
-    ]
+    found = []
+    for key, (label, shown, note) in HEADLINES.items():
+        if key in figures:
+            text = "not finite" if figures[key] is None else shown(figures[key])
+            found.append(Headline(other.get(key, label), text, json.dumps(figures[key]), note))
+    return found
 
 
 def _read_config(path: Path) -> tuple[str, str]:
@@ -182,6 +211,23 @@ def _read_config(path: Path) -> tuple[str, str]:
     named = settings if isinstance(settings, dict) else {}
     model = str(named.get("model") or "")  # "hf:folder/name", "python:package.module:factory"
     return text, str(named.get("name") or re.split("[:/]", model.rstrip("/"))[-1])
+
+
+def _read_columns(folder: Path) -> dict[str, list[float | None]]:
+    """Return RUN/columns.json, {} if there is none."""
+    path = folder / COLUMNS
+    return _checked_columns(read_json(path), str(path)) if path.is_file() else {}
+
+
+def _checked_columns(columns: Mapping[str, Any], where: str) -> dict[str, list[float | None]]:
+    """Return columns as lists of numbers, None for one that is not finite. Raises ValueError for other values."""
+    try:
+        return {
+            str(name): [None if value is None or not math.isfinite(value) else float(value) for value in values]
+            for name, values in columns.items()
+        }
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{where}: expected {{header: list of numbers}} ({error})") from error
 
 
 def _diagrams(

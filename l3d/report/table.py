@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from l3d.decomposition.subnetworks import Subnetworks
+from l3d.decomposition.subnetworks import Subnetworks
 
 MAX_COLUMNS = 8  # tensors with a column of their own, the largest ones; the others are summed
 N_WORDS = 4  # words per subnetwork in the column of what it acts on
@@ -73,17 +72,18 @@ def make_table(
         words = acts_on(described, seen)
         rows.append(Row(i, rate, seen.get("impact"), ratio, words, raised, lowered, names[main[i]], row))
     has_ratio = any(row.ratio is not None for row in rows)
-    label = {"text": "acts after", "image": "acts on images of", "point": "acts on"}
-    return Table(columns, rows, has_ratio, label.get(described.get("kind", ""), ""))
+    label = {"tokens": "acts after", "text": "acts on rows of", "image": "acts on images of", "point": "acts on"}
+    header = label.get(described.get("entries", ""), label.get(described.get("kind", ""), ""))
+    return Table(columns, rows, has_ratio, header)
 
 
 def acts_on(described: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
     """Return a few words for what a subnetwork acts on, those of largest impact first: tokens, classes or inputs."""
     places, kind = seen.get("top", ()), described.get("kind")
-    if kind == "text":
+    if described.get("entries") == "tokens":
         marked = [place["tokens"][place["position"] - place["first"]] for place in places]
         return list(dict.fromkeys(visible(described["tokens"][str(token)]) for token in marked))[:N_WORDS]
-    if kind == "image":
+    if kind in ("text", "image"):
         counts = Counter(place["predicted"] for place in places if "predicted" in place)
         return [entry_name(described, entry) for entry, _ in counts.most_common(2)]
     if kind == "point" and places:
@@ -95,7 +95,7 @@ def acts_on(described: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
 
 def entry_name(described: Mapping[str, Any], entry: int) -> str:
     """Return the name of an output entry: a token, a class, or its number."""
-    names = described.get("tokens" if described.get("kind") == "text" else "classes") or {}
+    names = described.get("tokens" if described.get("entries") == "tokens" else "classes") or {}
     name = names.get(str(entry))
     return f"output {entry}" if name is None else visible(name)
 

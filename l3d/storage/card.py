@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l3d.storage.files import read_json, replace_text
+from l3d.storage.files import beginning, read_json, replace_text
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -52,16 +52,9 @@ def model_card(header: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     if "error" not in figures and errors:
         rows = {"error of the last training batches": errors[-1], **rows}
     if rows:
-        lines += [
-            "",
-            "| figure | value |",
-            "|---|---|",
-            *(f"| {label} | {value:.4g} |" for label, value in rows.items()),
-        ]
-        lines += [
-            "",
-            "Error is Σ‖g − ĝ‖² / Σ‖g‖²: 0 is perfect, 1 is no better than ĝ = 0. It is local: it describes",
-        ]
+        lines += ["", "| figure | value |", "|---|---|"]
+        lines += [f"| {label} | {value:.4g} |" for label, value in rows.items()]
+        lines += ["", "Error is Σ‖g − ĝ‖² / Σ‖g‖²: 0 is perfect, 1 is no better than ĝ = 0. It is local: it describes"]
         lines += ["how the output changes near these weights, on data like the training data."]
     return "\n".join(lines) + "\n"
 
@@ -81,7 +74,7 @@ def renew_card(folder: Path, figures: Mapping[str, Any]) -> Path | None:
 
 def is_card(path: Path) -> bool:
     """Return whether a file is a card that l3d wrote."""
-    return path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")[:200]
+    return _MARK in beginning(path)
 
 
 def _plain(value: Any) -> str:

@@ -42,6 +42,11 @@ def replace_between(path: Path, marks: tuple[str, str], text: str | None) -> Pat
     return path if text is None else replace_text(path, "".join([*lines[: start + 1], text, *lines[stop:]]))
 
 
+def beginning(path: Path) -> str:
+    """Return the first 200 characters of a text file, damaged or not; "" if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace")[:200] if path.is_file() else ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a json object. Raises FileNotFoundError or ValueError, with a message of one line."""
     if not path.is_file():

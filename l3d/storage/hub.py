@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from l3d.data.extras import import_extra
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.store import save
 
@@ -38,17 +39,14 @@ def push(
     Returns the commit's address. Raises ValueError in one line if the hub cannot be reached or refuses.
     """
     repo, branch = parse(repo_id)
-    hub = _client(repo)
+    message = message or f"Upload {decomposition.n_subnetworks} subnetworks"
+    api = _client(repo).HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(decomposition, folder)
         try:
-            api = hub.HfApi(token=token)
             api.create_repo(repo, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                revision=revision or branch,
-                commit_message=message or f"Upload {decomposition.n_subnetworks} subnetworks",
+                repo_id=repo, folder_path=folder, revision=revision or branch, commit_message=message
             )
         except Exception as error:  # the client's error classes differ by version and HTTP library
             raise ValueError(f"{SCHEME}{repo}: cannot be uploaded: {_reason(error)}") from error
@@ -84,11 +82,7 @@ def parse(address: str) -> tuple[str, str | None]:
 
 
 def _client(repo: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(f"{SCHEME}{repo}: huggingface_hub is not installed: pip install 'l3d[hf]'") from error
-    return huggingface_hub
+    return import_extra("huggingface_hub", "hf", f"{SCHEME}{repo}: huggingface_hub is not installed")
 
 
 def _reason(error: Exception) -> str:

@@ -26,11 +26,8 @@ def identity(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, An
     found = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(model).__name__
     if Path(found).is_dir():
         found = Path(found).resolve().name  # keep the folder's name only: the path is private to this machine
-    return {
-        "name": found,
-        "revision": getattr(config, "_commit_hash", None),
-        "parameters": {name: fingerprint(p) for name, p in parameters.items()},
-    }
+    hashes = {name: fingerprint(p) for name, p in parameters.items()}
+    return {"name": found, "revision": getattr(config, "_commit_hash", None), "parameters": hashes}
 
 
 def fingerprint(parameter: Tensor) -> str:
@@ -54,11 +51,15 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
     return hashed.hexdigest()
 
 
-def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+def check_identity(
+    base: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    advice: str = "; pass any_weights=True to use them anyway",
+) -> None:
     """Raise ValueError if a parameter's entries differ from those of the decomposed one.
 
     base: a decomposition's `base_model`; without hashes it fits any weights. Parameters that `l3d.intervene` has moved
-    are skipped: they were checked before the move.
+    are skipped: they were checked before the move. The message ends with `advice`.
     """
     for name, expected in base.get("parameters", {}).items():
         parameter = parameters.get(name)
@@ -70,8 +71,7 @@ def check_identity(base: Mapping[str, Any], parameters: Mapping[str, Tensor]) ->
             differ = f"is {kinds[1]}, was {kinds[0]}" if kinds[0] != kinds[1] else "has other values"
             known = base.get("name", "the model") + (f" at {base['revision']}" if base.get("revision") else "")
             raise ValueError(
-                f"model: {name!r} {differ}: these are not the weights of {known} that were decomposed; "
-                "pass any_weights=True to use them anyway"
+                f"model: {name!r} {differ}: these are not the weights of {known} that were decomposed{advice}"
             )
 
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.card import CARD, is_card
-from l3d.storage.files import read_json, replace_text
+from l3d.storage.files import beginning, read_json, replace_text
 from l3d.storage.lock import LOCK, check_free, claim
 from l3d.storage.store import FORMAT, load, read_tensors, to_json, write, write_tensors
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 SUBNETWORKS = "subnetworks.json"
+COLUMNS = "columns.json"  # columns of the user's own in the report's table
 REPORT = "report.html"
 INTERVENTIONS = "interventions.json"
 SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
@@ -52,7 +53,7 @@ class RunFolder:
             raise ValueError(f"out: {folder} is a file; name a folder")
         if folder.exists() and any(each.name != LOCK for each in folder.iterdir()) and not resume:
             if not overwrite:
-                raise ValueError(f"out: {folder} is not empty; choose another folder or pass overwrite")
+                raise ValueError(f"out: {folder} is not empty; choose another folder or pass existing='overwrite'")
             _remove_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         claim(folder)
@@ -89,25 +90,20 @@ class RunFolder:
         found = self.checkpoints()
         if not found:
             return None
-        path = found[-1]
-        optimizer = read_tensors(path / "optimizer.safetensors", columns)
-        return load(path, Subnetworks, columns), optimizer, read_json(path / "state.json")
+        optimizer = read_tensors(found[-1] / "optimizer.safetensors", columns)
+        return load(found[-1], Subnetworks, columns), optimizer, read_json(found[-1] / "state.json")
 
 
 def _remove_run(folder: Path) -> None:
     """Delete the files that a run wrote into a folder, and no others. Raises ValueError for a folder without a run."""
-    header = folder / "decomposition.json"
-    config = folder / "config.yaml"
-    is_run = header.is_file() and FORMAT in header.read_text(encoding="utf-8", errors="replace")[:200]
-    is_run = is_run or (config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith("# l3d "))
+    is_run = FORMAT in beginning(folder / "decomposition.json") or beginning(folder / CONFIG).startswith("# l3d ")
     is_run = is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
     if not is_run:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
     for name in ("checkpoints", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    files = ["config.yaml", "metrics.json", "subnetworks.json", "report.html"]
-    files += [f"interventions.{ending}" for ending in ("json", "svg", "png")]
-    for name in ("decomposition.safetensors", "decomposition.json", *files):
+    files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, COLUMNS, REPORT)
+    for name in (*files, INTERVENTIONS, "interventions.svg", "interventions.png"):
         (folder / name).unlink(missing_ok=True)
     if is_card(folder / CARD):
         (folder / CARD).unlink()
@@ -133,11 +129,16 @@ def read_command(run: Path) -> str:
         raise FileNotFoundError(f"{run}: no such run folder")
     path = run / CONFIG
     if not path.is_file():
+        if (run / "decomposition.json").is_file() or (run / "checkpoints").is_dir():
+            raise ValueError(
+                f"{run}: was made from Python, so no {CONFIG} names its model and data; in Python call "
+                "l3d.load(RUN).evaluate, l3d.intervention_ratios, or l3d.decompose(.., existing='resume')"
+            )
         raise ValueError(f"{run}: not a run folder of l3d: it has no {CONFIG}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({_one_line(error)})") from error
+        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if isinstance(settings, dict) and "name" in settings:
         return "toy"
     if isinstance(settings, dict) and "model" in settings:
@@ -154,9 +155,7 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> Path:
 def read_metrics(run: Path) -> dict[str, Any]:
     """Read RUN/metrics.json; return an empty dict if it is missing. Raises ValueError for a damaged file."""
     path = run / METRICS
-    if not path.is_file():
-        return {}
-    found = read_json(path)
+    found = read_json(path) if path.is_file() else {}
     rates = found.get("activation_rate", [])
     if not isinstance(rates, list) or not all(isinstance(rate, (int, float)) for rate in rates):
         raise ValueError(f"{path}: activation_rate: expected a list of numbers")
@@ -182,7 +181,8 @@ def read_subnetworks(run: Path) -> dict[str, Any]:
     found = read_json(path)
     if found.get("format") != SUBNETWORKS_FORMAT or not isinstance(found.get("subnetworks"), list):
         raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {found.get('format')!r}")
-    return found
+    older = "outputs" if found.get("moved") == "output" else "tokens" if found.get("kind") == "text" else "classes"
+    return {"entries": older, **found}  # older files name no entries
 
 
 def read_ratios(run: Path) -> dict[int, float]:
@@ -206,16 +206,13 @@ def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str
     each = described.get("subnetworks", [])
     if len(each) != len(rates):
         return {}
-    return {
-        **described,
-        "subnetworks": [seen | {"activation_rate": rate} for seen, rate in zip(each, rates, strict=True)],
-    }
+    renewed = [seen | {"activation_rate": rate} for seen, rate in zip(each, rates, strict=True)]
+    return {**described, "subnetworks": renewed}
 
 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the checkpoint that was written last; None if there is none yet."""
-    found = list((run / "checkpoints").glob("step*[0-9]"))
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max((run / "checkpoints").glob("step*[0-9]"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def interrupted(run: Path, command: str = "l3d resume") -> str:
@@ -226,10 +223,10 @@ def interrupted(run: Path, command: str = "l3d resume") -> str:
     return f"interrupted; last checkpoint: {last}; resume with: {command} {run}"
 
 
-def check_new(out: Path) -> None:
-    """Raise ValueError unless `out` is a new or empty folder."""
+def check_new(out: Path, advice: str = "") -> None:
+    """Raise ValueError, which ends with `advice`, unless `out` is a new or empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out} exists and is not an empty folder")
+        raise ValueError(f"--out: {out} exists and is not an empty folder{advice}")
 
 
 def check_copy(run: Path, out: Path) -> None:
@@ -249,7 +246,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

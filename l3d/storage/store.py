@@ -32,8 +32,7 @@ def save(decomposition: Subnetworks, path: str | Path) -> None:
     A README.md that l3d did not write is kept. Raises ValueError, before anything is written, for settings that json
     cannot hold.
     """
-    header = write(decomposition, Path(path))
-    write_card(Path(path), header)
+    write_card(Path(path), write(decomposition, Path(path)))
 
 
 def write(decomposition: Subnetworks, folder: Path) -> dict[str, Any]:

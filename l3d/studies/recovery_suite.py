@@ -43,9 +43,7 @@ EXPERIMENTS = (
     Experiment("tms_parallel, `mse`", "tms_parallel"),
     Experiment("tms_40_10, `mse`", "tms_40_10", {"mmcs_own": ".996 (APD), 1.000 (SPD)"}),
     Experiment("tmcs, `mse_published`", "tmcs", {"error": ".064", "r2_task": ".92"}),
-    Experiment("high_rank, rank 1", "high_rank", {"groups_found": "5"}, {"rank": 1}),
-    Experiment("high_rank, rank 3", "high_rank", {"groups_found": "5"}, {"rank": 3}),
-    Experiment("high_rank, rank 5", "high_rank", {"groups_found": "5"}, {"rank": 5}),
+    *(Experiment(f"high_rank, rank {r}", "high_rank", {"groups_found": "5"}, {"rank": r}) for r in (1, 3, 5)),
     Experiment("squared, 5 of rank 2, `mse`", "squared", {"error": ".32"}),
     *(
         Experiment(f"squared, {k} of rank 1, `mse`", "squared", {}, {"rank": 1, "n_subnetworks": k})
@@ -95,10 +93,8 @@ def to_markdown(results: Results, experiments: Sequence[Experiment] = EXPERIMENT
             if name == "inputs_found" and "n_subnetworks" in experiment.arguments:
                 continue  # meaningless with fewer or more subnetworks than inputs
             published = experiment.published.get(name, "")
-            spread = f"{short(min(values))} to {short(max(values))}"
-            lines.append(
-                f"| {experiment.title} | {LABELS[name]} | {published} | {short(statistics.median(values))} | {spread} |"
-            )
+            ours = f"{short(statistics.median(values))} | {short(min(values))} to {short(max(values))}"
+            lines.append(f"| {experiment.title} | {LABELS[name]} | {published} | {ours} |")
     return "\n".join(lines) + "\n"
 
 

@@ -41,7 +41,7 @@ class Point(NamedTuple):
     def name(self) -> str:
         """The name of its run folder."""
         named = [f"{name}={value}" for name, value in self.values.items()]
-        return ",".join([*named, *(["random"] if self.random_weights else [])]) or "run"
+        return ",".join(named + ["random"] * self.random_weights) or "run"
 
 
 class Record(NamedTuple):
@@ -73,10 +73,9 @@ def points(over: Mapping[str, Sequence[Any]], random_weights: bool = False) -> l
             if name == "n_subnetworks" or (name == "rank" and value != "auto"):
                 check_whole(f"over.{name}", value)
     names = [name for name in OVER if name in over]
-    combinations = [dict(zip(names, each, strict=True)) for each in itertools.product(*(over[name] for name in names))]
-    return [
-        Point(values, control) for values in combinations for control in ((False, True) if random_weights else (False,))
-    ]
+    combinations = itertools.product(*(over[name] for name in names))
+    controls = (False, True) if random_weights else (False,)
+    return [Point(dict(zip(names, each, strict=True)), control) for each in combinations for control in controls]
 
 
 def run_sweep(
@@ -122,18 +121,16 @@ def check_base(out: Path, base: Mapping[str, Any]) -> None:
 
 def records(out: Path, runs: Sequence[Point]) -> list[Record]:
     """Read finished runs' figures, and measure the similarity of runs that differ in the seed alone."""
-    groups: dict[str, list[Point]] = {}
-    for point in runs:
-        groups.setdefault(_apart_from_seed(point), []).append(point)
-    alike: dict[str, float | None] = {}
-    for group in groups.values():
-        found = [load(out / "runs" / point.name) for point in group]
-        pairs = [[0.0] * len(found) for _ in found]
-        for i, j in itertools.combinations(range(len(found)), 2):
-            pairs[i][j] = pairs[j][i] = consistency(found[i], found[j]).mean
-        for i, point in enumerate(group):
-            alike[point.name] = sum(pairs[i]) / (len(found) - 1) if len(found) > 1 else None
-    return [Record(point, read_metrics(out / "runs" / point.name), alike[point.name]) for point in runs]
+    found = [Record(point, read_metrics(out / "runs" / point.name), None) for point in runs]
+    alike: dict[str, float] = {}
+    for group in _grouped(found):
+        loaded = [load(out / "runs" / each.point.name) for each in group]
+        pairs = [[0.0] * len(loaded) for _ in loaded]
+        for i, j in itertools.combinations(range(len(loaded)), 2):
+            pairs[i][j] = pairs[j][i] = consistency(loaded[i], loaded[j]).mean
+        if len(group) > 1:
+            alike |= {each.point.name: sum(row) / (len(group) - 1) for each, row in zip(group, pairs, strict=True)}
+    return [each._replace(alike=alike.get(each.point.name)) for each in found]
 
 
 def to_markdown(found: Sequence[Record]) -> str:
@@ -147,10 +144,8 @@ def to_markdown(found: Sequence[Record]) -> str:
         point = group[0].point
         cells = [str(point.values[name]) for name in names]
         cells += ["redrawn" if point.random_weights else "trained", str(len(group))]
-        for key in columns:
-            cells.append(_mean([each.metrics.get(key) for each in group]))
-        cells.append(_mean([each.alike for each in group]))
-        cells.append(_mean([each.metrics.get("seconds") for each in group]))
+        figures = [{**each.metrics, "alike": each.alike} for each in group]
+        cells += [_mean([each.get(key) for each in figures]) for key in (*columns, "alike", "seconds")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -163,10 +158,8 @@ def write_results(out: Path, base: Mapping[str, Any], found: Sequence[Record]) -
         | {key: value for key, value in each.metrics.items() if not isinstance(value, list)}
         for each in found
     ]
-    paths = [
-        replace_text(out / BASE, to_json({"base": dict(base), "runs": rows})),
-        replace_text(out / "table.md", to_markdown(found)),
-    ]
+    results = to_json({"base": dict(base), "runs": rows})
+    paths = [replace_text(out / BASE, results), replace_text(out / "table.md", to_markdown(found))]
     try:
         from l3d.report.plots import write_figure
 
@@ -178,13 +171,9 @@ def write_results(out: Path, base: Mapping[str, Any], found: Sequence[Record]) -
 
 def error_against_kept(found: Sequence[Record]) -> Figure:
     """Draw every run's error against the subnetworks kept per sample: a line per K and rank, controls hollow."""
-    from l3d.report.plots import POSITIVE, RULE, _style
+    from l3d.report.plots import POSITIVE, RULE, canvas
 
-    with _style():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
+    with canvas(6.4, 4.2) as (figure, axes):
         lines: dict[str, list[tuple[float, float]]] = {}
         for group in _grouped(found):
             point = group[0].point
@@ -210,14 +199,12 @@ def error_against_kept(found: Sequence[Record]) -> Figure:
         return figure
 
 
-def _apart_from_seed(point: Point) -> str:
-    return point._replace(values={name: v for name, v in point.values.items() if name != "seed"}).name
-
-
 def _grouped(found: Sequence[Record]) -> list[list[Record]]:
+    """Put runs together that differ in the seed alone."""
     groups: dict[str, list[Record]] = {}
     for each in found:
-        groups.setdefault(_apart_from_seed(each.point), []).append(each)
+        values = {name: value for name, value in each.point.values.items() if name != "seed"}
+        groups.setdefault(each.point._replace(values=values).name, []).append(each)
     return list(groups.values())
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -28,18 +29,11 @@ def trained(name: str, seed: int, build: Callable[[], Network], fit: Callable[[]
             network.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError):
             network = fit()
-            _write(path, network)
+            with suppress(OSError):  # a folder that cannot be written
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial:
+                    partial.write_bytes(save(network.state_dict()))
     return network.eval()
-
-
-def _write(path: Path, network: Network) -> None:
-    """Save the network's tensors; do nothing if the folder cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_bytes(save(network.state_dict()))
-    except OSError:
-        return
 
 
 def _folder() -> Path:

@@ -32,11 +32,7 @@ def tms_40_10(seed: int) -> Toy:
     A thousand points are too few to decompose it. So 100,000 are drawn, at least as many as the recommended training
     uses, and none is used twice.
     """
-    generator = _generator(seed, TRAINING)
-
-    def fit() -> Network:
-        return _fit_superposition(40, 10, generator, steps=2000, lr=0.002, n_starts=4)
-
+    fit = partial(_fit_superposition, 40, 10, _generator(seed, TRAINING), steps=2000, lr=0.002, n_starts=4)
     model = trained("tms_40_10", seed, partial(Superposition, 40, 10), fit)
     return _superposition("tms_40_10", seed, model, n_points=100_000, steps=3000)
 
@@ -58,16 +54,8 @@ def tms_parallel(seed: int) -> Toy:
         return whole
 
     model = trained("tms_parallel", seed, build, fit)
-    return Toy(
-        name="tms_parallel",
-        describe=f"{n_copies} toy models of superposition side by side in one network",
-        model=model,
-        data=sparse_features(50_000, 5 * n_copies, _generator(seed, POINTS)),
-        draw=partial(sparse_features, n_features=5 * n_copies),
-        settings=_settings(5 * n_copies, steps=1500),
-        measure=recovery.find_features,
-        truth=_feature_gains(model),
-    )
+    describe = f"{n_copies} toy models of superposition side by side in one network"
+    return _superposition("tms_parallel", seed, model, n_points=50_000, steps=1500, describe=describe)
 
 
 def tmcs(seed: int) -> Toy:
@@ -150,12 +138,12 @@ def _settings(n_subnetworks: int, steps: int) -> dict[str, Any]:
 # --- superposition: y = ReLU(W_out W_in x + b), y ≈ x --------------------------------------------------------------
 
 
-def _superposition(name: str, seed: int, model: Network, n_points: int, steps: int) -> Toy:
+def _superposition(name: str, seed: int, model: Network, n_points: int, steps: int, describe: str = "") -> Toy:
     """Return the toy of a trained `Superposition`, with points and true circuits."""
     n_hidden, n_features = model.get_parameter("W_in.weight").shape
     return Toy(
         name=name,
-        describe=f"toy model of superposition: {n_features} sparse features in {n_hidden} hidden units",
+        describe=describe or f"toy model of superposition: {n_features} sparse features in {n_hidden} hidden units",
         model=model,
         data=sparse_features(n_points, n_features, _generator(seed, POINTS)),
         draw=partial(sparse_features, n_features=n_features),
@@ -227,11 +215,8 @@ def _linear_map(name: str, seed: int, matrix: Tensor, n_hidden: int, sample: Sam
 def _column_norms(model: Network) -> list[dict[str, Tensor]]:
     """Return, per feature, the gradient of ½‖(W_out W_in)[:, i]‖², its total effect on the outputs."""
     w_in, w_out = (model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
-    truth = []
-    for i, column in enumerate((w_out @ w_in).unbind(1)):
-        only = torch.zeros(w_in.shape[1])
-        only[i] = 1
-        truth.append(
-            {"W_in.weight": torch.outer(w_out.mT @ column, only), "W_out.weight": torch.outer(column, w_in[:, i])}
-        )
-    return truth
+    each = zip((w_out @ w_in).unbind(1), torch.eye(w_in.shape[1]), w_in.unbind(1), strict=True)
+    return [
+        {"W_in.weight": torch.outer(w_out.mT @ column, only), "W_out.weight": torch.outer(column, weights)}
+        for column, only, weights in each
+    ]

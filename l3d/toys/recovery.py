@@ -4,46 +4,10 @@
 on the subnetworks' sign, scale or order.
 """
 
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor, nn
 
-Circuits = list[dict[str, Tensor]]
-
-
-class Known(Protocol):
-    """What the measures need of a toy: its true circuits, its model and its data."""
-
-    @property
-    def truth(self) -> Circuits:
-        """The true circuits."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The trained model."""
-
-    @property
-    def data(self) -> Tensor:
-        """The data to decompose it on: [n, features]."""
-
-
-class Found(Protocol):
-    """What the measures need of a decomposition."""
-
-    @property
-    def n_subnetworks(self) -> int:
-        """K."""
-
-    def subnetwork(self, index: int) -> dict[str, Tensor]:
-        """Return a subnetwork's tensors."""
-
-    def evaluate(self, model: nn.Module, data: Any) -> Any:
-        """Return an evaluation with `activation_rate` [K]."""
-
-    def impact(self, model: nn.Module, data: Any) -> Tensor:
-        """Return every subnetwork's impact on every sample: [n, K]."""
-
+from l3d.toys.toy import Found, Toy, similarity
 
 MEASURES = {
     "mmcs": "mean over true circuits of the best |cos| with a subnetwork, over all entries of both matrices",
@@ -58,33 +22,13 @@ MEASURES = {
 LIVE = 0.01  # least activation rate of a live subnetwork
 
 
-def similarity(circuits: Circuits, decomposition: Found, own: bool = False) -> Tensor:
-    """Return |cos| between circuits and subnetworks: [circuits, K]; see `cosines`."""
-    return cosines(circuits, [decomposition.subnetwork(i) for i in range(decomposition.n_subnetworks)], own)
-
-
-def cosines(circuits: Circuits, found: Circuits, own: bool = False) -> Tensor:
-    """Return |cos| between circuits and directions, over the tensors that a circuit names: [circuits, directions].
-
-    own: compare only the entries that are not zero in the circuit, instead of all entries of those tensors.
-    """
-    rows = []
-    for circuit in circuits:
-        t = torch.cat([circuit[name].flatten() for name in circuit])
-        v = torch.stack([torch.cat([f[name].flatten() for name in circuit]) for f in found]).to(t)
-        if own:
-            v = v * (t != 0)
-        rows.append((v @ t).abs() / (v.norm(dim=1) * t.norm()).clamp_min(1e-30))
-    return torch.stack(rows)
-
-
 def distinct(scores: Tensor) -> int:
     """Count the rows of scores [circuits, K] whose best column is no other row's best."""
     best = scores.argmax(1)
     return int((best[:, None] == best).sum(1).eq(1).sum())
 
 
-def find_features(toy: Known, decomposition: Found) -> dict[str, float]:
+def find_features(toy: Toy, decomposition: Found) -> dict[str, float]:
     """Compare subnetworks with the true circuits: mmcs, mmcs_own and features_found."""
     scores = similarity(toy.truth, decomposition)
     return {
@@ -94,7 +38,7 @@ def find_features(toy: Known, decomposition: Found) -> dict[str, float]:
     }
 
 
-def find_columns(toy: Known, decomposition: Found, matrix: Tensor) -> dict[str, float]:
+def find_columns(toy: Toy, decomposition: Found, matrix: Tensor) -> dict[str, float]:
     """Compare subnetworks with a linear map's columns: the measures of `find_features`, r2 and r2_task.
 
     The column of feature i is ΔW_out W_in[:, i], where ΔW_out is its best subnetwork's W_out: how the subnetwork
@@ -122,7 +66,7 @@ def r_squared(found: Tensor, target: Tensor) -> float:
     return float(1 - (found * scale - target).square().sum() / (target - target.mean()).square().sum())
 
 
-def find_groups(toy: Known, decomposition: Found, size: int) -> dict[str, float]:
+def find_groups(toy: Toy, decomposition: Found, size: int) -> dict[str, float]:
     """Find one subnetwork per group of `size` neighbouring features: groups_found and purity."""
     live = decomposition.evaluate(toy.model, toy.data).activation_rate >= LIVE
     purities = [torch.zeros(toy.data.shape[1] // size)]  # purity 0 if no subnetwork is live
@@ -133,7 +77,7 @@ def find_groups(toy: Known, decomposition: Found, size: int) -> dict[str, float]
     return {"groups_found": int((best >= 0.9).sum()), "purity": float(best.mean())}
 
 
-def find_inputs(toy: Known, decomposition: Found) -> dict[str, float]:
+def find_inputs(toy: Toy, decomposition: Found) -> dict[str, float]:
     """Vary one input at a time over [-1, 1] and find the subnetwork with the largest impact: inputs_found."""
     n_features = toy.data.shape[1]
     levels = torch.linspace(-1, 1, 20)

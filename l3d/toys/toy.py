@@ -5,13 +5,30 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from l3d.toys import recovery
 from l3d.toys.networks import Network
-from l3d.toys.recovery import Found
+
+Circuits = list[dict[str, Tensor]]
 
 TRAINING = ("steps", "n_restarts")  # settings of a toy that the preset "published" sets itself
+
+
+class Found(Protocol):
+    """What the measures need of a decomposition."""
+
+    @property
+    def n_subnetworks(self) -> int:
+        """K."""
+
+    def subnetwork(self, index: int) -> dict[str, Tensor]:
+        """Return a subnetwork's tensors."""
+
+    def evaluate(self, model: nn.Module, data: Any) -> Any:
+        """Return an evaluation with `activation_rate` [K]."""
+
+    def impact(self, model: nn.Module, data: Any) -> Tensor:
+        """Return every subnetwork's impact on every sample: [n, K]."""
 
 
 class Sample(Protocol):
@@ -32,7 +49,7 @@ class Toy:
     draw: Sample  # the function that drew the data
     settings: dict[str, Any]  # recommended arguments of decompose
     measure: Callable[["Toy", Found], dict[str, float]]  # computes what `recovery` returns
-    truth: list[dict[str, Tensor]] = field(default_factory=list)  # per circuit: {parameter: tensor of its shape}
+    truth: Circuits = field(default_factory=list)  # per circuit: {parameter: tensor of its shape}
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n fresh points [n, features] as the data was drawn."""
@@ -50,7 +67,7 @@ class Toy:
         """
         if not self.truth:
             raise ValueError(f"toy: the circuits of {self.name!r} are not single directions; see recovery")
-        return recovery.similarity(self.truth, decomposition)
+        return similarity(self.truth, decomposition)
 
     def mmcs(self, decomposition: Found) -> float:
         """Return the mean over true circuits of the best |cos| among the subnetworks, in [0, 1]."""
@@ -65,3 +82,23 @@ class Toy:
             return self.measure(self, decomposition)
         except KeyError as error:
             raise ValueError(f"toy: recovery cannot be measured without {error.args[0]!r}; decompose it too") from error
+
+
+def similarity(circuits: Circuits, decomposition: Found, own: bool = False) -> Tensor:
+    """Return |cos| between circuits and subnetworks: [circuits, K]; see `cosines`."""
+    return cosines(circuits, [decomposition.subnetwork(i) for i in range(decomposition.n_subnetworks)], own)
+
+
+def cosines(circuits: Circuits, found: Circuits, own: bool = False) -> Tensor:
+    """Return |cos| between circuits and directions, over the tensors that a circuit names: [circuits, directions].
+
+    own: compare only the entries that are not zero in the circuit, instead of all entries of those tensors.
+    """
+    rows = []
+    for circuit in circuits:
+        t = torch.cat([circuit[name].flatten() for name in circuit])
+        v = torch.stack([torch.cat([f[name].flatten() for name in circuit]) for f in found]).to(t)
+        if own:
+            v = v * (t != 0)
+        rows.append((v @ t).abs() / (v.norm(dim=1) * t.norm()).clamp_min(1e-30))
+    return torch.stack(rows)

@@ -94,11 +94,7 @@ class Residuals(NamedTuple):
 
 @torch.no_grad()
 def learn(
-    left: Residuals,
-    weights: Tensor,
-    k: float,
-    generator: torch.Generator,
-    how: Replacement = Replacement(),
+    left: Residuals, weights: Tensor, k: float, generator: torch.Generator, how: Replacement = Replacement()
 ) -> Directions:
     """Learn candidates of the decoder's shapes and ranks from residuals, each for a share k of the samples.
 
@@ -112,8 +108,7 @@ def learn(
     matrices = {name: torch.Size(matrix_shape(s)) if len(s) > 2 else s for name, s in decoder.shapes.items()}
     # a Tucker product may have a larger first rank than its matrix has columns
     ranks = {name: tuple(min(r, *matrices[name]) for r in each[:1]) for name, each in decoder.ranks().items()}
-    new = Directions(matrices, ranks, n, generator)
-    new = new.to(inverse)
+    new = Directions(matrices, ranks, n, generator).to(inverse)
     drawn = draw_samples(weights, n, generator).to(inverse.device)
     alone = nn.functional.one_hot(drawn, n_samples).mT.to(inverse)
     _set(new, list(new.parameters()), 1)
@@ -160,8 +155,7 @@ def _finished(found: Directions, decoder: Directions, generator: torch.Generator
             piece.left.mul_((norms[1] / norms[0]).sqrt())
             piece.right.mul_((norms[0] / norms[1]).sqrt())
     if found.shapes != decoder.shapes:
-        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks, generator)
-        new = new.to(next(found.parameters()))
+        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks, generator).to(next(found.parameters()))
         for (name, piece), (_, own) in zip(new.items(), found.items(), strict=True):
             parts: list[Tensor] = list(own.parameters())
             if isinstance(piece, Tucker):

@@ -40,11 +40,8 @@ def restore(run: "Run", folder: RunFolder) -> None:
     if found is None:
         return
     decomposition, tensors, state = found
-    changed = [
-        name
-        for name, value in run.decomposition.settings.items()
-        if json.dumps(value) != json.dumps(decomposition.settings.get(name))
-    ]
+    now, before = run.decomposition.settings, decomposition.settings
+    changed = [name for name in now if json.dumps(now[name]) != json.dumps(before.get(name))]
     if decomposition.n_subnetworks != run.decomposition.n_subnetworks and "n_subnetworks" not in changed:
         changed.append("n_restarts")
     own = _seen(run)
@@ -53,7 +50,7 @@ def restore(run: "Run", folder: RunFolder) -> None:
         raise ValueError(f"resume: {', '.join(changed)} differ from the interrupted run's; pass the same arguments")
     if decomposition.shapes != run.decomposition.shapes or decomposition.ranks != run.decomposition.ranks:
         raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
-    check_identity(decomposition.base_model, run.extractor.parameters)
+    check_identity(decomposition.base_model, run.extractor.parameters, advice="")
     run.decomposition.load_state_dict(decomposition.state_dict())
     run.optimizer.load_state(tensors, state["optimizer"])
     run.recorder.load_state(state["recorder"], decomposition.history)
@@ -68,7 +65,5 @@ def _seen(run: "Run") -> dict[str, Any]:
     """
     data, reference = run.batches.data, run.extractor.reference
     rows = digest(tensors_of(run.batches[0])) if isinstance(data, (Tensor, Mapping)) else None
-    return {
-        "data": [run.batches.n_rows, rows],
-        "reference": digest([reference]) if isinstance(reference, Tensor) else None,
-    }
+    compared = digest([reference]) if isinstance(reference, Tensor) else None
+    return {"data": [run.batches.n_rows, rows], "reference": compared}

@@ -167,11 +167,7 @@ def choose(code: Code, n_subnetworks: int, margin: float = Replacement.margin) -
 
 
 def confirmed(
-    pairs: list[tuple[int, int]],
-    code: Code,
-    coefficients: Tensor,
-    k: float,
-    how: Replacement = Replacement(),
+    pairs: list[tuple[int, int]], code: Code, coefficients: Tensor, k: float, how: Replacement = Replacement()
 ) -> list[tuple[int, int]]:
     """Return the pairs that lower the squared residual of samples which nothing was learned from or chosen by.
 
@@ -202,13 +198,7 @@ def confirmed(
     return good
 
 
-def refitted(
-    values: Tensor,
-    kept: Tensor,
-    overlaps: Tensor,
-    gram: Tensor,
-    how: Replacement = Replacement(),
-) -> Tensor:
+def refitted(values: Tensor, kept: Tensor, overlaps: Tensor, gram: Tensor, how: Replacement = Replacement()) -> Tensor:
     """Move kept values [S, K] most of the way to least squares, by a few steps of conjugate gradients."""
     left = (overlaps - values @ gram) * kept
     along, square = left, left.square().sum(1, keepdim=True)

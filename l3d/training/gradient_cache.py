@@ -37,7 +37,6 @@ from l3d.training.settings import Settings
 T = TypeVar("T")
 
 FORMAT = "l3d-gradients-2"
-READS = ("auto", "on", "off")
 TRIALS = 3  # batches that extraction and reading are timed on, after one to warm up
 # What of the settings decides a batch's gradients; steps, K, rank, k and the optimiser's do not.
 DECIDING = ("divergence", "reference", "positions", "batch_size", "seed", "dtype")
@@ -68,8 +67,6 @@ class Cache:
         group: ProcessGroup | None = None,
         seconds: Callable[[], float] | None = None,
     ) -> None:
-        if reads not in READS:
-            raise ValueError(f"cache: reads: expected one of {', '.join(READS)}, got {reads!r}")
         self.path, self.n_steps, self.extract, self.group = Path(path), n_steps, extract, group
         self.seconds = seconds
         self.identity = {"format": FORMAT, **identity}
@@ -133,7 +130,7 @@ class Cache:
         started = time.perf_counter()
         gradients = self.extract(index)
         _finish(gradients.device)
-        extracted = time.perf_counter()
+        elapsed = time.perf_counter() - started
         stored = self._stored(index)
         if not stored:
             self.write(index, gradients)
@@ -145,15 +142,14 @@ class Cache:
             tensor.to(gradients.device, copy=True)  # a mapped file is read when it is touched
         _finish(gradients.device)
         self.read_seconds.append(time.perf_counter() - reopened)
-        self.extract_seconds.append(extracted - started if self.seconds is None else self.seconds())
+        self.extract_seconds.append(elapsed if self.seconds is None else self.seconds())
         if stored:
             check_same(gradients, again, self._file(index))
             self.compared = True
         if len(self.read_seconds) > TRIALS:  # the first extraction also warms up what later ones find warm
             del self.extract_seconds[0], self.read_seconds[0]
-            self.reading = self._agreed(
-                lambda: statistics.median(self.read_seconds) < statistics.median(self.extract_seconds)
-            )
+            extracting, reading = statistics.median(self.extract_seconds), statistics.median(self.read_seconds)
+            self.reading = self._agreed(lambda: reading < extracting)
         return gradients
 
     def _file(self, index: int) -> Path:
@@ -190,14 +186,10 @@ def contents(model: nn.Module, extractor: Extractor, data: Any, settings: Settin
         chosen["reference"] = digest([extractor.reference])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     named = f"{type(model).__module__}.{type(model).__qualname__} " + " ".join(tensors)
-    return {
-        "model": digest(tensors.values(), named),
-        "params": list(extractor.parameters),
-        "data": digest(_tensors_in(data)),
-        "n_references": n_references,
-        **({"exponent": extractor.exponent} if extractor.exponent else {}),
-        **chosen,
-    }
+    found = {"model": digest(tensors.values(), named), "params": list(extractor.parameters)}
+    if extractor.exponent:
+        chosen["exponent"] = extractor.exponent
+    return found | {"data": digest(_tensors_in(data)), "n_references": n_references, **chosen}
 
 
 def _tensors_in(data: Any) -> Iterator[Tensor]:
@@ -211,14 +203,11 @@ def _tensors_in(data: Any) -> Iterator[Tensor]:
 
 def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:
     """Refuse a stored batch that extraction does not give again: the model's code has changed since."""
-    ours, theirs = list(gradients.tensors()), list(stored.tensors())
-    same = [name for name, _ in ours] == [name for name, _ in theirs]
-    for (_, a), (_, b) in zip(ours, theirs, strict=False):
-        if not same or a.shape != b.shape or a.dtype != b.dtype:
-            same = False
-            break
+    kinds = [[(name, tensor.dtype, tensor.shape) for name, tensor in each.tensors()] for each in (gradients, stored)]
+    same = kinds[0] == kinds[1]
+    for (_, a), (_, b) in zip(gradients.tensors(), stored.tensors(), strict=False):
         tolerance = 1e-3 * float(a.abs().max()) if a.is_floating_point() and a.numel() else 0.0
-        same = torch.allclose(a.cpu().double(), b.cpu().double(), rtol=0, atol=tolerance)
+        same = same and torch.allclose(a.cpu().double(), b.cpu().double(), rtol=0, atol=tolerance)
     if not same:
         raise ValueError(f"cache: {path} differs from the gradients extracted now; delete the store, it is stale")
 
@@ -239,12 +228,9 @@ def pack(gradients: Gradients) -> bytes:
         name: [["rows", put(p.x), put(p.dy), p.x_axis] if isinstance(p, Rows) else ["dense", put(p.grad)] for p in each]
         for name, each in gradients.parts.items()
     }
-    header = {
-        "parts": parts,
-        "shapes": {name: list(shape) for name, shape in gradients.shapes.items()},
-        "n_samples": gradients.n_samples,
-        "dtype": str(gradients.dtype).removeprefix("torch."),
-    }
+    shapes = {name: list(shape) for name, shape in gradients.shapes.items()}
+    dtype = str(gradients.dtype).removeprefix("torch.")
+    header = {"parts": parts, "shapes": shapes, "n_samples": gradients.n_samples, "dtype": dtype}
     return to_bytes(tensors, metadata={"gradients": json.dumps(header)})
 
 
@@ -254,11 +240,11 @@ def unpack(path: Path) -> Gradients:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["gradients"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        parts: dict[str, list[Part]] = {}
-        for name, each in header["parts"].items():
-            parts[name] = [
-                Dense(tensors[p[1]]) if p[0] == "dense" else Rows(tensors[p[1]], tensors[p[2]], p[3]) for p in each
-            ]
+
+        def part(kind: str, first: str, *more: Any) -> Part:
+            return Dense(tensors[first]) if kind == "dense" else Rows(tensors[first], tensors[more[0]], more[1])
+
+        parts = {name: [part(*each) for each in held] for name, held in header["parts"].items()}
         shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
         dtype = getattr(torch, header["dtype"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

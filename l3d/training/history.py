@@ -75,17 +75,10 @@ class Recorder:
             return False
         found = kept.threshold.reshape(-1).tolist()
         self.thresholds = [smooth(mean, value) for mean, value in zip(self.thresholds, found, strict=True)]
-        elapsed = perf_counter() - self.started
         dead = (self.last_kept <= step - self.dead_after).view(len(errors), -1).float().mean(1).tolist()
-        row = (
-            step,
-            _one_or_all([total / self.count for total in self.errors]),
-            self.kept / self.count,
-            _one_or_all(dead),
-            lr,
-            k,
-            self.samples / max(elapsed, 1e-9),
-        )
+        error = _one_or_all([total / self.count for total in self.errors])
+        rate = self.samples / max(perf_counter() - self.started, 1e-9)
+        row = (step, error, self.kept / self.count, _one_or_all(dead), lr, k, rate)
         for name, value in zip(COLUMNS, row, strict=True):
             self.history[name].append(value)
         self.errors = [0.0] * len(errors)
@@ -106,10 +99,7 @@ class Recorder:
 
     def history_of(self, restart: int) -> dict[str, list[float]]:
         """Return one restart's own history."""
-        return {
-            name: [row[restart] if isinstance(row, list) else row for row in rows]
-            for name, rows in self.history.items()
-        }
+        return {name: [_of(value, restart) for value in values] for name, values in self.history.items()}
 
     def state(self) -> dict[str, Any]:
         """Return the state that a checkpoint needs besides the history, as json-able values."""
@@ -128,7 +118,11 @@ class Recorder:
         """Return the last row of the history: that of the restart with the least error in it."""
         errors = self.history["error"][-1]
         best = errors.index(min(errors)) if isinstance(errors, list) else 0
-        return {name: rows[-1][best] if isinstance(rows[-1], list) else rows[-1] for name, rows in self.history.items()}
+        return {name: _of(values[-1], best) for name, values in self.history.items()}
+
+
+def _of(value: float | list[float], restart: int) -> float:
+    return value[restart] if isinstance(value, list) else value
 
 
 def _one_or_all(values: list[float]) -> float | list[float]:

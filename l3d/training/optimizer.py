@@ -49,9 +49,8 @@ class RelativeAdam:
 
         Where lazy, `rows` [n] are the slices that have a gradient (some may be listed twice); the others' must be zero.
         """
-        grads = [
-            gradient.contiguous() for gradient in gradients
-        ]  # in the moments' layout; otherwise everything below is slower
+        # in the moments' layout; otherwise everything below is slower
+        grads = [gradient.contiguous() for gradient in gradients]
         self.count += 1
         if self.counts is None:
             self._step_all(grads, lr)
@@ -90,38 +89,29 @@ class RelativeAdam:
 
     def _by_slice(self, values: Tensor) -> list[Tensor]:
         """Shape a value per slice [K] as each parameter needs it: [K, 1, ..]."""
-        by_order: dict[int, Tensor] = {}
-        for parameter in self.parameters:
-            if parameter.ndim not in by_order:
-                by_order[parameter.ndim] = values.view(-1, *[1] * (parameter.ndim - 1))
+        by_order = {n: values.view(-1, *[1] * (n - 1)) for n in {parameter.ndim for parameter in self.parameters}}
         return [by_order[parameter.ndim] for parameter in self.parameters]
 
     @torch.no_grad()
     def forget(self, rows: Tensor) -> None:
         """Reset the moments of some slices [n] of every tensor's first axis, which have been set anew."""
-        for moments in (self.first, self.second):
-            for moment in moments:
-                moment[rows] = 0
+        for moment in (*self.first, *self.second):
+            moment[rows] = 0
         if self.counts is not None:
             self.counts[rows] = 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the state that a checkpoint needs: tensors, and json-able values."""
-        tensors = {f"first.{i}": t for i, t in enumerate(self.first)}
-        tensors |= {f"second.{i}": t for i, t in enumerate(self.second)}
-        tensors |= {f"scale.{i}": t for i, t in enumerate(self.scales)}
+        """Return the state that a checkpoint needs: tensors, the optimiser's own, and json-able values."""
+        kinds = {"first": self.first, "second": self.second, "scale": self.scales}
+        tensors = {f"{kind}.{i}": tensor for kind, each in kinds.items() for i, tensor in enumerate(each)}
         if self.counts is not None:
             tensors["counts"] = self.counts
         return tensors, {"count": self.count}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        for i in range(len(self.parameters)):
-            self.first[i].copy_(tensors[f"first.{i}"])
-            self.second[i].copy_(tensors[f"second.{i}"])
-            self.scales[i].copy_(tensors[f"scale.{i}"])
-        if self.counts is not None:
-            self.counts.copy_(tensors["counts"])
+        for name, own in self.state()[0].items():
+            own.copy_(tensors[name])
         self.count = values["count"]
 
 

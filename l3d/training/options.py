@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -20,9 +21,10 @@ Result = TypeVar("Result")
 
 def option(default: Any, values: str, least: int | None = None, **more: Any) -> Any:
     """Declare an option: its default, the values that --help shows, and the least value of a whole number."""
-    mutable = isinstance(default, dict)  # which a dataclass takes from a factory only
-    metadata = {"values": values, "least": least, "default": default if mutable else None, **more}
-    return field(default_factory=dict, metadata=metadata) if mutable else field(default=default, metadata=metadata)
+    metadata = {"values": values, "least": least, **more}
+    if isinstance(default, dict):  # which a dataclass takes from a factory only
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _check_whole(name: str, value: Any) -> None:
@@ -36,13 +38,10 @@ def explanations(group: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(group)).body
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}
-    name = ""
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            found[name] = " ".join(str(node.value.value).split())
-            name = ""
+    for declared in pairwise(definition.body):
+        match declared:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                found[name] = " ".join(str(text).split())
     return found
 
 
@@ -61,10 +60,10 @@ class Learning:
     smaller tensor allows."""
     k: float = option(0.1, "FRACTION")
     """Fraction of a batch's coefficients (samples × subnetworks) that is kept: above 0, at most 1."""
-    divergence: Literal["mse", "kl", "mse_published"] = option("mse", "mse|kl|mse_published")
+    divergence: Literal["mse", "kl", "mse_published"] = option("mse", "mse|kl|mse_published|python:MODULE:FUNCTION")
     """What is differentiated. mse: for regression; kl: for classifiers and language models; mse_published: the
-    divergence of the published toy code, whose gradient is not the MSE's (compare no errors across them). In
-    Python also a function of (output [S, ...], reference [S, ...]) that returns [S]."""
+    divergence of the published toy code, whose gradient is not the MSE's (compare no errors across them);
+    or a function of (output [S, ...], reference [S, ...]) that returns [S], on the command line by its name."""
     reference: Literal["sample", "mean", "uniform", "pair"] = option("sample", "sample|mean|uniform|pair")
     """The output that each output is compared with: another random sample's, the batch's mean, the uniform one, or that
     of the row's own partner (data that yield pairs). In Python also a tensor: one output for all samples."""
@@ -226,21 +225,12 @@ class Preset:
     """When dead subnetworks are restarted and redundant ones replaced."""
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "default": Preset("default", 0.1, relative_lr=True, schedule="cosine", rest=True, warm_start="anneal"),
-        "published": Preset(
-            "published",
-            0.01,
-            relative_lr=False,
-            schedule="step",
-            rest=False,
-            warm_start="hold",
-            epochs=1000,
-            replacement=Replacement(enabled=False),
-        ),
-    }
+_OFF = Replacement(enabled=False)
+_DEFAULT = Preset("default", 0.1, relative_lr=True, schedule="cosine", rest=True, warm_start="anneal")
+_PUBLISHED = Preset(
+    "published", 0.01, relative_lr=False, schedule="step", rest=False, warm_start="hold", epochs=1000, replacement=_OFF
 )
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (_DEFAULT, _PUBLISHED)})
 
 
 def documented(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -288,11 +278,8 @@ def _regroup(old: dict[str, Any], kwargs: dict[str, Any]) -> None:
     for name, value in old.items():
         new = _OLDER[name].partition("=")[0]
         given = kwargs.get(new)
-        if (
-            value
-            and given is not None
-            and (new in ("existing", "memory", "gradients") or isinstance(given, GradientCache))
-        ):
+        is_group = new in ("existing", "memory", "gradients") or isinstance(given, GradientCache)
+        if value and given is not None and is_group:
             raise ValueError(f"{name}: {new} is given too; use {new} alone")
     if old.get("progress") is False and kwargs.get("callbacks") is None:
         kwargs["callbacks"] = []
@@ -301,9 +288,7 @@ def _regroup(old: dict[str, Any], kwargs: dict[str, Any]) -> None:
     for name in ("overwrite", "resume"):
         if old.get(name):
             kwargs["existing"] = name
-    cache = {
-        new: old[name] for name, new in (("cache_reads", "reads"), ("n_references", "n_references")) if name in old
-    }
+    cache = {name.removeprefix("cache_"): old[name] for name in ("cache_reads", "n_references") if name in old}
     if cache:
         kwargs["cache"] = GradientCache(kwargs.get("cache"), **cache)
     memory = {name: old[name] for name in ("micro_batch_size", "recompute") if name in old}

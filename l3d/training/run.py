@@ -71,13 +71,13 @@ class Run:
         self.group = ProcessGroup.current()
         n_subnetworks = settings.n_subnetworks
         if self.group is not None and (n_restarts > 1 or n_subnetworks < self.group.size):
-            reason = (
-                "n_restarts: expected 1" if n_restarts > 1 else f"n_subnetworks: expected at least {self.group.size}"
-            )
-            raise ValueError(f"{reason} with {self.group.size} processes, which share the subnetworks of one run")
+            size = self.group.size
+            reason = "n_restarts: expected 1" if n_restarts > 1 else f"n_subnetworks: expected at least {size}"
+            raise ValueError(f"{reason} with {size} processes, which share the subnetworks of one run")
         if settings.gradients.shuffle and (self.group is not None or self.micro_batch_size is not None):
             raise ValueError("shuffle: a batch is shuffled whole; leave out micro_batch_size, and run in one process")
         self.columns = None if self.group is None else self.group.share(n_subnetworks)  # this process's subnetworks
+        self._first_column = 0 if self.columns is None else self.columns.start
         self.cache: Cache | None = None
         self.batches = Batches(data, settings.batch_size, settings.seed)
         self.ahead: Ahead | None = None
@@ -90,13 +90,12 @@ class Run:
         self._settle_rank()
         self.decomposition = self._start(build)
         self.decomposition.base_model = identity(extractor.model, extractor.parameters)
-        self.optimizer = RelativeAdam(
-            self.decomposition.parameters(), settings.relative_lr, n_restarts, lazy=settings.rest
-        )
+        parameters = self.decomposition.parameters()
+        self.optimizer = RelativeAdam(parameters, settings.relative_lr, n_restarts, lazy=settings.rest)
         if self.group is not None and settings.relative_lr:
             self.optimizer.scales = self.group.root_mean_squares(self.optimizer.parameters)
         plan = Plan(settings.backend, n_restarts)
-        self.stepper = Stepper(self.decomposition, self.optimizer, plan, self.group, self._first_column())
+        self.stepper = Stepper(self.decomposition, self.optimizer, plan, self.group, self._first_column)
 
     def _settle_rank(self) -> None:
         """Choose the ranks where the settings leave them open."""
@@ -112,12 +111,9 @@ class Run:
     def _start(self, build: type[Subnetworks]) -> Subnetworks:
         """Draw every restart's directions, and lay them side by side."""
         settings, shapes = self.settings, {name: p.shape for name, p in self.extractor.parameters.items()}
-        restarts = []
-        for i in range(self.n_restarts):
-            start = torch.Generator().manual_seed(mix(settings.seed + i, 1))
-            restarts.append(
-                build(shapes, settings.n_subnetworks, settings.rank, settings.as_dict(), start, self.columns)
-            )
+        starts = [torch.Generator().manual_seed(mix(settings.seed + i, 1)) for i in range(self.n_restarts)]
+        own = settings.as_dict()
+        restarts = [build(shapes, settings.n_subnetworks, settings.rank, own, start, self.columns) for start in starts]
         dtype = dtype_of_sums(settings.dtype, self.extractor.parameters)
         return build.side_by_side(restarts).to(self.device, dtype)
 
@@ -147,10 +143,8 @@ class Run:
         assert cache.folder is not None
         own = contents(self.extractor.model, self.extractor, self.batches.data, self.settings, cache.n_references)
         assert self.batches.per_epoch is not None
-        n_steps, seconds = (
-            cache.n_references * self.batches.per_epoch,
-            None if self.ahead is None else self.ahead.seconds,
-        )
+        n_steps = cache.n_references * self.batches.per_epoch
+        seconds = None if self.ahead is None else self.ahead.seconds
         self.cache = Cache(cache.folder, own, n_steps, self.extract, cache.reads, self.group, seconds)
 
     def gradients(self, step: int) -> Gradients | Chunks:
@@ -217,13 +211,12 @@ class Run:
     def take_step(self, gradients: Gradients | Chunks) -> StepResult | None:
         """Take one step on a batch's gradients; None, and no step, where all of them are zero."""
         k, lr = self.settings.kept_fraction(self.step), self.settings.learning_rate(self.step)
+        result: StepResult | None = None
         try:
             result = self.stepper.step(gradients, k, lr)
-        except NothingToLearnError:
+        except NothingToLearnError:  # inactive units for a whole batch, or rows that are all the same
             if self.step == 0:  # most likely all other batches are like it
                 raise
-            self.step += 1  # inactive units for a whole batch, or rows that are all the same: the batch says nothing
-            return None
         self.step += 1
         return result
 
@@ -245,11 +238,12 @@ class Run:
             if len(columns):
                 samples = draw_samples(residual[:, restart], len(columns), generator)
                 sides = (self.decomposition.encoder, self.decomposition.decoder)
-                set_from_samples(sides, columns - self._first_column(), gradients, samples, generator)
-        own = dead - self._first_column()
+                set_from_samples(sides, columns - self._first_column, gradients, samples, generator)
+        own = dead - self._first_column
         self.optimizer.forget(own[(own >= 0) & (own < self.decomposition.n_subnetworks)])
         self.recorder.revived(step, dead)
 
+    @torch.no_grad()
     def replace_redundant(self, gradients: Gradients | Chunks) -> None:
         """Every so often, replace redundant subnetworks by directions learned from the residual gradients.
 
@@ -266,13 +260,11 @@ class Run:
         part = self.decomposition.part(0, self.n_restarts)  # one for all restarts: to make it takes a millisecond
         for restart in self.probe.turn(step, self.n_restarts):
             first = restart * settings.n_subnetworks
-            with torch.no_grad():
-                for own, whole in zip(part.parameters(), self.decomposition.parameters(), strict=True):
-                    own.copy_(whole[first : first + settings.n_subnetworks])
+            for own, whole in zip(part.parameters(), self.decomposition.parameters(), strict=True):
+                own.copy_(whole[first : first + settings.n_subnetworks])
             changed = first + exchange(samples, part, settings.k, self._generator(step, 8), how)
-            with torch.no_grad():
-                for whole, own in zip(self.decomposition.parameters(), part.parameters(), strict=True):
-                    whole[changed] = own[changed - first]
+            for own, whole in zip(part.parameters(), self.decomposition.parameters(), strict=True):
+                whole[changed] = own[changed - first]
             self.optimizer.forget(changed)
             self.recorder.revived(step, changed)
 
@@ -281,10 +273,6 @@ class Run:
         if self.probe is not None:
             for step in self.probe.missed(self.step):
                 self.probe.batches.append(self.gradients(step))
-
-    def _first_column(self) -> int:
-        """Return which of all subnetworks is this process's first."""
-        return 0 if self.columns is None else self.columns.start
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -53,9 +53,7 @@ class Settings:
         """Return the fraction of coefficients kept at a step: 1 at first, `k` from step `warm_start` on."""
         if step >= self.warm_start:
             return self.k
-        if self.warm_shape == "hold":
-            return 1.0
-        return self.k ** (step / self.warm_start)
+        return 1.0 if self.warm_shape == "hold" else self.k ** (step / self.warm_start)
 
     def replaces(self, step: int, every: int) -> bool:
         """Tell whether subnetworks are restarted or replaced after so many steps, where it is done so often."""
@@ -68,10 +66,8 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
 
     Raises ValueError naming the argument that is out of range.
     """
-    defaults: dict[str, Any] = {
-        each.name: each.default for group in (Learning, Training, Machine) for each in fields(group)
-    }
-    given = defaults | {"gradients": None} | dict(chosen)
+    defaults = {each.name: each.default for group in (Learning, Training, Machine) for each in fields(group)}
+    given: dict[str, Any] = {**defaults, "gradients": None, **chosen}
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     preset = plain["preset"]
     if not isinstance(preset, Preset):
@@ -82,11 +78,9 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
     if not isinstance(plain["seed"], int):
         raise ValueError(f"seed: expected a whole number, got {plain['seed']!r}")
     steps, warm_start, lr = plain["steps"], plain["warm_start"], plain["lr"]
-    if steps is None:
-        steps = 2000
-        if preset.epochs is not None and n_rows is not None:
-            steps = preset.epochs * batches_per_epoch(n_rows, batch_size)
-    steps = check_whole("steps", steps)
+    if steps is None and preset.epochs is not None and n_rows is not None:
+        steps = preset.epochs * batches_per_epoch(n_rows, batch_size)
+    steps = check_whole("steps", 2000 if steps is None else steps)
     warm_start = steps // 10 if warm_start is None else warm_start
     if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
         raise ValueError(f"warm_start: expected a number of steps in [0, {steps}], got {warm_start!r}")
@@ -96,26 +90,21 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
     dtype, gradients = plain["dtype"], plain["gradients"]
     if not (gradients is None or isinstance(gradients, GradientOptions)):
         raise ValueError(f"gradients: expected l3d.GradientOptions, got {gradients!r}")
+    same = {name: plain[name] for name in ("rank", "params", "positions", "seed", "backend")}
+    recipe = {name: getattr(preset, name) for name in ("schedule", "relative_lr", "rest", "replacement")}
     return Settings(
+        **same,
+        **recipe,
         n_subnetworks=n_subnetworks,
         k=check_fraction("k", plain["k"]),
         divergence=plain["divergence"] if isinstance(plain["divergence"], str) else "callable",
         reference=plain["reference"] if isinstance(plain["reference"], str) else "tensor",
-        rank=plain["rank"],
-        params=plain["params"],
-        positions=plain["positions"],
-        seed=plain["seed"],
-        backend=plain["backend"],
         preset=preset.name,
         steps=steps,
         batch_size=batch_size,
         lr=float(lr),
-        schedule=preset.schedule,
-        relative_lr=preset.relative_lr,
-        rest=preset.rest,
         warm_start=warm_start,
         warm_shape=preset.warm_start,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         gradients=gradients or GradientOptions(),
-        replacement=preset.replacement,
     )

@@ -7,7 +7,7 @@ proportional to a weight, as k-means++ draws its centres.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
 from l3d.decomposition.low_rank import padded, singular, truncated
@@ -18,7 +18,7 @@ NOISE = 0.1  # share of random entries mixed in: a factor of zeros has no gradie
 
 
 @torch.no_grad()
-def draw_samples(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def draw_samples(weights: Tensor, n: int, generator: Generator) -> Tensor:
     """Draw n samples with probability proportional to weights [S]: [n] int64, without replacement while there are any.
 
     Negative and non-finite weights count as zero; if all are zero, every sample is equally likely.
@@ -28,20 +28,14 @@ def draw_samples(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
     weights = weights.detach().double().cpu().nan_to_num(0, 0, 0).clamp_min(0)
     if not weights.any():
         weights = torch.ones_like(weights)
-    chosen: list[Tensor] = []
     available = int((weights > 0).sum())
-    for start in range(0, n, available):
-        chosen.append(torch.multinomial(weights, min(available, n - start), generator=generator))
-    return torch.cat(chosen)
+    counts = [min(available, n - start) for start in range(0, n, available)]
+    return torch.cat([torch.multinomial(weights, count, generator=generator) for count in counts])
 
 
 @torch.no_grad()
 def set_from_samples(
-    sides: Sequence[Directions],
-    columns: Tensor,
-    gradients: Gradients | Chunks,
-    samples: Tensor,
-    generator: torch.Generator,
+    sides: Sequence[Directions], columns: Tensor, gradients: Gradients | Chunks, samples: Tensor, generator: Generator
 ) -> None:
     """Set directions `columns` [n] of all sides, alike, to the low-rank parts of the gradients of `samples` [n].
 

@@ -55,13 +55,8 @@ class Stepper:
         group: ProcessGroup | None = None,
         first: int = 0,
     ) -> None:
-        self.decomposition, self.optimizer, self.plan, self.group, self.first = (
-            decomposition,
-            optimizer,
-            plan,
-            group,
-            first,
-        )
+        self.decomposition, self.optimizer, self.plan = decomposition, optimizer, plan
+        self.group, self.first = group, first
         self.may_use_numpy = has_pairs_only(decomposition.encoder)
         self._small: SmallSteps | None = None  # made at the first small batch
 

@@ -6,6 +6,8 @@ selection by numpy (ten times as fast as torch on a CPU) and hand-written backwa
 Any floating dtype and any device are taken, and nothing imports triton. Read `projection` first.
 """
 
+# ruff: noqa: F401 (the ops by their names, as in `l3d_kernels.reference`)
+
 from l3d_kernels.cpu.decoding import softmax_mean, sparse_decode
 from l3d_kernels.cpu.energy import (
     energy_by_tiles,
@@ -25,26 +27,3 @@ from l3d_kernels.cpu.selection import (
     largest_of_array,
     project_topk,
 )
-
-__all__ = [
-    "batch_topk",
-    "batch_topk_over_columns",
-    "batch_topk_over_ranks",
-    "energy_by_tiles",
-    "energy_from_gram",
-    "gram",
-    "gram_energy",
-    "gram_energy_coactive",
-    "largest",
-    "largest_of_array",
-    "project",
-    "project_at",
-    "project_dense",
-    "project_tiled",
-    "project_topk",
-    "reconstruct",
-    "softmax_mean",
-    "sparse_decode",
-    "squared_gradient_norm",
-    "squared_residual_norm",
-]

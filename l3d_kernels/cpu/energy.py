@@ -115,8 +115,7 @@ class _EnergyByTiles(torch.autograd.Function):
                 d_coefficients.addmm_(d_tile, v.flatten(1).mT)
                 yield piece, (coefficients.mT @ d_tile).view_as(v)
 
-        factors = to_factors(d_v(), left, right)
-        return d_coefficients, *factors
+        return d_coefficients, *to_factors(d_v(), left, right)
 
 
 def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
@@ -132,8 +131,7 @@ def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) 
     chunks = []
     for piece in pieces(n_samples, per_sample):
         valid = slot < counts[piece, None]  # [s, m]
-        entries = kept.row_offsets[:-1][piece, None] + slot * valid
-        entries = entries.clamp_max(kept.rows.numel() - 1)
+        entries = (kept.row_offsets[:-1][piece, None] + slot * valid).clamp_max(kept.rows.numel() - 1)
         values = torch.where(valid, kept.values[entries], 0)  # [s, m]
         columns = kept.columns[entries]
         # The left factor carries the coefficient, so that padding contributes exact zeros.

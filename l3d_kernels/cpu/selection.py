@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l3d_kernels.cpu.projection import project, project_at
-from l3d_kernels.sparse import SparseCoefficients, from_arrays, sparse_coefficients
+from l3d_kernels.sparse import SparseCoefficients, from_arrays, kept_where, sparse_coefficients
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by an element's bytes
 
@@ -120,12 +120,9 @@ def batch_topk_over_ranks(
     if n == 0:
         return batch_topk(coefficients, 0)
     key, bits, surplus = radix_threshold(coefficients, n, total)
-    key = key.flatten()
-    tied = key == bits
-    rank = earlier(tied.sum()) + tied.cumsum(0)
-    index = ((key > bits) | (tied & (rank <= surplus))).nonzero()[:, 0]
-    rows = torch.div(index, coefficients.shape[1], rounding_mode="floor")
-    return _kept_at(coefficients, rows, index - rows * coefficients.shape[1], bits)
+    tied = key == bits  # [S, K]
+    rank = earlier(tied.sum()) + tied.flatten().cumsum(0).view_as(tied)
+    return _kept_where((key > bits) | (tied & (rank <= surplus)), coefficients, bits)
 
 
 def batch_topk_over_columns(
@@ -139,16 +136,14 @@ def batch_topk_over_columns(
     counts = gather(tied.sum(1))  # [ranks, S]
     before = counts.sum(0).cumsum(0) - counts[rank:].sum(0)  # ties in rows above, and in this row on lower ranks
     kept = (key > bits) | (tied & (before[:, None] + tied.cumsum(1) <= surplus))
-    rows, columns = kept.nonzero(as_tuple=True)
-    return _kept_at(coefficients, rows, columns, bits)
+    return _kept_where(kept, coefficients, bits)
 
 
-def _kept_at(coefficients: Tensor, rows: Tensor, columns: Tensor, bits: int) -> SparseCoefficients:
-    """Return the entries at (rows, columns); `bits` is the threshold's magnitude as an integer."""
-    shape = (coefficients.shape[0], coefficients.shape[1])
+def _kept_where(mask: Tensor, coefficients: Tensor, bits: int) -> SparseCoefficients:
+    """Return the entries where `mask` is true; `bits` is the threshold's magnitude as an integer."""
     integer = INTEGERS[coefficients.element_size()]
     threshold = torch.tensor(bits, device=coefficients.device).to(integer).view(coefficients.dtype)
-    return sparse_coefficients(coefficients[rows, columns], rows, columns, threshold, shape)
+    return kept_where(mask, coefficients, threshold)
 
 
 def radix_threshold(coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, int, int]:

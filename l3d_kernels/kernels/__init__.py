@@ -8,41 +8,19 @@ kernel and `project.project` for how an op is put together.
 from l3d_kernels import registry
 from l3d_kernels.kernels.decode import softmax_mean, sparse_decode, sparse_decode_weight
 from l3d_kernels.kernels.energy import gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm
-from l3d_kernels.kernels.project import (
-    at,
-    at_backward,
-    backward,
-    chunked,
-    dense,
-    fused,
-    project,  # noqa: F401 (chooses between chunked and fused)
-    tiled,  # noqa: F401 (launches dense's kernel)
-    topk,
-)
-from l3d_kernels.kernels.shared import device, path_table, segment_sum
+from l3d_kernels.kernels.project import at, at_backward, backward, chunked, dense, fused, project, tiled, topk
+from l3d_kernels.kernels.shared import segment_sum
 from l3d_kernels.kernels.topk import batch_topk
 
+PROJECTIONS = (project.project, tiled.project_tiled, at.project_at, dense.project_dense, topk.project_topk)
+SELECTIONS = (batch_topk.batch_topk, batch_topk.batch_topk_over_ranks)
+ENERGIES = (gram.gram, gram_energy.gram_energy, gram_energy.gram_energy_coactive)
+NORMS = (squared_gradient_norm.squared_gradient_norm, reconstruct.squared_residual_norm, reconstruct.reconstruct)
+DECODERS = (sparse_decode.sparse_decode, softmax_mean.softmax_mean)
+for op in (*PROJECTIONS, *SELECTIONS, *ENERGIES, *NORMS, *DECODERS):
+    registry.TRITON[op.__name__] = op
+
 # Each has compile_cases(kind): what the ahead-of-time test compiles.
-MODULES = (
-    batch_topk,
-    gram,
-    gram_energy,
-    gram_energy_backward,
-    at,
-    at_backward,
-    backward,
-    chunked,
-    dense,
-    fused,
-    topk,
-    reconstruct,
-    segment_sum,
-    softmax_mean,
-    sparse_decode,
-    sparse_decode_weight,
-    squared_gradient_norm,
-)
-
-registry.register(registry.Kernels(bool(device.INTERPRETED.value), path_table.torch_is_faster))
-
-__all__ = ["MODULES"]
+PROJECT = (at, at_backward, backward, chunked, dense, fused, topk)
+ENERGY = (gram, gram_energy, gram_energy_backward, reconstruct, squared_gradient_norm)
+MODULES = (batch_topk, *ENERGY, *PROJECT, segment_sum, softmax_mean, sparse_decode, sparse_decode_weight)

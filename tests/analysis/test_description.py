@@ -13,6 +13,8 @@ from l3d.analysis.description import N_MOVED, N_REFERENCES, N_SHOWN, default_row
 from l3d.analysis.view import View
 from l3d.analysis.words import N_ENTRIES
 from l3d.api import Decomposition
+from l3d.gradients.divergence import kl
+from l3d.report.table import make_table
 
 from helpers import assert_relative
 from small_models import Classifier, OneWay, Tiny
@@ -89,6 +91,52 @@ def test_positions_that_were_drawn_in_training_are_all_described(texts: Tensor) 
     last = l3d.describe(untrained(model, positions="last"), model, texts)
     assert {top["position"] for seen in last["subnetworks"] for top in seen["top"]} == {6}
     assert last["n_samples"] == 10
+
+
+class TokenClassifier(nn.Module):
+    """Maps rows of tokens [B, T] to classes [B, 3], so that a row is one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens).tanh().mean(1))
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+def test_a_row_of_tokens_that_is_one_sample_has_no_mark_and_names_classes(texts: Tensor, divergence: str) -> None:
+    """Entries of its output are classes, or outputs, never tokens; a language model's are tokens."""
+    torch.manual_seed(0)
+    model = TokenClassifier().eval()
+    view = View(tokens=lambda ids: [f"t{i}" for i in ids], classes=["bad", "so", "good"])
+    found = l3d.describe(untrained(model, divergence=divergence), model, texts, view=view)
+    assert (found["kind"], found["entries"]) == ("text", {"kl": "classes", "mse": "outputs"}[divergence])
+    assert set(found["classes"].values()) <= {"bad", "so", "good"}
+    assert set(found["tokens"]) == {
+        str(i) for seen in found["subnetworks"] for top in seen["top"] for i in top["tokens"]
+    }
+    for top in found["subnetworks"][0]["top"]:
+        assert "position" not in top
+        assert top["tokens"] == texts[top["row"]].tolist()
+    table = make_table(untrained(model), None, found)
+    assert table.acts == "acts on rows of"
+    named = {name for row in table.rows for name in (*row.acts, *row.raised, *row.lowered)}
+    assert named
+    assert named <= {"bad", "so", "good"}
+    assert l3d.describe(untrained(Tiny()), Tiny().eval(), texts)["entries"] == "tokens"
+
+
+def test_a_divergence_that_is_not_saved_is_passed_again(texts: Tensor) -> None:
+    """A callable's positions are samples too, so the entries are tokens."""
+    model = Tiny().eval()
+    d = untrained(model, divergence="mine")
+    with pytest.raises(ValueError, match="pass divergence="):
+        l3d.describe(d, model, texts)
+    found = l3d.describe(d, model, texts, divergence=kl)
+    assert (found["entries"], found["moved"]) == ("tokens", "probability")
+    found = l3d.describe(d, model, texts, divergence=lambda f, y: (f - y).square().sum(-1), reference="mean")
+    assert (found["entries"], found["moved"], found["n_samples"]) == ("tokens", "output", 70)
 
 
 class Labelled(Dataset):

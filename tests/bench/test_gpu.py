@@ -27,7 +27,7 @@ from l3d_kernels.kernels.project import project  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-ODD = SMALL[0][0]
+ODD = SMALL[0][0]._replace(S=10)  # of as many coefficients as are drawn once
 BLOCK = StepSizes("block", width=16, heads=2, vocabulary=11, K=6, R=2, kept=0.2, B=3, T=4)
 TINY = Sizes("tiny", S=6, B=2, T=3, I=5, O=7, K=4, R=2, kept=0.4, A=3, k=2, L=9, D=11)
 
@@ -37,16 +37,20 @@ def inputs_of(name: str, sizes: Sizes = TINY, dtype: torch.dtype = torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    """Exit status 0, one line, no file, with and without arguments."""
-    out = tmp_path / "results.json"
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 0, one line, no file, with and without arguments; by the command line too."""
     before = sorted((ROOT / "bench").rglob("*.json"))
-    for arguments in ([], ["--small"], ["--out", str(out)]):
-        command = [sys.executable, "-m", "bench.gpu", *arguments]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert (run.returncode, run.stderr) == (0, "")
-        assert "no GPU" in run.stdout
-        assert len(run.stdout.splitlines()) == 1
+    run = subprocess.run([sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    shown = [run.stdout]
+    for arguments in ([], ["--small"], ["--out", str(tmp_path / "results.json")]):
+        assert program.main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        shown.append(out)
+    for each in shown:
+        assert "no GPU" in each
+        assert len(each.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     assert sorted((ROOT / "bench").rglob("*.json")) == before
 
@@ -254,15 +258,25 @@ def test_wide_gradients_are_of_fewer_samples() -> None:
 # --- whole steps ------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_goes_through_everything_and_writes_nothing(tmp_path: Path) -> None:
-    """Checks, timings, steps, rows of paths and tables, on a CPU in the interpreter; it must be asked for."""
+def test_a_dry_run_goes_through_everything_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checks, timings, steps, rows of paths and tables, on a CPU in the interpreter; it must be asked for.
+
+    Two draws a check and the fewest repetitions for a figure, for time.
+    """
     before = sorted((ROOT / "bench").rglob("*.json"))
-    command = [sys.executable, "-m", "bench.gpu", "--dry", "--out", str(tmp_path / "results.json")]
-    plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    refused = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 2
-    assert "set TRITON_INTERPRET=1" in refused.stderr
-    own = plain | {"TRITON_INTERPRET": "1"}
+    arguments = ["--dry", "--out", str(tmp_path / "results.json")]
+    with monkeypatch.context() as without:
+        without.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            program.main(arguments)
+    assert stopped.value.code == 2
+    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
+    short = "from bench.gpu import __main__ as program, checks, measure; checks.DRAWS = 2"
+    short += "; measure.median_seconds.__defaults__ = (0.0,)"
+    command = [sys.executable, "-c", f"import sys; {short}; sys.exit(program.main({arguments}))"]
+    own = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import l3d
-from l3d.cli import commands
+from l3d.cli import job
 from l3d.cli.main import main
 from l3d.studies import recovery_suite as suite
 
@@ -55,6 +55,22 @@ def batches():
 
 def texts_model():
     return torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
+
+
+def named_model():
+    import l3d
+
+    layers = model()
+    layers.view = l3d.View(classes=["dark", "light"])
+    return layers
+
+
+def far(output, reference):
+    return (output - reference).abs().sum(-1)
+
+
+def alone(output):
+    return output.sum(-1)
 
 
 def ragged():
@@ -125,13 +141,13 @@ def test_a_cache_is_found_from_anywhere(user: list[str], tmp_path: Path) -> None
 def test_a_runs_configuration_repeats_it(tmp_path: Path) -> None:
     """config.yaml gives the same figures again, and what stands after it on the command line overrides it."""
     first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
-    assert main(["toy", "tms", "--steps", "40", "--k", ".2", "--seed", "3", "--out", first]) == 0
+    assert main(["toy", "tms", "--steps", "40", "--k", ".2", "--seed", "1", "--out", first]) == 0
     config = yaml.safe_load(Path(first, "config.yaml").read_text())
     assert (config["name"], config["steps"], config["k"], config["seed"], config["rank"]) == (
         "tms",
         40,
         0.2,
-        3,
+        1,
         1,
     )
     assert main(["toy", "--config", f"{first}/config.yaml", "--out", second]) == 0
@@ -170,6 +186,38 @@ def test_batches_of_the_users_own(user: list[str], capsys: pytest.CaptureFixture
     assert read("run")["n_rows"] is None
 
 
+def test_a_divergence_of_the_users_own(user: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named as a model is, and loaded again by every command; one of other arguments is refused in a line."""
+    module = next(Path().glob("user_*.py")).stem
+    own = [*user, "--divergence", f"python:{module}:far", "--k", ".5"]
+    assert main([*own, "--dry_run"]) == 0
+    assert "one backward call per sample" not in capsys.readouterr().out
+    assert main([*own, "--held_out", "20", "--checkpoint_every", "10", "--out", "run"]) == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["divergence"] == f"python:{module}:far"
+    assert l3d.load("run").settings["divergence"] == "callable"
+    assert "no descriptions" not in capsys.readouterr().err
+    before = read("run")
+    assert main(["evaluate", "run"]) == 0
+    assert read("run")["error"] == before["error"]
+    assert main(["intervene", "run", "--rows", "40", "--samples", "8", "--control", "run"]) == 0
+    assert main(["resume", "run"]) == 0
+    assert read("run")["held_out_error"] == before["held_out_error"]
+    capsys.readouterr()
+    line = refusal(capsys, [*user, "--divergence", f"python:{module}:alone", "--out", "other"])
+    assert line == "divergence: expected a function of (output, reference): too many positional arguments"
+    assert "has no 'missing'" in refusal(capsys, [*user, "--divergence", f"python:{module}:missing", "--out", "other"])
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("held_out", ["0", "20"])
+def test_names_come_from_the_models_own_view(user: list[str], held_out: str) -> None:
+    """An attribute `view` of a model that is made in Python names the outputs, as for a report from Python."""
+    named = [each.replace(":model", ":named_model") for each in user]
+    assert main([*named, "--divergence", "kl", "--held_out", held_out, "--out", "run"]) == 0
+    found = json.loads(Path("run/subnetworks.json").read_text())
+    assert set(found["classes"].values()) == {"dark", "light"}
+
+
 def test_rows_that_cannot_be_shown_together_leave_the_figures(
     user: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,9 +237,9 @@ def test_of_several_processes_the_first_copies_a_run(user: list[str], monkeypatc
     Path("copy").mkdir()
     Path("copy", "config.yaml").touch()
     with pytest.raises(ValueError, match="--out: copy exists"):
-        commands.find_run({"run": "run", "out": "copy"})
+        job.find_run({"run": "run", "out": "copy"})
     monkeypatch.setenv("RANK", "1")
-    assert commands.find_run({"run": "run", "out": "copy"}) == (Path("run"), Path("copy"))
+    assert job.find_run({"run": "run", "out": "copy"}) == (Path("run"), Path("copy"))
 
 
 def test_evaluate_repeats_the_runs_figures(user: list[str], tmp_path: Path) -> None:
@@ -433,7 +481,7 @@ def test_other_weights_are_refused_by_interventions_unless_asked_for(
     module.write_text(module.read_text().replace("manual_seed(0)", "manual_seed(9)", 1))
     sys.modules.pop(module.stem)
     measure = ["intervene", "run", "--rows", "60", "--samples", "8"]
-    assert "are not the weights of" in refusal(capsys, measure)
+    assert "that were decomposed; pass --any_weights to use them anyway" in refusal(capsys, measure)
     assert main([*measure, "--any_weights"]) == 0
 
 
@@ -501,7 +549,10 @@ def test_toy_all_writes_the_table_here_and_into_a_readme(
     assert written["arguments"] == {"steps": 20}
     assert len(written["results"]["columns"]["error"]) == 2
     assert len(set(written["results"]["columns"]["error"])) == 2
-    assert refusal(capsys, command) == f"--out: {tmp_path / 'all'} exists and is not an empty folder"
+    assert (
+        refusal(capsys, command)
+        == f"--out: {tmp_path / 'all'} exists and is not an empty folder; choose another, or pass --overwrite"
+    )
     assert main([*command[:3], "1", *command[4:], "--overwrite"]) == 0
     assert json.loads((tmp_path / "all" / "results.json").read_text(encoding="utf-8"))["seeds"] == [3]
 

@@ -59,7 +59,8 @@ def test_the_command_writes_nothing(
 ) -> None:
     """Either spelling prints what the run would take and leaves no file, the run folder's and the cache's included."""
     program = (
-        "import torch\ndef model():\n    return torch.nn.Linear(4, 3)\ndef data():\n    return torch.randn(40, 4)\n"
+        "import torch\ndef model():\n    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU())\n"
+        "def data():\n    return torch.randn(40, 4)\n"
     )
     name = f"user{len(spelled)}{spelled.count('_')}"
     (tmp_path / f"{name}.py").write_text(program)
@@ -70,7 +71,14 @@ def test_the_command_writes_nothing(
         main(["decompose", *sources, "--n_subnetworks", "4", "--out", "run", "--cache.folder", "cache", spelled]) == 0
     )
     printed = capsys.readouterr().out
-    for words in ("weight", "3×4", "peak memory, predicted", "a step while all is kept", "the whole run"):
+    for words in (
+        "weight",
+        "3×4",
+        "peak memory, predicted",
+        "a step while all is kept",
+        "the whole run",
+        "for 1.weight at Prelu",
+    ):
         assert words in printed
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.py"]
 

@@ -59,7 +59,10 @@ print(sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)))
         (["toy", "nothing"], "expected one of tms"),
         (["toy", "tms", "--steps", "many"], "--steps: expected a whole number above 0, got many"),
         (["toy", "tms", "--k", "0"], "--k: expected a number above 0, got 0"),
-        (["toy", "tms", "--divergence", "l2"], "--divergence: expected mse|kl|mse_published, got l2"),
+        (
+            ["toy", "tms", "--divergence", "l2"],
+            "--divergence: expected mse|kl|mse_published|python:MODULE:FUNCTION, got l2",
+        ),
         (["toy", "tms", "--rank", "{a: 0}"], "--rank: expected R|auto|{GLOB:R}|{GLOB:[R,R]}, got {'a': 0}"),
         (["toy", "tms", "--config", "nothing.yaml"], "--config: File does not exist"),
         (["toy", "--config", "unknown.yaml"], "does not accept option 'stepz'"),

@@ -223,3 +223,12 @@ def test_mix_depends_on_every_number_and_its_place() -> None:
     for seed in seeds:
         torch.Generator().manual_seed(seed)
     assert mix(0) == 0xE220A8397B1DCDAF % 2**63  # splitmix64's first output for seed 0, as published
+
+
+def test_a_tuple_of_two_tensors_says_how_to_pass_pairs_or_batches() -> None:
+    """(x, labels) looks like two batches; as a list, or where the lengths differ, it is."""
+    x, labels = torch.randn(6, 2), torch.zeros(6)
+    for read in (count_rows, lambda data: Batches(data, 4, seed=0), lambda data: list(in_order(data, 4))):
+        with pytest.raises(ValueError, match=r"data: a tuple of two tensors .*TensorDataset\(x, y\) for rows that are"):
+            read((x, labels))
+    assert len(list(in_order([x, x], 4))) == len(list(in_order((x, x[:4]), 4))) == 2

@@ -53,7 +53,7 @@ def start(n: int, command: list[str], folder: Path) -> list[subprocess.Popen[str
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
-    """Over 50 steps every step keeps the same entries; losses, directions and thresholds agree; so do resumed runs."""
+    """Over 24 steps every step keeps the same entries; losses, directions and thresholds agree; so do resumed runs."""
     names = NAMES if n == 2 else NAMES[:1]
     with process_worker.interrupted_at(10):
         process_worker.run("interrupted", tmp_path, out=tmp_path / "begun by one")

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,8 @@ import torch
 import l3d
 from bench.steps import MARKS, table
 from l3d.cli.main import main
+from l3d.gradients import explain, rules
+from l3d.studies.paper import NAMES
 from l3d.studies.recovery_suite import to_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +43,10 @@ class Block(NamedTuple):
 
 def blocks_of(page: str) -> list[Block]:
     text = PAGES[page].read_text(encoding="utf-8")
-    return [Block(page, kind, body) for kind, body in re.findall(r"^ *```(\w[\w -]*)\n(.*?)^ *```", text, re.S | re.M)]
+    return [
+        Block(page, kind, dedent(body))
+        for kind, body in re.findall(r"^ *```(\w[\w -]*)\n(.*?)^ *```", text, re.S | re.M)
+    ]
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -110,6 +116,24 @@ def test_choosing() -> None:
     assert space["scored"].error < 0.14
 
 
+def test_reports_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has cards with the classes' names, and the columns of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    python_of("guides/report")
+    page = Path("runs/small/report.html").read_text(encoding="utf-8")
+    assert all(word in page for word in ("How often each subnetwork is used", "norm of layer 1", '"dog"'))
+
+
+def test_rules_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's rule agrees with autograd, and explain names it."""
+    own = dict(rules.RULES)
+    monkeypatch.setattr(rules, "RULES", own)
+    monkeypatch.setattr(explain, "RULES", own)
+    space = python_of("guides/models")
+    found = l3d.explain(space["model"], space["x"])
+    assert [use.rule for use in found.uses] == ["matrix", "matrix_bias", "prelu"]
+
+
 def test_operations_by_themselves() -> None:
     """The page of the method calls the kernels' operations with the shapes that it names."""
     space = python_of("how/method")
@@ -119,7 +143,16 @@ def test_operations_by_themselves() -> None:
 
 def test_every_python_block_has_its_test() -> None:
     """No page outside this file's tests has Python that nothing runs."""
-    run = {"README", "tour", "guides/interventions", "guides/references", "guides/choosing", "how/method"}
+    run = {
+        "README",
+        "tour",
+        "guides/interventions",
+        "guides/models",
+        "guides/references",
+        "guides/choosing",
+        "guides/report",
+        "how/method",
+    }
     assert {page for page, codes in PYTHON.items() if codes} == run
     assert {b.kind for b in BLOCKS} <= {"python", "python data", "python no-run", "sh", "sh no-run", "text", "bibtex"}
     assert not any("no-run" in block.kind for block in BLOCKS if block.page == "README")
@@ -147,16 +180,16 @@ FEWER = {
     "sweep": ["--steps", "10", "--evaluate_rows", "64"],
 }
 # Fewer images for the network that takes a twentieth of a second for one, and fewer subnetworks, each of which is moved
-# along on four images for its card.
+# along for its card.
 SMALLER = {
-    "efficientnet": ["--data_args.max_rows", "36", "--held_out", "4", "--batch_size", "8", "--n_subnetworks", "20"]
+    "efficientnet": ["--data_args.max_rows", "20", "--held_out", "4", "--batch_size", "8", "--n_subnetworks", "8"],
+    "stories-all": ["--n_subnetworks", "40"],
 }
 LEFT = {
     "toy": {"report.html", "metrics.json"},
     "decompose": {"report.html", "metrics.json", "config.yaml", "subnetworks.json", "decomposition.safetensors"},
     "intervene": {"interventions.json", "interventions.svg"},
     "sweep": {"table.md", "sweep.json", "error-kept.svg"},
-    "paper": {"figures.json", "index.html"},
 }
 
 
@@ -188,12 +221,9 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (path.parent / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for page, command in COMMANDS if page == "lab/paper"])
-def test_paper_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the page's studies is made again."""
-    monkeypatch.chdir(tmp_path)
-    run(command)
+def test_paper_commands_are_those_that_are_run() -> None:
+    """The page makes each study by its command, which tests/studies/test_paper.py runs with few steps."""
+    assert [command for page, command in COMMANDS if page == "lab/paper"] == [f"l3d paper {name}" for name in NAMES]
 
 
 def test_make_demo_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

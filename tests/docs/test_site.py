@@ -1,5 +1,6 @@
 """Check the site: its size, its links, its reference of every public name and option, its notebooks."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -94,6 +95,26 @@ def test_every_public_name_is_documented(package: ModuleType, name: str, generat
     returned = str(inspect.signature(item).return_annotation)
     if "Tensor" in returned or "Gradients" in returned:
         assert re.search(r"\[[^\]]*([A-Z]|\.\.\.)|\[Tensor, ", text + returned), "no shape is named"
+
+
+def test_fields_and_examples_are_shown(generate: ModuleType) -> None:
+    """A result's fields have their comments as texts, and an example is code, so that Markdown eats none of it."""
+    import griffe
+
+    extensions = griffe.load_extensions(generate.Docstrings())
+    package: Any = griffe.load("l3d", search_paths=[ROOT], extensions=extensions, resolve_aliases=True)
+    for name in ("Evaluation", "TopSamples", "TopLogits", "FineTuned", "InterventionRatios"):
+        fields = getattr(getattr(l3d, name), "_fields", None) or [
+            each.name for each in dataclasses.fields(l3d.FineTuned)
+        ]
+        missing = [each for each in fields if package[name][each].docstring is None]
+        assert not missing, name
+    assert package["Evaluation"]["n_samples"].docstring.value.startswith("samples in the data")
+    for attribute in ("settings", "history", "threshold", "ranks"):
+        assert f"\n    {attribute}: " in package["Decomposition"].docstring.value
+    example = package["extract_gradients"].docstring.value
+    assert example.endswith("{'weight': [4, 2, 3], 'bias': [4, 2]}\n```\n")
+    assert "```pycon\n>>> model" in example
 
 
 def test_every_command_and_option_is_listed(generate: ModuleType) -> None:

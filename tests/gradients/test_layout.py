@@ -35,11 +35,16 @@ def test_rows_that_move_from_one_batch_to_the_next_are_followed() -> None:
         assert_relative(extractor(inputs).materialize()["a.weight"], straight, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["major", "minor", "dim1"])
-def test_join_undoes_split(kind: str) -> None:
+@pytest.mark.parametrize("kind, per_block", [("major", 1), ("minor", 1), ("dim1", 1), ("dim1", 4)])
+def test_join_undoes_split(kind: str, per_block: int) -> None:
     """Splitting the batch off and joining it again is the identity, and sample b's block is b's."""
-    layout = Layout(kind, 3)
-    tensor = torch.randn(6, 3, 5)
+    layout = Layout(kind, 3, per_block=per_block)
+    tensor = torch.randn(6, 3 * per_block, 5)
+    assert layout.fits(tensor.shape)
+    if kind == "dim1":
+        assert torch.equal(
+            layout.split(tensor)[1].flatten().sort()[0], tensor[:, per_block : 2 * per_block].flatten().sort()[0]
+        )
     assert torch.equal(layout.join(layout.split(tensor)), tensor)
     assert layout.split(tensor).shape[0] == 3
 

@@ -190,8 +190,8 @@ def test_an_exchange_holds_no_more_with_recompute(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run.Run, "_held", count)
     monkeypatch.setattr(run, "exchange", look)
     model, data = language()
-    arguments = {"n_subnetworks": 6, "rank": 2, "k": 0.1, "steps": 130, "batch_size": 8, "warm_start": 0}
-    preset = dataclasses.replace(l3d.PRESETS["default"], replacement=Replacement(multiplied_out=1))
+    arguments = {"n_subnetworks": 6, "rank": 2, "k": 0.1, "steps": 12, "batch_size": 8, "warm_start": 0}
+    preset = dataclasses.replace(l3d.PRESETS["default"], replacement=Replacement(multiplied_out=1, replace_every=8))
     arguments |= {"divergence": "kl", "callbacks": [], "preset": preset}
     errors = []
     for recompute in (False, True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from l3d.gradients import extract, rules
+from l3d.gradients.explain import explain
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Rows
 
@@ -299,6 +300,10 @@ def test_path(name: str, paths: dict[str, set[str]]) -> None:
     factory, make, expected = PATHS[name]
     check(factory(), make(), whole_batch=True)
     assert {parameter: paths[parameter] for parameter in expected} == {k: {v} for k, v in expected.items()}
+    explained = explain(factory().eval(), make())
+    slow = {use.parameter for use in explained.slow}
+    assert {name: name in slow for name in expected} == {k: v not in ("Rows", "Dense") for k, v in expected.items()}
+    assert all(bool(use.rule) != bool(use.why) for use in explained.uses)
 
 
 @pytest.mark.parametrize("name", LAYERS)

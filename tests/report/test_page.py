@@ -159,6 +159,19 @@ def test_the_keyboard_alone_searches_opens_a_card_and_shows_more(browser: Browse
     assert set(found) == holding
 
 
+def test_texts_that_are_one_sample_each_have_no_mark(browser: Browser, tmp_path: Path) -> None:
+    """A classifier of texts: no token is marked, and classes move."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(42, 3)).eval()
+    view = View(tokens=lambda ids: [TOKENS[i] for i in ids], classes=["bad", "so-so", "good"])
+    opened(browser, save_run(tmp_path, model, torch.randint(11, (16, 7)), 4, view))
+    assert browser.run("document.querySelectorAll('.card .context').length") > 0
+    assert browser.run("document.querySelectorAll('.card mark').length") == 0
+    named = browser.run("[...document.querySelectorAll('.card .moves .token')].map((each) => each.textContent)")
+    assert set(named) <= {"bad", "so-so", "good"}
+    assert named
+
+
 def test_a_link_to_a_card_opens_it(browser: Browser, text_page: Path) -> None:
     opened(browser, text_page, "#card-19")
     assert cards(browser) == ["card-19"]  # from there on, in the table's order

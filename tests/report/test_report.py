@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import l3d
+from l3d.cli.main import main
 from l3d.report.report import MAX_DIAGRAMS, plots, write_report
 
 pytest.importorskip("jinja2")
@@ -157,6 +158,45 @@ def test_without_metrics_the_last_training_step_is_shown(run):
     assert exact == [history[key][-1] for key in ("error", "kept_per_sample", "dead_fraction")]
     assert "Figures of the last training step" in page.text
     assert page.text.count("run") >= 1
+
+
+def test_columns_of_ones_own_stay_in_the_table(run):
+    """They are kept beside the run, None is a dash, and one that does not fit is refused before anything is written."""
+    mine = torch.tensor([0.5, -2.0, float("nan"), 3.0])
+    page = Page(l3d.write_report(run, columns={"mine": mine, "<b>": [1, None, 2, 3]}))
+    assert {"mine", "<b>", "-2", "–"} <= set(page.text)
+    again = write_report(run).read_bytes()
+    assert again == page.source.encode()
+    assert json.loads((run / "columns.json").read_text()) == {
+        "mine": [0.5, -2.0, None, 3.0],
+        "<b>": [1.0, None, 2.0, 3.0],
+    }
+    with pytest.raises(ValueError, match=r"columns: 'short': expected a number for each of 4 subnetworks, got 1"):
+        write_report(run, columns={"short": [1.0]})
+    with pytest.raises(ValueError, match=r"columns: expected \{header: list of numbers\}"):
+        write_report(run, columns={"words": ["a", "b", "c", "d"]})
+    assert (run / "report.html").read_bytes() == again
+    assert "mine" not in Page(write_report(run, columns={})).text
+
+
+def test_a_run_made_from_python_has_a_report(tmp_path, capsys):
+    """From Python and from the command line; commands that need the model say what to call in Python."""
+    model, data = mlp(5, 2, 5), torch.rand(32, 5)
+    d = l3d.decompose(model, data, 4, rank=1, steps=3, out=tmp_path / "run", callbacks=[])
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "impact" not in Page(tmp_path / "run" / "report.html").text
+    rates = d.evaluate(model, data).activation_rate
+    described = l3d.describe(d, model, data, activation_rate=rates)
+    page = Page(l3d.write_report(tmp_path / "run", described=described))
+    assert {"impact", "How often each subnetwork is used"} <= set(page.text)
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "copy")]) == 0
+    assert (tmp_path / "copy" / "subnetworks.json").is_file()
+    capsys.readouterr()
+    for command in ("evaluate", "intervene", "resume"):
+        assert main([command, str(tmp_path / "run")]) == 2
+        refusal = capsys.readouterr().err
+        assert "was made from Python, so no config.yaml names its model and data; in Python call l3d.load" in refusal
+        assert refusal.count("\n") == 1
 
 
 def test_figures_that_were_not_finite_are_shown_as_missing(run):

@@ -20,7 +20,7 @@ from l3d.training import step as step_module
 from l3d.training.run import Run
 from l3d.training.step import StepResult
 
-ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 50, "batch_size": 6, "callbacks": []}
+ARGUMENTS: dict[str, Any] = {"n_subnetworks": 7, "rank": 2, "k": 0.15, "steps": 24, "batch_size": 6, "callbacks": []}
 
 
 class Sequences(nn.Module):
@@ -68,7 +68,7 @@ def recording(kept: list[Any]) -> Iterator[None]:
         found = take_step(run, gradients)
         result = results.pop()
         result = result[0] if run.micro_batch_size is not None or run.group is not None else result
-        entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column()], 1)
+        entries = torch.stack([result.kept.rows, result.kept.columns + run._first_column], 1)
         kept.append(entries if run.group is None else run.group.gather(entries))
         return found
 

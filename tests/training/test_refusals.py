@@ -155,7 +155,7 @@ def test_a_folder_in_use_is_refused_without_overwrite(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     first = train(out=tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"^out: .* is not empty; choose another folder or pass overwrite"):
+    with pytest.raises(ValueError, match=r"^out: .* is not empty; choose another folder or pass existing='overwrite'"):
         train(out=tmp_path / "run", seed=1)
     assert_same_bits(l3d.load(tmp_path / "run"), first)
     second = train(out=tmp_path / "run", seed=1, existing="overwrite")

@@ -81,14 +81,16 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
         rearranges = source_of(node, names, n_rows) is not None
-        rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, _activations(node, names, n_rows), n_rows))
-        for slot, (below, _) in enumerate(node.next_functions):
-            if below is None:
-                continue
-            origin = None if rearranges else source_of(below, names, n_rows)
-            if origin is not None:
+        origins = [source_of(below, names, n_rows) if below else None for below, _ in node.next_functions]
+        inputs = [  # the shape of each; None for parameters and for inputs without a gradient
+            below._input_metadata[place].shape if below and not origin else None
+            for (below, place), origin in zip(node.next_functions, origins, strict=True)
+        ]
+        rows_stay = rows_stay and (rearranges or keeps_rows(kind, node, inputs, n_rows))
+        for slot, ((below, _), origin) in enumerate(zip(node.next_functions, origins, strict=True)):
+            if origin and not rearranges:
                 uses.append(Use(origin[0], node, slot, origin[1]))
-            if below not in seen:
+            if below and below not in seen:
                 seen.add(below)
                 stack.append(below)
     return Graph(uses, opaque, rows_stay, n_entries, reached)
@@ -107,14 +109,6 @@ def _refuse_below(node: Any, names: Mapping[int, str]) -> None:
         below = {each for each, _ in at.next_functions if each is not None} - seen
         seen |= below
         stack += below
-
-
-def _activations(node: Any, names: Mapping[int, str], n_rows: int) -> list[torch.Size | None]:
-    """Return the shape of each input of a node; None for parameters and for inputs without a gradient."""
-    return [
-        None if below is None or source_of(below, names, n_rows) is not None else below._input_metadata[place].shape
-        for below, place in node.next_functions
-    ]
 
 
 def source_of(node: Any, names: Mapping[int, str], n_rows: int) -> tuple[str, tuple[str, ...]] | None:

@@ -110,6 +110,5 @@ def _keeps_apart(node: Any, n_rows: int, n_positions: int) -> bool:
     if kind in ("NativeLayerNorm", "FusedRmsNorm"):
         return slots == [0] and len(node._saved_normalized_shape) <= len(shape) - first
     if kind in ("Cat", "Mean", "Softmax", "LogSoftmax", "Slice", "Split", "SplitWithSizes", "Sum"):
-        rank = len(inputs[0])
-        return all(dim % rank >= first for dim in dims_of(node))
+        return all(dim % len(inputs[0]) >= first for dim in dims_of(node))
     return False

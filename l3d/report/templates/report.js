@@ -64,7 +64,7 @@
   const cards = source ? makeCards(JSON.parse(source.textContent)) : null;
 
   function makeCards(described) {
-    const { kind, tensors, subnetworks, tokens = {}, classes = {} } = described;
+    const { kind, entries: named, tensors, subnetworks, tokens = {}, classes = {} } = described;
     const AT_ONCE = 12;
     const place = byId("cards");
     const more = byId("more-cards");
@@ -80,7 +80,7 @@
       return (size && (size < 1e-3 || size >= 1e4) ? value.toExponential(1) : value.toPrecision(3)).replace("-", "−");
     };
     const nameOf = (entry) => {
-      if (kind !== "text") return classes[entry] ?? `output ${entry}`;
+      if (named !== "tokens") return classes[entry] ?? `output ${entry}`;
       const text = signs(tokens[entry] ?? `#${entry}`);
       return text.startsWith(" ") ? `·${text.slice(1)}` : text;
     };

@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from l3d.report.plots import INK, NEGATIVE, POSITIVE, RULE, _style
+from l3d.report.plots import INK, NEGATIVE, POSITIVE, RULE, canvas
 from l3d.studies.paper.measure import Pairwise, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def figure_of(width: float, height: float, **layout: Any) -> tuple[Figure, Any]:
-    """Return a figure and its panels. width, height: in inches; layout: arguments of `Figure.subplots`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(**layout)
 
 
 def planes(
@@ -32,8 +24,7 @@ def planes(
     Grey lines are the features, blue arrows the subnetworks (Vout), thin red arrows their encoders (Vin).
     features, decoder, encoder: per panel [n, 2]; row i of each belongs to feature i.
     """
-    with _style():
-        figure, panels = figure_of(4.4 * len(titles), 4.3, ncols=len(titles), squeeze=False)
+    with canvas(4.4 * len(titles), 4.3, ncols=len(titles), squeeze=False) as (figure, panels):
         for axes, true, directions, encoders, title in zip(panels[0], features, decoder, encoder, titles, strict=True):
             unit = torch.nn.functional.normalize(true.double().cpu())
             for i, (x, y) in enumerate(unit.tolist()):
@@ -52,29 +43,19 @@ def planes(
 
 def heat(panels: dict[str, Tensor], x_label: str, y_label: str, bar: str) -> Figure:
     """Draw matrices [rows, columns] of values in [0, 1] as shades of blue, one panel per title."""
-    with _style():
-        n_rows, n_columns = next(iter(panels.values())).shape
-        width, height = 0.9 + 0.34 * n_columns, 1.1 + 0.34 * n_rows
-        figure, grid = figure_of(
-            max(3.6, width * len(panels) + 0.8), max(2.6, height), ncols=len(panels), squeeze=False
-        )
+    n_rows, n_columns = next(iter(panels.values())).shape
+    width, height = max(3.6, (0.9 + 0.34 * n_columns) * len(panels) + 0.8), max(2.6, 1.1 + 0.34 * n_rows)
+    with canvas(width, height, ncols=len(panels), squeeze=False) as (figure, grid):
         for axes, (title, values) in zip(grid[0], panels.items(), strict=True):
-            image = _shades(axes, values, 1.0)
+            image = _matrix(axes, values, title)
             axes.set(xlabel=x_label, ylabel=y_label)
-            axes.set_title(title, size=9, color=INK)
-            axes.set_xticks(range(n_columns))
-            axes.set_yticks(range(n_rows))
-            axes.tick_params(length=0, labelsize=8)
-        shades = figure.colorbar(image, ax=grid[0].tolist(), shrink=0.85)
-        shades.outline.set_visible(False)
-        shades.set_label(bar)
+        _bar(figure, image, grid[0].tolist(), bar)
         return figure
 
 
 def scatter(true: Tensor, panels: Sequence[tuple[str, Tensor, float]], x_label: str) -> Figure:
     """Draw found values against true ones, one panel per (name of the found values, values, r²)."""
-    with _style():
-        figure, grid = figure_of(4.2 * len(panels), 4.2, ncols=len(panels), squeeze=False)
+    with canvas(4.2 * len(panels), 4.2, ncols=len(panels), squeeze=False) as (figure, grid):
         x = true.flatten().double().cpu()
         for axes, (name, found, r2) in zip(grid[0], panels, strict=True):
             y = found.flatten().double().cpu()
@@ -95,21 +76,16 @@ def sweeps(curves: Sequence[Sweep], titles: Sequence[str], hidden: Sequence[Swee
     """
     n_columns = min(5, len(curves))
     n_rows = -(-len(curves) // n_columns)
-    with _style():
-        figure, grid = figure_of(
-            1.95 * n_columns + 0.4, 1.75 * n_rows + 0.65, nrows=n_rows, ncols=n_columns,
-            sharex=True, sharey=True, squeeze=False,
-        )  # fmt: skip
+    layout = {"nrows": n_rows, "ncols": n_columns, "sharex": True, "sharey": True, "squeeze": False}
+    with canvas(1.95 * n_columns + 0.4, 1.75 * n_rows + 0.65, **layout) as (figure, grid):
         for axes in grid.flat[len(curves) :]:
             axes.set_axis_off()
         for i, (axes, curve, title) in enumerate(zip(grid.flat, curves, titles, strict=False)):
             series = [(curve, "-", "")] + ([] if hidden is None else [(hidden[i], (0, (3, 2)), ", hidden layers only")])
             for each, line, note in series:
-                for values, colour, label in (
-                    (each.holding, POSITIVE, "samples with the feature"),
-                    (each.without, NEGATIVE, "samples without it"),
-                ):
-                    axes.plot(each.deltas, values, color=colour, linewidth=1.6, linestyle=line, label=label + note)
+                look: dict[str, Any] = {"linewidth": 1.6, "linestyle": line}
+                axes.plot(each.deltas, each.holding, color=POSITIVE, label="samples with the feature" + note, **look)
+                axes.plot(each.deltas, each.without, color=NEGATIVE, label="samples without it" + note, **look)
             axes.set_title(title, size=9, color=INK)
             axes.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
         grid[0, 0].set_ylim(bottom=0)
@@ -122,10 +98,8 @@ def sweeps(curves: Sequence[Sweep], titles: Sequence[str], hidden: Sequence[Swee
 
 def pairs(found: Pairwise, first: str, second: str) -> Figure:
     """Draw output changes over a grid of two δ, one panel per kind of sample, and the interactions of all pairs."""
-    with _style():
-        figure, panels = figure_of(
-            12.6, 2.9, ncols=len(found.changes) + 1, width_ratios=[1] * len(found.changes) + [1.2]
-        )
+    n_kinds = len(found.changes)
+    with canvas(12.6, 2.9, ncols=n_kinds + 1, width_ratios=[1] * n_kinds + [1.2]) as (figure, panels):
         highest = max(max(map(max, rows)) for rows in found.changes.values())
         reach = found.deltas[-1]
         for axes, (kind, rows) in zip(panels, found.changes.items(), strict=False):
@@ -134,28 +108,20 @@ def pairs(found: Pairwise, first: str, second: str) -> Figure:
             axes.set_title(f"samples with {kind}", size=9, color=INK)
             axes.set_xlabel(f"δ of subnetwork {first}")
         panels[0].set_ylabel(f"δ of subnetwork {second}")
-        bar = figure.colorbar(image, ax=panels[len(found.changes) - 1], shrink=0.85)
-        bar.outline.set_visible(False)
-        bar.set_label("output change (rms)")
-        values = torch.tensor(found.interaction)
-        _shade(figure, panels[-1], values, "interaction", 1.0)
-        panels[-1].set_title("every pair of subnetworks", size=9, color=INK)
-        panels[-1].set_xticks(range(len(values)))
-        panels[-1].set_yticks(range(len(values)))
-        panels[-1].tick_params(length=0, labelsize=8)
+        _bar(figure, image, panels[n_kinds - 1], "output change (rms)")
+        image = _matrix(panels[-1], torch.tensor(found.interaction), "every pair of subnetworks")
+        _bar(figure, image, panels[-1], "interaction")
         return figure
 
 
 def against(x: Sequence[int], by_seed: Sequence[Sequence[float]], x_label: str, published: dict[int, float]) -> Figure:
     """Draw the error against a whole number: a grey line per seed, the mean in blue, published values as crosses."""
-    with _style():
-        figure, axes = figure_of(4.8, 3.2)
+    with canvas(4.8, 3.2) as (figure, axes):
         for errors in by_seed:
             axes.plot(x, errors, color=RULE, linewidth=1.0, marker="o", markersize=3, alpha=0.8)
         mean = torch.tensor(by_seed, dtype=torch.float64).mean(0).tolist()
-        axes.plot(
-            x, mean, color=POSITIVE, linewidth=1.8, marker="o", markersize=5, label=f"mean of {len(by_seed)} seeds"
-        )
+        label = f"mean of {len(by_seed)} seeds"
+        axes.plot(x, mean, color=POSITIVE, linewidth=1.8, marker="o", markersize=5, label=label)
         if published:
             at = list(published)
             axes.scatter(at, list(published.values()), 45, NEGATIVE, marker="x", label="published", zorder=3)
@@ -166,8 +132,18 @@ def against(x: Sequence[int], by_seed: Sequence[Sequence[float]], x_label: str, 
         return figure
 
 
-def _shade(figure: Figure, axes: Axes, values: Tensor, label: str, highest: float | None = None) -> None:
-    image = _shades(axes, values, float(values.max()) if highest is None else highest)
+def _matrix(axes: Axes, values: Tensor, title: str) -> Any:
+    """Draw a matrix of values in [0, 1], with every row and column numbered; return the image."""
+    image = _shades(axes, values, 1.0)
+    axes.set_title(title, size=9, color=INK)
+    axes.set_xticks(range(values.shape[1]))
+    axes.set_yticks(range(values.shape[0]))
+    axes.tick_params(length=0, labelsize=8)
+    return image
+
+
+def _bar(figure: Figure, image: Any, axes: Any, label: str) -> None:
+    """Explain an image's shades by a bar beside its axes."""
     bar = figure.colorbar(image, ax=axes, shrink=0.85)
     bar.outline.set_visible(False)
     bar.set_label(label)
@@ -180,6 +156,5 @@ def _shades(axes: Axes, values: Tensor, highest: float, **options: Any) -> Any:
     shades = LinearSegmentedColormap.from_list("clear", [to_rgba(RULE, 0.14), to_rgba(POSITIVE)])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return axes.imshow(
-        values.double().cpu().numpy(), cmap=shades, vmin=0, vmax=highest or 1.0, aspect="equal", **options
-    )
+    pixels = values.double().cpu().numpy()
+    return axes.imshow(pixels, cmap=shades, vmin=0, vmax=highest or 1.0, aspect="equal", **options)

@@ -12,7 +12,7 @@ from l3d.api import Decomposition
 from l3d.decomposition.directions import Directions
 from l3d.gradients.model import Params
 from l3d.toys import Deep, Toy
-from l3d.toys.recovery import cosines
+from l3d.toys.toy import cosines
 
 REACH = 0.2  # largest |δ| of a sweep, as a fraction of the norm of all weights
 REACH_DEEP = 0.03  # the same for a deep network, where larger moves change all samples
@@ -61,11 +61,8 @@ def owners(toy: Toy, decomposition: Decomposition, size: int = 1) -> list[int]:
     """
     held = holds(toy, size)
     impacts = decomposition.impact(toy.model, toy.data)
-    rows = []
-    for feature in range(held.shape[1]):
-        alone = held[:, feature] & (held.sum(1) == 1)
-        rows.append(impacts[alone].mean(0))
-    scores = torch.stack(rows)
+    alone = held & (held.sum(1, keepdim=True) == 1)  # the samples with one feature
+    scores = torch.stack([impacts[column].mean(0) for column in alone.unbind(1)])
     scores = scores / scores.norm(dim=0).clamp_min(1e-30)
     if scores.shape[0] > scores.shape[1]:
         raise ValueError(f"n_subnetworks: expected at least {scores.shape[0]}, one per feature")
@@ -97,10 +94,10 @@ def sweep(
 def pairwise(toy: Toy, decomposition: Decomposition, owner: Sequence[int], first: int, second: int) -> Pairwise:
     """Move along two features' subnetworks together over a grid, and along every pair of subnetworks once."""
     held = holds(toy)
-    others = held.sum(1) - held[:, first].long() - held[:, second].long()
+    alone = held.sum(1) == 1
     kinds = {
-        f"only {first}": held[:, first] & ~held[:, second] & (others == 0),
-        f"only {second}": held[:, second] & ~held[:, first] & (others == 0),
+        f"only {first}": held[:, first] & alone,
+        f"only {second}": held[:, second] & alone,
         "both": held[:, first] & held[:, second],
         "neither": ~held[:, first] & ~held[:, second],
     }
@@ -142,9 +139,8 @@ def columns(toy: Toy, decomposition: Decomposition, owner: Sequence[int]) -> tup
     """
     task: Tensor = cast(Any, toy.measure).keywords["matrix"]
     w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
-    found = torch.stack(
-        [decomposition.subnetwork(k)["W_out.weight"].to(w_in) @ w_in[:, i] for i, k in enumerate(owner)], 1
-    )
+    moves = [decomposition.subnetwork(k)["W_out.weight"].to(w_in) @ w_in[:, i] for i, k in enumerate(owner)]
+    found = torch.stack(moves, 1)
     scale = (found * task).sum(0) / found.square().sum(0).clamp_min(1e-30)
     return task, w_out @ w_in, found * scale
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from l3d.api import Decomposition
 from l3d.report.plots import network_diagram
 from l3d.studies.paper import draw, measure
 from l3d.studies.recovery_suite import short
@@ -12,8 +13,6 @@ from l3d.toys import Toy, recovery
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from l3d.api import Decomposition
 
 
 class Picture(NamedTuple):
@@ -61,9 +60,10 @@ def hidden(toy: Toy, d: Decomposition, owner: list[int]) -> Picture:
     """Move along one subnetwork after another, in the hidden layers only."""
     held, deltas = measure.holds(toy), measure.sweep_deltas(toy)
     layers = toy.model.order[1:-1]
-    inner = [f"{name}.*" for name in layers]
-    whole = [measure.sweep(toy, d, k, held[:, i], deltas) for i, k in enumerate(owner)]
-    hidden = [measure.sweep(toy, d, k, held[:, i], deltas, inner) for i, k in enumerate(owner)]
+    whole, hidden = (
+        [measure.sweep(toy, d, k, held[:, i], deltas, params) for i, k in enumerate(owner)]
+        for params in (None, [f"{name}.*" for name in layers])
+    )
     ratios = [curve.ratio for curve in hidden]
     return Picture(
         "hidden",

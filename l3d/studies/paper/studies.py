@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import torch
 
+from l3d.api import Decomposition
+from l3d.decomposition.directions import Directions
 from l3d.studies.paper import draw, measure, pictures
 from l3d.studies.paper.pictures import Picture
 from l3d.studies.recovery_suite import short
 from l3d.toys import Toy, make, one_thread, recovery
 from l3d.train import decompose
 from l3d.training.options import PRESETS, Replacement
-
-if TYPE_CHECKING:
-    from l3d.api import Decomposition
-    from l3d.decomposition.directions import Directions
 
 WITHOUT_REPLACEMENT = replace(PRESETS["default"], replacement=Replacement(enabled=False))
 SEEDS = 3  # number of toy networks over which errors against rank or K are averaged
@@ -32,12 +32,12 @@ def tms(seed: int) -> Iterator[Picture]:
     owner = measure.owners(toy, d)
     yield pictures.diagrams(toy, d, owner, "feature")
     w_in, w_out = (toy.model.get_parameter(f"{name}.weight").detach() for name in ("W_in", "W_out"))
-    truth, cosines = [w_out, w_in.mT], {}
-    sides = {"subnetwork": d.decoder, "encoder": d.encoder}
-    planes = {name: _hidden_directions(side, owner) for name, side in sides.items()}
-    for name, vectors in planes.items():
-        pairs = [torch.nn.functional.cosine_similarity(t, v).abs() for t, v in zip(truth, vectors, strict=True)]
-        cosines[name] = torch.cat(pairs)
+    truth = [w_out, w_in.mT]
+    planes = {"subnetwork": _hidden_directions(d.decoder, owner), "encoder": _hidden_directions(d.encoder, owner)}
+    cosines = {
+        name: torch.cat([torch.cosine_similarity(t, v).abs() for t, v in zip(truth, vectors, strict=True)])
+        for name, vectors in planes.items()
+    }
     yield Picture(
         "directions",
         "Feature directions",
@@ -57,10 +57,8 @@ def tmcs(seed: int) -> Iterator[Picture]:
     toy, d = _decomposed("tmcs", seed)
     owner = measure.owners(toy, d)
     yield pictures.diagrams(toy, d, owner, "feature")
-    cosines = {
-        "subnetworks (Vout)": measure.direction_cosines(toy, d.decoder)[:, owner],
-        "encoders (Vin)": measure.direction_cosines(toy, d.encoder)[:, owner],
-    }
+    sides = {"subnetworks (Vout)": d.decoder, "encoders (Vin)": d.encoder}
+    cosines = {name: measure.direction_cosines(toy, side)[:, owner] for name, side in sides.items()}
     own, read = (values.diagonal() for values in cosines.values())
     yield Picture(
         "directions",
@@ -83,13 +81,8 @@ def tmcs(seed: int) -> Iterator[Picture]:
         "a decomposition cannot find what the network has not learned. Between Â and W_out W_in r² is "
         f"{r2_weights:.3f}.",
         draw.scatter(task, [("Â", found, r2), ("W_out W_in", weights, recovery.r_squared(weights, task))], "A"),
-        {
-            "A": task.tolist(),
-            "A_hat": found.tolist(),
-            "W_out_W_in": weights.tolist(),
-            "r2": r2,
-            "r2_weights": r2_weights,
-        },
+        {"A": task.tolist(), "A_hat": found.tolist(), "W_out_W_in": weights.tolist()}
+        | {"r2": r2, "r2_weights": r2_weights},
     )
     yield pictures.sweeps(toy, d, owner, "feature")
     yield pictures.pairwise(toy, d, owner)
@@ -101,12 +94,10 @@ def high_rank(seed: int) -> Iterator[Picture]:
     toy, d = _decomposed("high_rank", seed, rank=3, preset=WITHOUT_REPLACEMENT)
     owner = measure.owners(toy, d, size)
     yield pictures.diagrams(toy, d, owner, "group")
-    energy = torch.stack(
-        [d.subnetwork(k)["W_in.weight"].square().sum(0).view(-1, size).sum(1) for k in range(d.n_subnetworks)], 1
-    )
+    squares = [d.subnetwork(k)["W_in.weight"].square().sum(0) for k in range(d.n_subnetworks)]
+    energy = torch.stack([each.view(-1, size).sum(1) for each in squares], 1)
     rates = d.evaluate(toy.model, toy.data).activation_rate
-    rest = [k for k in range(d.n_subnetworks) if k not in owner]
-    order = [*owner, *rest]
+    order = [*owner, *(k for k in range(d.n_subnetworks) if k not in owner)]
     purity = (energy / energy.sum(0)).mul(rates >= recovery.LIVE)[:, order]
     live = int((rates >= recovery.LIVE).sum())
     yield Picture(
@@ -119,7 +110,8 @@ def high_rank(seed: int) -> Iterator[Picture]:
     )
     yield pictures.sweeps(toy, d, owner, "group", size)
     ranks = [1, 2, 3, 4, 5]
-    errors, figures = _errors("high_rank", seed, "rank", ranks)
+    figures = _figures("high_rank", seed, "rank", ranks)
+    errors = figures["error"]
     found = [int(min(column)) for column in zip(*figures["groups_found"], strict=True)]
     yield Picture(
         "error-rank",
@@ -140,7 +132,7 @@ def squared(seed: int) -> Iterator[Picture]:
     yield pictures.hidden(toy, d, owner)
     yield pictures.pairwise(toy, d, owner)
     counts = [3, 5, 10, 15]
-    errors, _ = _errors("squared", seed, "n_subnetworks", counts, rank=1)
+    errors = _figures("squared", seed, "n_subnetworks", counts, rank=1)["error"]
     yield Picture(
         "error-k",
         "Error against K",
@@ -161,23 +153,15 @@ def _decomposed(name: str, seed: int, **arguments: Any) -> tuple[Toy, Decomposit
         return toy, decompose(toy.model, toy.data, seed=seed, callbacks=[], **toy.settings | arguments)
 
 
-def _errors(
-    name: str, seed: int, argument: str, values: list[int], **fixed: Any
-) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
-    """Return the errors [seed][value] over the values of one argument, and the toy's own figures in the same order."""
-    errors: list[list[float]] = []
-    figures: dict[str, list[list[float]]] = {}
-    for each in range(seed, seed + SEEDS):
-        errors.append([])
-        rows: dict[str, list[float]] = {}
-        for value in values:
-            toy, d = _decomposed(name, each, n_restarts=2, **fixed | {argument: value})
-            errors[-1].append(d.evaluate(toy.model, toy.data, n_references=30).error)
-            for key, figure in toy.recovery(d).items():
-                rows.setdefault(key, []).append(figure)
-        for key, row in rows.items():
-            figures.setdefault(key, []).append(row)
-    return errors, figures
+def _figures(name: str, seed: int, argument: str, values: list[int], **fixed: Any) -> dict[str, list[list[float]]]:
+    """Return the error and the toy's own figures over the values of one argument: name -> [seed][value]."""
+    found: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in range(SEEDS)])
+    for i, value in product(range(SEEDS), values):
+        toy, d = _decomposed(name, seed + i, n_restarts=2, **fixed | {argument: value})
+        error = d.evaluate(toy.model, toy.data, n_references=30).error
+        for key, figure in {"error": error, **toy.recovery(d)}.items():
+            found[key][i].append(figure)
+    return found
 
 
 def _means(values: list[int], errors: list[list[float]]) -> str:

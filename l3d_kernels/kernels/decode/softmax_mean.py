@@ -11,17 +11,18 @@ Wider heads take the vocabulary in pieces: logits [S, piece] of at most common.W
 then a library product. Specification: `l3d_kernels.reference.softmax_mean`.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel, compile_dtypes
-from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, Forms, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
-from l3d_kernels.registry import TRITON
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
+from l3d_kernels.splitting import pieces
 
 WIDEST = 512  # bytes of a row up to which the sums stay in registers
 
@@ -163,17 +164,16 @@ TABLE["softmax_exponentials"] = {
 def narrow(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Launch the pass with sums in registers, and join the programs' sums."""
     (S, D), V = hidden.shape, len(weight)
-    row, precision = common.row_for("softmax_mean_narrow", hidden)
-    tiles, steps = ceil_div(S, row.blocks["BLOCK_S"]), ceil_div(V, row.blocks["BLOCK_V"])
-    rows_split = ceil_div(steps, min(steps, ceil_div(common.PROGRAMS, tiles))) * row.blocks["BLOCK_V"]
-    splits = ceil_div(V, rows_split)
-    mean = empty((splits, S, D), hidden, common.wide(hidden.dtype))
-    highest, total = (empty((splits, S), mean) for _ in range(2))
-    pointers = {"mean_ptr": mean, "highest_ptr": highest, "total_ptr": total, "hidden_ptr": hidden}
-    pointers |= {"weight_ptr": weight, "bias_ptr": weight if bias is None else bias}
-    flags = {"BIASED": bias is not None, "PRECISION": precision, "BLOCK_D": common.power_of_two(D, 16)}
+    row = common.row_for(softmax_mean_narrow, hidden)
+    (tiles,) = row.tiles(S=S)
+    rows_split, splits = common.split(V, row.blocks["BLOCK_V"], tiles)
+    mean = common.empty((splits, S, D), hidden, common.wide(hidden.dtype))
+    highest, total = (common.empty((splits, S), mean) for _ in range(2))
+    outputs = {"mean_ptr": mean, "highest_ptr": highest, "total_ptr": total}
+    inputs = {"hidden_ptr": hidden, "weight_ptr": weight, "bias_ptr": weight if bias is None else bias}
     sizes = {"S": S, "V": V, "D": D, "rows_split": rows_split}
-    common.launch(softmax_mean_narrow, (tiles, splits), row, hidden.device, **pointers, **sizes, **flags)
+    flags = {"BIASED": bias is not None, "BLOCK_D": common.power_of_two(D, 16)}
+    common.launch(softmax_mean_narrow, (tiles, splits), row, hidden.device, **outputs, **inputs, **sizes, **flags)
     share = torch.exp(highest - highest.amax(0))  # [splits, S]; 0 for a split whose whole vocabulary is masked
     return (mean * share[..., None]).sum(0) / (total * share).sum(0)[:, None]
 
@@ -183,20 +183,16 @@ def in_pieces(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (S, D), V = hidden.shape, len(weight)
     mean = torch.zeros((S, D), dtype=common.wide(hidden.dtype), device=hidden.device)
     highest, total = mean.new_full((S,), -torch.inf), mean.new_zeros(S)
-    row, precision = common.row_for("softmax_logits", hidden)
-    line, _ = common.row_for("softmax_exponentials", mean)
-    step = max(1, common.WORKSPACE // S)
-    for start in range(0, V, step):
-        part = weight[start : start + step]
-        logits, out, decay = empty((S, len(part)), mean), empty((S, len(part)), weight), empty((S,), mean)
-        grid = (ceil_div(S, row.blocks["BLOCK_S"]), ceil_div(len(part), row.blocks["BLOCK_V"]))
-        pointers = {"logits_ptr": logits, "hidden_ptr": hidden, "weight_ptr": part}
-        sizes = {"S": S, "V": len(part), "D": D}
-        common.launch(softmax_logits, grid, row, hidden.device, PRECISION=precision, **pointers, **sizes)
-        pointers = {"out_ptr": out, "decay_ptr": decay, "highest_ptr": highest, "total_ptr": total}
-        pointers |= {"logits_ptr": logits, "bias_ptr": part if bias is None else bias[start : start + step]}
-        flags = {"V": len(part), "BIASED": bias is not None}
-        common.launch(softmax_exponentials, (S,), line, hidden.device, **pointers, **flags)
+    row, line = common.row_for(softmax_logits, hidden), common.row_for(softmax_exponentials, mean)
+    for piece in pieces(V, S, common.WORKSPACE):
+        part = weight[piece]
+        logits, out = (common.empty((S, len(part)), like) for like in (mean, weight))
+        decay, shared = common.empty((S,), mean), {"logits_ptr": logits, "V": len(part)}
+        own = {"hidden_ptr": hidden, "weight_ptr": part, "S": S, "D": D}
+        common.launch(softmax_logits, row.tiles(S=S, V=len(part)), row, hidden.device, **own, **shared)
+        own = {"out_ptr": out, "decay_ptr": decay, "highest_ptr": highest, "total_ptr": total}
+        own |= {"bias_ptr": part if bias is None else bias[piece], "BIASED": bias is not None}
+        common.launch(softmax_exponentials, (S,), line, hidden.device, **own, **shared)
         mean = mean * decay[:, None] + out @ part
     return mean / total[:, None]
 
@@ -218,20 +214,13 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return softmax_mean_forward(hidden, weight, bias)
 
 
-TRITON["softmax_mean"] = softmax_mean
-
-
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    cases, sums = [], dict.fromkeys(("mean_ptr", "highest_ptr", "total_ptr"), "*fp32")
-    for dtype, bits, precision, long in compile_dtypes(kind):
-        widest = WIDEST // (int(bits) // 8)
-        row = lookup("softmax_mean_narrow", kind, bits)
-        for biased, block_d in ((False, widest), (True, widest), (False, 32), (True, 32)):
-            own, late = {"PRECISION": precision, "BIASED": biased, "BLOCK_D": block_d}, not biased or block_d == 32
-            cases.append(CompileCase(softmax_mean_narrow, dtype, own, row, sums, True, long or late, ("D",)))
-        row, types = lookup("softmax_exponentials", kind, "32"), {"out_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
-        for biased in (False, True) if precision != "tf32" else ():
-            own, late = {"BIASED": biased}, long or not biased
-            cases.append(CompileCase(softmax_exponentials, "fp32", own, row, types, is_matrix=False, long=late))
-    return cases + cases_of_kernel(softmax_logits, kind, types={"logits_ptr": "*fp32"}, divisible=("D",))
+
+    def narrow_forms(row: Launch, size: int) -> Forms:
+        widths = itertools.product((WIDEST // size, 32), (False, True))
+        return [({"BIASED": biased, "BLOCK_D": width}, not biased or width == 32) for width, biased in widths]
+
+    biases = [({"BIASED": biased}, not biased) for biased in (False, True)]
+    cases = cases_of_kernel(softmax_mean_narrow, kind, narrow_forms) + cases_of_kernel(softmax_logits, kind)
+    return cases + cases_of_kernel(softmax_exponentials, kind, biases)

@@ -19,9 +19,7 @@ from torch import Tensor
 from l3d_kernels.kernels.decode.sparse_decode_weight import d_weight
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, store, zeros
-from l3d_kernels.registry import TRITON
 
 
 @triton.jit
@@ -99,40 +97,34 @@ def decode_d_values(
 # --- launch; the rows of the table are in sparse_decode_weight --------------------------------------------------------
 
 
-def _per_code(indices: Tensor, row_offsets: Tensor | None) -> dict[str, Any]:
-    """Return the arguments from which a kernel computes where a code's entries begin and end."""
+def _entries(indices: Tensor, row_offsets: Tensor | None) -> tuple[int, dict[str, Any]]:
+    """Return the number of codes, and the arguments from which a kernel computes where their entries begin and end."""
     if row_offsets is None:
-        return {"row_offsets_ptr": indices, "per_code": indices.shape[1], "FIXED": True}
-    return {"row_offsets_ptr": row_offsets, "per_code": 0, "FIXED": False}
-
-
-def _n_codes(indices: Tensor, row_offsets: Tensor | None) -> int:
-    return len(indices) if row_offsets is None else len(row_offsets) - 1
+        return len(indices), {"row_offsets_ptr": indices, "per_code": indices.shape[1], "FIXED": True}
+    return len(row_offsets) - 1, {"row_offsets_ptr": row_offsets, "per_code": 0, "FIXED": False}
 
 
 def _fake_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
-    return weight.new_empty(_n_codes(indices, row_offsets), weight.shape[1])
+    return weight.new_empty(_entries(indices, row_offsets)[0], weight.shape[1])
 
 
 @common.operator("sparse_decode", _fake_decode)
 def decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the forward kernel: [A, D]."""
-    (L, D), n_codes = weight.shape, _n_codes(indices, row_offsets)
-    out, (row, _) = empty((n_codes, D), weight), common.row_for("decode_codes", weight)
+    (L, D), (n_codes, entries) = weight.shape, _entries(indices, row_offsets)
+    out, row = common.empty((n_codes, D), weight), common.row_for(decode_codes, weight)
     pointers = {"out_ptr": out, "indices_ptr": indices, "values_ptr": values, "weight_ptr": weight}
-    entries, grid = _per_code(indices, row_offsets), (n_codes, ceil_div(D, row.blocks["BLOCK_D"]))
-    common.launch(decode_codes, grid, row, weight.device, L=L, D=D, **pointers, **entries)
+    common.launch(decode_codes, (n_codes, *row.tiles(D=D)), row, weight.device, L=L, D=D, **pointers, **entries)
     return out
 
 
 @common.operator("sparse_decode_d_values", lambda d_out, indices, weight, _: weight.new_empty(indices.shape))
 def d_values(d_out: Tensor, indices: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
     """Launch the kernel of the gradient to the values: in the shape of `indices`."""
-    out, (row, _) = empty(indices.shape, weight), common.row_for("decode_d_values", weight)
-    pointers = {"d_values_ptr": out, "d_out_ptr": d_out.contiguous(), "indices_ptr": indices, "weight_ptr": weight}
-    sizes = {"N": indices.numel(), "L": weight.shape[0], "D": weight.shape[1]}
-    entries, grid = _per_code(indices, row_offsets), (_n_codes(indices, row_offsets),)
-    common.launch(decode_d_values, grid, row, weight.device, **pointers, **sizes, **entries)
+    (L, D), (n_codes, entries) = weight.shape, _entries(indices, row_offsets)
+    out, row = common.empty(indices.shape, weight), common.row_for(decode_d_values, weight)
+    entries |= {"d_values_ptr": out, "d_out_ptr": d_out.contiguous(), "indices_ptr": indices, "weight_ptr": weight}
+    common.launch(decode_d_values, (n_codes,), row, weight.device, N=indices.numel(), L=L, D=D, **entries)
     return out
 
 
@@ -146,30 +138,19 @@ def _backward(needs: Any, saved: tuple[Any, ...], d_out: Tensor) -> list[Tensor 
     return [None, to_values, to_weight]
 
 
-class _Decode(common.Differentiable):
-    @staticmethod
-    def forward(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> Tensor:
-        return decode(indices, values, weight, row_offsets)
-
-    backward = common.backward_of(_backward)
+_decode = common.differentiable(
+    lambda indices, values, weight, row_offsets: decode(indices, values, weight, row_offsets), _backward
+)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
     """Run `l3d_kernels.reference.sparse_decode` with Triton kernels."""
     values, weight = common.contiguous(values, weight)
     offsets = None if row_offsets is None else row_offsets.contiguous()
-    return _Decode.apply(indices.contiguous(), values, weight, offsets)
-
-
-TRITON["sparse_decode"] = sparse_decode
+    return _decode(indices.contiguous(), values, weight, offsets)
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
     forms = [({"FIXED": fixed}, not fixed) for fixed in (True, False)]
-    types = {"indices_ptr": "*i64", "row_offsets_ptr": "*i64"}
-    return [
-        case
-        for kernel in (decode_codes, decode_d_values)
-        for case in cases_of_kernel(kernel, kind, forms, types, ("D",), False)
-    ]
+    return cases_of_kernel(decode_codes, kind, forms) + cases_of_kernel(decode_d_values, kind, forms)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -121,25 +120,21 @@ def d_weight(d_out: Tensor, indices: Tensor, values: Tensor, n_rows: int, row_of
     segments = torch.searchsorted(sorted_indices, torch.arange(n_rows + 1, device=flat.device).to(flat.dtype))
     codes = order
     if row_offsets is not None:
-        entry = torch.arange(flat.numel(), device=flat.device)
-        codes = torch.searchsorted(row_offsets, entry, right=True) - 1
-    out = empty((n_rows, D), d_out)
-    row, _ = common.row_for("decode_d_weight", d_out)
-    tiles_d, n_stretches = ceil_div(D, row.blocks["BLOCK_D"]), ceil_div(flat.numel(), STRETCH)
-    parts = empty((n_stretches, D), d_out, common.wide(d_out.dtype))
+        codes = torch.searchsorted(row_offsets, torch.arange(flat.numel(), device=flat.device), right=True) - 1
+    out = common.empty((n_rows, D), d_out)
+    row, n_stretches = common.row_for(decode_d_weight, d_out), common.ceil_div(flat.numel(), STRETCH)
+    parts = common.empty((n_stretches, D), d_out, common.wide(d_out.dtype))
     shared: dict[str, Any] = {"d_out_ptr": d_out.contiguous(), "values_ptr": values, "order_ptr": order}
     shared |= {"codes_ptr": codes, "segments_ptr": segments, "parts_ptr": parts, "D": D, "STRETCH": STRETCH}
     shared |= {"per_code": indices.shape[1] if row_offsets is None else 0, "FIXED": row_offsets is None}
     if n_stretches > 1:
-        own, grid = {"sorted_ptr": sorted_indices, "L": n_rows}, (n_stretches, tiles_d)
+        own, grid = {"sorted_ptr": sorted_indices, "L": n_rows}, (n_stretches, *row.tiles(D=D))
         common.launch(decode_d_weight_stretch, grid, row, d_out.device, **own, **shared)
-    common.launch(decode_d_weight, (n_rows, tiles_d), row, d_out.device, d_weight_ptr=out, **shared)
+    common.launch(decode_d_weight, (n_rows, *row.tiles(D=D)), row, d_out.device, d_weight_ptr=out, **shared)
     return out
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    types = dict.fromkeys(("order_ptr", "codes_ptr", "sorted_ptr", "segments_ptr"), "*i64") | {"parts_ptr": "*fp32"}
     forms = [({"FIXED": fixed, "STRETCH": STRETCH}, not fixed) for fixed in (True, False)]
-    kernels = (decode_d_weight, decode_d_weight_stretch)
-    return [case for kernel in kernels for case in cases_of_kernel(kernel, kind, forms, types, ("D",), False)]
+    return cases_of_kernel(decode_d_weight, kind, forms) + cases_of_kernel(decode_d_weight_stretch, kind, forms)

@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes
-from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, Forms, cases_of_kernel
 from l3d_kernels.kernels.shared.device import row_products, store, sum_groups, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
-from l3d_kernels.registry import TRITON
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
+from l3d_kernels.splitting import pieces
 
 CHUNK = 1 << 26  # elements of the rows' products that the backward pass forms at a time
 
@@ -91,13 +90,11 @@ TABLE["gram_tile"] = {
 def gram_forward(left: Tensor, right: Tensor) -> Tensor:
     """Launch the forward kernel: [K, K]."""
     K, R, O = left.shape
-    row, precision = common.row_for("gram_tile", left)
+    row = common.row_for(gram_tile, left)
     ranks = min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"], common.power_of_two(R))
-    tiles = [ceil_div(K, row.blocks[block] // ranks) for block in ("BLOCK_A", "BLOCK_B")]
-    out = empty((K, K), left)
-    pointers = {"out_ptr": out, "left_ptr": left, "right_ptr": right}
-    sizes, flags = {"K": K, "R": R, "O": O, "I": right.shape[2]}, {"PRECISION": precision, "RANKS": ranks}
-    common.launch(gram_tile, tiles, row, left.device, **pointers, **sizes, **flags)
+    out, tiles = common.empty((K, K), left), row.tiles(A=K * ranks, B=K * ranks)
+    sizes = {"K": K, "R": R, "O": O, "I": right.shape[2], "RANKS": ranks}
+    common.launch(gram_tile, tiles, row, left.device, out_ptr=out, left_ptr=left, right_ptr=right, **sizes)
     return out
 
 
@@ -108,11 +105,10 @@ def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
     """
     K, R, A = side.shape
     flat_side, flat_other = side.flatten(0, 1), other.flatten(0, 1)
-    step = max(1, CHUNK // max(1, K * R * R))
     out = []
-    for k in range(0, K, step):
-        products = (other[k : k + step].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
-        products = products * both[k : k + step, None, :, None]
+    for piece in pieces(K, K * R * R, CHUNK):
+        products = (other[piece].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
+        products = products * both[piece, None, :, None]
         out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
     return torch.cat(out) if out else torch.zeros_like(side)
 
@@ -122,35 +118,23 @@ def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
 
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
     left, right = saved
-    both = d_out + d_out.mT
-    return [
-        side_gradient(both, left, right) if needs[0] else None,
-        side_gradient(both, right, left) if needs[1] else None,
-    ]
+    both, sides = d_out + d_out.mT, ((left, right), (right, left))
+    return [side_gradient(both, *own) if need else None for own, need in zip(sides, needs, strict=True)]
 
 
-class _Gram(common.Differentiable):
-    @staticmethod
-    def forward(left: Tensor, right: Tensor) -> Tensor:
-        return gram_forward(left, right)
-
-    backward = common.backward_of(_backward)
+_gram = common.differentiable(lambda left, right: gram_forward(left, right), _backward)
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram` with Triton kernels."""
-    return _Gram.apply(*common.contiguous(left, right))
-
-
-TRITON["gram"] = gram
+    return _gram(*common.contiguous(left, right))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    cases = []
-    for dtype, bits, precision, long in compile_dtypes(kind):
-        row = lookup("gram_tile", kind, bits)
-        for ranks in (1, 8, min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"])):
-            constants = {"PRECISION": precision, "RANKS": ranks}
-            cases.append(CompileCase(gram_tile, dtype, constants, row, long=long or ranks == 1))
-    return cases
+
+    def forms(row: Launch, _: int) -> Forms:
+        widest = min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"])
+        return [({"RANKS": ranks}, ranks == 1) for ranks in (1, 8, widest)]
+
+    return cases_of_kernel(gram_tile, kind, forms)

@@ -24,10 +24,8 @@ from l3d_kernels.kernels.energy.gram import gram
 from l3d_kernels.kernels.energy.gram_energy_backward import energy_backward, rows_of
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, row_products, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -79,9 +77,7 @@ TABLE["coactive_energy"] = {
 }
 
 
-def _fake_energy(
-    values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake_energy(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Any:
     rows = values.numel() * left.shape[1]
     return left.new_empty(len(row_offsets) - 1), left.new_empty(rows, dtype=common.wide(left.dtype))
 
@@ -92,15 +88,14 @@ def energy_forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: (energy [S], sums of every row [N*R])."""
     n_samples, n_rows = len(row_offsets) - 1, values.numel() * left.shape[1]
-    row, precision = common.row_for("coactive_energy", left)
-    sums = empty((n_rows,), left, common.wide(left.dtype))
-    splits = max(1, ceil_div(n_rows, max(1, n_samples) * row.blocks["BLOCK_P"]))  # the tiles of an average sample
-    parts = empty((n_samples, splits), sums)
+    row = common.row_for(coactive_energy, left)
+    sums = common.empty((n_rows,), left, common.wide(left.dtype))
+    (splits,) = row.tiles(P=max(1, common.ceil_div(n_rows, max(1, n_samples))))  # the tiles of an average sample
+    parts = common.empty((n_samples, splits), sums)
     pointers = {"parts_ptr": parts, "sums_ptr": sums, "values_ptr": values, "columns_ptr": columns}
     pointers |= {"row_offsets_ptr": row_offsets, "left_ptr": left, "right_ptr": right}
     sizes = {"N": values.numel(), "O": left.shape[2], "I": right.shape[2], "R": left.shape[1]}
-    grid = (n_samples, splits)
-    common.launch(coactive_energy, grid, row, left.device, **pointers, **sizes, PRECISION=precision)
+    common.launch(coactive_energy, (n_samples, splits), row, left.device, **pointers, **sizes)
     return parts.sum(1).to(left.dtype), sums
 
 
@@ -109,39 +104,25 @@ def energy_forward(
 
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
     values, left, right, *order, sums = saved
-    d_values = 2 * d_out[order[0]] * sums.view(-1, left.shape[1]).sum(1) if needs[0] else None
     return [
-        None if d_values is None else d_values.to(values.dtype),
+        (2 * d_out[order[0]] * sums.view(-1, left.shape[1]).sum(1)).to(values.dtype) if needs[0] else None,
         energy_backward(d_out, values, *order, left, right) if needs[1] else None,
         energy_backward(d_out, values, *order, right, left) if needs[2] else None,
     ]
 
 
-class _Coactive(common.Differentiable):
-    @staticmethod
-    def forward(
-        values: Tensor,
-        left: Tensor,
-        right: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        row_offsets: Tensor,
-        column_order: Tensor,
-        column_offsets: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        return energy_forward(values, columns, row_offsets, left, right)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
-
-    backward = common.backward_of(_backward)
+_coactive = common.differentiable(
+    lambda values, left, right, rows, columns, row_offsets, column_order, column_offsets: energy_forward(
+        values, columns, row_offsets, left, right
+    ),
+    _backward,
+    lambda inputs, output: (*inputs, output[1]),
+)
 
 
 def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.gram_energy_coactive` with Triton kernels."""
-    return _Coactive.apply(*common.contiguous(kept.values, left, right, *kept.indices()))[0]
+    return _coactive(*common.contiguous(kept.values, left, right, *kept.indices()))[0]
 
 
 def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
@@ -156,11 +137,6 @@ def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
     return energy_from_gram(kept, gram(left, right))
 
 
-TRITON["gram_energy_coactive"] = gram_energy_coactive
-TRITON["gram_energy"] = gram_energy
-
-
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    types = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "columns_ptr": "*i64", "row_offsets_ptr": "*i64"}
-    return cases_of_kernel(coactive_energy, kind, types=types)
+    return cases_of_kernel(coactive_energy, kind)

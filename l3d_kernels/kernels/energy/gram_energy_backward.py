@@ -5,8 +5,6 @@
 for a subnetwork k, over its kept entries i and the rows q = (j, r') of their samples; g [S] is the upstream gradient.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -105,23 +102,20 @@ def energy_backward(
 ) -> Tensor:
     """Launch the backward kernel for one side: in the shape of `side`."""
     K, R, A = side.shape
-    row, precision = common.row_for("coactive_backward", side)
+    row = common.row_for(coactive_backward, side)
     block_r = min(64, common.power_of_two(R, 16))
-    tiles_r = ceil_div(R, block_r)
-    splits = max(1, min(ceil_div(common.PROGRAMS, max(1, K * tiles_r)), ceil_div(values.numel(), max(1, K))))
+    tiles_r = common.ceil_div(R, block_r)
+    most = common.ceil_div(common.PROGRAMS, max(1, K * tiles_r))
+    splits = max(1, min(most, common.ceil_div(values.numel(), max(1, K))))
     sums = torch.zeros(splits, K, R, A, dtype=common.wide(side.dtype), device=side.device)
     pointers = {"d_a_ptr": sums, "upstream_ptr": upstream.contiguous(), "values_ptr": values, "rows_ptr": rows}
     pointers |= {"columns_ptr": columns, "row_offsets_ptr": row_offsets, "column_order_ptr": column_order}
     pointers |= {"column_offsets_ptr": column_offsets, "a_ptr": side, "b_ptr": other}
-    sizes: dict[str, Any] = {"A": A, "B": other.shape[2], "R": R}
-    flags, grid = {"PRECISION": precision, "BLOCK_R": block_r}, (K, tiles_r, splits)
-    common.launch(coactive_backward, grid, row, side.device, **pointers, **sizes, **flags)
+    sizes, grid = {"A": A, "B": other.shape[2], "R": R, "BLOCK_R": block_r}, (K, tiles_r, splits)
+    common.launch(coactive_backward, grid, row, side.device, **pointers, **sizes)
     return sums.sum(0).to(side.dtype)
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    integers = ("rows_ptr", "columns_ptr", "row_offsets_ptr", "column_order_ptr", "column_offsets_ptr")
-    types = {"d_a_ptr": "*fp32", **dict.fromkeys(integers, "*i64")}
-    forms = [({"BLOCK_R": block_r}, block_r == 32) for block_r in (16, 32, 64)]
-    return cases_of_kernel(coactive_backward, kind, forms, types, ("A", "B"))
+    return cases_of_kernel(coactive_backward, kind, [({"BLOCK_R": rows}, rows == 32) for rows in (16, 32, 64)])

@@ -8,20 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3d_kernels.kernels.energy.reconstruct_kernels import (
-    LARGEST_RANKS,
-    compile_cases,
-    reconstruct_backward,
-    reconstruct_tile,
-    residual_norm_tile,
-    residual_tile,
-)
+from l3d_kernels.kernels.energy import reconstruct_kernels as kernels
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.common import ceil_div, empty
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
+from l3d_kernels.splitting import pieces
 
-__all__ = ["compile_cases", "reconstruct", "squared_residual_norm"]
+compile_cases = kernels.compile_cases
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
@@ -30,13 +22,10 @@ def _launch_tiles(
     kernel: Any, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, **own: Any
 ) -> None:
     """Launch a kernel that forms tiles of the reconstructions of all samples."""
-    row, precision = common.row_for(kernel.fn.__name__, left)
-    O, I = left.shape[2], right.shape[2]
-    grid = (len(row_offsets) - 1, ceil_div(O, row.blocks["BLOCK_O"]), ceil_div(I, row.blocks["BLOCK_I"]))
-    pointers = {"values_ptr": values, "columns_ptr": columns, "row_offsets_ptr": row_offsets}
-    pointers |= {"left_ptr": left, "right_ptr": right}
-    sizes = {"O": O, "I": I, "R": left.shape[1]}
-    common.launch(kernel, grid, row, left.device, **pointers, **sizes, PRECISION=precision, **own)
+    row, (_, R, O), I = common.row_for(kernel, left), left.shape, right.shape[2]
+    grid = (len(row_offsets) - 1, *row.tiles(O=O, I=I))
+    own |= {"values_ptr": values, "columns_ptr": columns, "row_offsets_ptr": row_offsets}
+    common.launch(kernel, grid, row, left.device, left_ptr=left, right_ptr=right, O=O, I=I, R=R, **own)
 
 
 def _fake_tiles(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -46,8 +35,8 @@ def _fake_tiles(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tens
 @common.operator("reconstruct", _fake_tiles)
 def reconstruct_forward(values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the forward kernel: [S, O, I]."""
-    out = empty((len(row_offsets) - 1, left.shape[2], right.shape[2]), left)
-    _launch_tiles(reconstruct_tile, values, columns, row_offsets, left, right, out_ptr=out)
+    out = common.empty((len(row_offsets) - 1, left.shape[2], right.shape[2]), left)
+    _launch_tiles(kernels.reconstruct_tile, values, columns, row_offsets, left, right, out_ptr=out)
     return out
 
 
@@ -56,26 +45,23 @@ def residual_norm_forward(
     values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor, grad: Tensor
 ) -> Tensor:
     """Launch the forward kernel: [S]."""
-    blocks = common.row_for("residual_norm_tile", left)[0].blocks
-    tiles = (ceil_div(left.shape[2], blocks["BLOCK_O"]), ceil_div(right.shape[2], blocks["BLOCK_I"]))
-    parts = empty((len(grad), *tiles), grad, common.wide(grad.dtype))
+    tiles = common.row_for(kernels.residual_norm_tile, left).tiles(O=left.shape[2], I=right.shape[2])
+    parts = common.empty((len(grad), *tiles), grad, common.wide(grad.dtype))
     own = {"parts_ptr": parts, "grad_ptr": grad}
-    _launch_tiles(residual_norm_tile, values, columns, row_offsets, left, right, **own)
+    _launch_tiles(kernels.residual_norm_tile, values, columns, row_offsets, left, right, **own)
     return parts.sum((1, 2)).to(grad.dtype)
 
 
-@common.operator(
-    "squared_residual", lambda scale, grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format)
-)
+@common.operator("squared_residual", lambda scale, grad, *_: grad.new_empty(grad.shape))
 def residual(
     scale: Tensor, grad: Tensor, values: Tensor, columns: Tensor, row_offsets: Tensor, left: Tensor, right: Tensor
 ) -> Tensor:
     """Launch the kernel of the scaled residual: [S, O, I]. grad: rows of O of a packed array, all of them or some."""
     if grad.stride()[1:] != (grad.shape[2], 1):
         grad = grad.contiguous()
-    out = empty(grad.shape, grad)
+    out = common.empty(grad.shape, grad)
     own = {"out_ptr": out, "scale_ptr": scale, "grad_ptr": grad, "stride_grad_s": grad.stride(0)}
-    _launch_tiles(residual_tile, values, columns, row_offsets, left, right, **own)
+    _launch_tiles(kernels.residual_tile, values, columns, row_offsets, left, right, **own)
     return out
 
 
@@ -99,18 +85,17 @@ def side_backward(
     """Launch the backward kernel for one side: (gradient to it, wide; gradients to the values with the left side's)."""
     d_out, (side, other) = d_out.contiguous(), (left, right) if to_left else (right, left)
     K, R, A = side.shape
-    row, precision = common.row_for("reconstruct_backward", left)
-    block_r = min(LARGEST_RANKS, common.power_of_two(R, 16))
-    tiles = (ceil_div(A, row.blocks["BLOCK_A"]), ceil_div(R, block_r))
-    out = empty(side.shape, side, common.wide(side.dtype))
-    parts = empty((values.numel() if to_left else 0, *tiles), out)
+    row = common.row_for(kernels.reconstruct_backward, left)
+    block_r = min(kernels.LARGEST_RANKS, common.power_of_two(R, 16))
+    tiles = (*row.tiles(A=A), common.ceil_div(R, block_r))
+    out = common.empty(side.shape, side, common.wide(side.dtype))
+    parts = common.empty((values.numel() if to_left else 0, *tiles), out)
     pointers = {"d_a_ptr": out, "parts_ptr": parts, "d_out_ptr": d_out, "values_ptr": values, "rows_ptr": rows}
     pointers |= {"column_order_ptr": column_order, "column_offsets_ptr": column_offsets, "a_ptr": side, "b_ptr": other}
-    strides = (d_out.shape[2], 1) if to_left else (1, d_out.shape[2])
-    sizes: dict[str, Any] = dict(zip(("stride_d_a", "stride_d_b"), strides, strict=True))
-    sizes |= {"N": values.numel(), "A": A, "B": other.shape[2], "R": R}
-    flags = {"WITH_VALUES": to_left, "PRECISION": precision, "BLOCK_R": block_r}
-    common.launch(reconstruct_backward, (K, *tiles), row, left.device, **pointers, **sizes, **flags)
+    stride_d_a, stride_d_b = (d_out.shape[2], 1) if to_left else (1, d_out.shape[2])
+    sizes = {"stride_d_a": stride_d_a, "stride_d_b": stride_d_b, "N": values.numel(), "A": A, "B": other.shape[2]}
+    sizes |= {"R": R, "WITH_VALUES": to_left, "BLOCK_R": block_r}
+    common.launch(kernels.reconstruct_backward, (K, *tiles), row, left.device, **pointers, **sizes)
     return out, parts.sum((1, 2))
 
 
@@ -125,20 +110,15 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
         d_left, d_values = d_left.to(left.dtype), d_values.to(values.dtype)
     if needs[2]:
         d_right = side_backward(d_out, values, rows, *by_column, left, right, False)[0].to(right.dtype)
-    return [d_values if needs[0] else None, d_left if needs[1] else None, d_right]
+    return [d_values, d_left, d_right]
 
 
 def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor | None]:
     """Form the scaled residual for a few rows of O at a time, and read it once for each side."""
     values, left, right, grad, rows, columns, row_offsets, *by_column = saved
     scale = 2 * upstream.to(common.wide(grad.dtype))
-    d_grad: list[Tensor] = []
-    d_left: list[Tensor] = []
-    d_values: list[Tensor] = []
-    d_right: list[Tensor] = []
-    budget = max(1, common.WORKSPACE // max(1, len(grad) * grad.shape[2]))
-    for start in range(0, grad.shape[1], budget):
-        piece = slice(start, min(start + budget, grad.shape[1]))
+    d_values, d_left, d_right, d_grad = (list[Tensor]() for _ in range(4))
+    for piece in pieces(grad.shape[1], len(grad) * grad.shape[2], common.WORKSPACE):
         part = left[:, :, piece].contiguous()
         rest = residual(scale, grad[:, piece], values, columns, row_offsets, part, right)
         if needs[3]:
@@ -157,50 +137,25 @@ def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> l
     ]
 
 
-class _Reconstruct(common.Differentiable):
-    @staticmethod
-    def forward(
-        values: Tensor,
-        left: Tensor,
-        right: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        row_offsets: Tensor,
-        column_order: Tensor,
-        column_offsets: Tensor,
-    ) -> Tensor:
-        return reconstruct_forward(values, columns, row_offsets, left, right)
-
-    backward = common.backward_of(_backward)
-
-
-class _ResidualNorm(common.Differentiable):
-    @staticmethod
-    def forward(
-        values: Tensor,
-        left: Tensor,
-        right: Tensor,
-        grad: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        row_offsets: Tensor,
-        column_order: Tensor,
-        column_offsets: Tensor,
-    ) -> Tensor:
-        return residual_norm_forward(values, columns, row_offsets, left, right, grad)
-
-    backward = common.backward_of(_backward_norm)
+_reconstruct = common.differentiable(
+    lambda values, left, right, rows, columns, row_offsets, column_order, column_offsets: reconstruct_forward(
+        values, columns, row_offsets, left, right
+    ),
+    _backward,
+)
+_residual_norm = common.differentiable(
+    lambda values, left, right, grad, rows, columns, row_offsets, column_order, column_offsets: residual_norm_forward(
+        values, columns, row_offsets, left, right, grad
+    ),
+    _backward_norm,
+)
 
 
 def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.reconstruct` with Triton kernels."""
-    return _Reconstruct.apply(*common.contiguous(kept.values, left, right, *kept.indices()))
+    return _reconstruct(*common.contiguous(kept.values, left, right, *kept.indices()))
 
 
 def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor, grad: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_residual_norm` with Triton kernels."""
-    return _ResidualNorm.apply(*common.contiguous(kept.values, left, right, grad, *kept.indices()))
-
-
-TRITON["reconstruct"] = reconstruct
-TRITON["squared_residual_norm"] = squared_residual_norm
+    return _residual_norm(*common.contiguous(kept.values, left, right, grad, *kept.indices()))

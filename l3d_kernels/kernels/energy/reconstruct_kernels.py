@@ -180,8 +180,9 @@ def reconstruct_backward(
 # --- launch table and ahead-of-time cases; the launches are in reconstruct.py ------------------------------------
 
 LARGEST_RANKS = 32  # of a subnetwork in a tile of the backward pass
-for kernel_name in ("reconstruct_tile", "residual_tile", "residual_norm_tile"):
-    TABLE[kernel_name] = {
+TILES = (reconstruct_tile, residual_tile, residual_norm_tile)
+for kernel in TILES:
+    TABLE[kernel.fn.__name__] = {
         ("interpreter", None): Launch({"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_Q": 16}),
         ("sm_80", "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_Q": 32}, warps=8, stages=3),
         (None, "16"): Launch({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_Q": 64}, warps=8, stages=3),
@@ -196,12 +197,9 @@ TABLE["reconstruct_backward"] = {
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    integers = ("columns_ptr", "row_offsets_ptr", "rows_ptr", "column_order_ptr", "column_offsets_ptr")
-    types = dict.fromkeys(integers, "*i64") | dict.fromkeys(("parts_ptr", "scale_ptr", "d_a_ptr"), "*fp32")
-    tiles = (reconstruct_tile, residual_tile, residual_norm_tile)
-    cases = [case for kernel in tiles for case in cases_of_kernel(kernel, kind, types=types)]
+    tiles = [case for kernel in TILES for case in cases_of_kernel(kernel, kind)]
     forms = [
         ({"BLOCK_R": block_r, "WITH_VALUES": left, "stride_d_b" if left else "stride_d_a": 1}, block_r == LARGEST_RANKS)
         for block_r, left in ((16, True), (16, False), (LARGEST_RANKS, True))
     ]
-    return cases + cases_of_kernel(reconstruct_backward, kind, forms, types, ("A", "B"))
+    return tiles + cases_of_kernel(reconstruct_backward, kind, forms)

@@ -18,11 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel, compile_dtypes
-from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, load, row_products, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup
-from l3d_kernels.registry import TRITON
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.splitting import pieces
 
 
@@ -133,10 +131,7 @@ TABLE["norm_outer"] = {
     (None, "16"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 64}, warps=4, stages=3),
     (None, "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, warps=4, stages=3),
 }
-TABLE["norm_single"] = {
-    ("interpreter", None): Launch({"BLOCK_D": 16}),
-    (None, None): Launch({"BLOCK_D": 2048}, warps=4, stages=1),
-}
+TABLE["norm_single"] = {("interpreter", None): Launch({"BLOCK_D": 16}), (None, None): Launch({"BLOCK_D": 2048}, 4, 1)}
 LARGEST_TILE = 64  # positions
 
 
@@ -150,20 +145,19 @@ def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
     share, I = S // len(x), 0 if indexed else x.shape[2]
     shared = {"x_ptr": x, "dy_ptr": dy, "I": I, "O": O, "share": share}
     if T == 1:
-        out, (row, _) = empty((S,), dy), common.row_for("norm_single", dy)
+        out, row = common.empty((S,), dy), common.row_for(norm_single, dy)
         common.launch(norm_single, (S,), row, dy.device, out_ptr=out, INDEXED=indexed, **shared)
         return out
+    shared["T"] = T
     if not indexed and I * O < T * (I + O):
-        row, precision = common.row_for("norm_outer", dy)
-        tiles = (ceil_div(O, row.blocks["BLOCK_O"]), ceil_div(I, row.blocks["BLOCK_I"]))
-        parts = empty((S, *tiles), dy, common.wide(dy.dtype))
-        common.launch(norm_outer, parts.shape, row, dy.device, parts_ptr=parts, T=T, PRECISION=precision, **shared)
+        kernel, row = norm_outer, common.row_for(norm_outer, dy)
+        tiles = row.tiles(O=O, I=I)
     else:
-        row, precision = common.row_for("norm_pairs", dy)
-        block = min(LARGEST_TILE, common.power_of_two(T, 16))
-        forms = {"INDEXED": indexed, "PRECISION": precision, "BLOCK_T": block}
-        parts = empty((S, ceil_div(T, block), ceil_div(T, block)), dy, common.wide(dy.dtype))
-        common.launch(norm_pairs, parts.shape, row, dy.device, parts_ptr=parts, T=T, **forms, **shared)
+        kernel, row, block = norm_pairs, common.row_for(norm_pairs, dy), min(LARGEST_TILE, common.power_of_two(T, 16))
+        tiles = (common.ceil_div(T, block),) * 2
+        shared |= {"INDEXED": indexed, "BLOCK_T": block}
+    parts = common.empty((S, *tiles), dy, common.wide(dy.dtype))
+    common.launch(kernel, parts.shape, row, dy.device, parts_ptr=parts, **shared)
     return parts.sum((1, 2)).to(dy.dtype)
 
 
@@ -191,30 +185,17 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-class _Norm(common.Differentiable):
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor) -> Tensor:
-        return norm_forward(x, dy)
-
-    backward = common.backward_of(_backward)
+_norm = common.differentiable(lambda x, dy: norm_forward(x, dy), _backward)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
-    return _Norm.apply(*common.contiguous(x, dy))
-
-
-TRITON["squared_gradient_norm"] = squared_gradient_norm
+    return _norm(*common.contiguous(x, dy))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    types = {"parts_ptr": "*fp32"}
-    cases = cases_of_kernel(norm_outer, kind, types=types)
-    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": False, "BLOCK_T": t}, False) for t in (16, 64)], types)
-    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": True, "BLOCK_T": 32}, True)], types | {"x_ptr": "*i64"})
-    for dtype, bits, precision, long in compile_dtypes(kind):
-        if not (precision == "tf32" or (bits == "32" and precision == "ieee" and long)):
-            row = lookup("norm_single", kind, bits)
-            cases.append(CompileCase(norm_single, dtype, {"INDEXED": False}, row, is_matrix=False, long=long))
-    return cases
+    pairs = [({"INDEXED": False, "BLOCK_T": block}, False) for block in (16, 64)]
+    cases = cases_of_kernel(norm_outer, kind) + cases_of_kernel(norm_pairs, kind, pairs)
+    cases += cases_of_kernel(norm_pairs, kind, [({"INDEXED": True, "BLOCK_T": 32}, True)], x_ptr="*i64")
+    return cases + cases_of_kernel(norm_single, kind, [({"INDEXED": False}, False)])

@@ -10,8 +10,6 @@ computes the gradients to left and right. Where nearly all pairs are kept, `proj
 makes that choice by counted cost, so there is no second path here. Specification: `l3d_kernels.reference.project_at`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +19,8 @@ from l3d_kernels.kernels.project.at_backward import project_at_backward
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
-from l3d_kernels.kernels.shared.common import empty
 from l3d_kernels.kernels.shared.device import store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -71,12 +67,7 @@ def project_at_values(
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
-TABLE["project_at_values"] = {
-    ("interpreter", None): tile(16, 32, 4),
-    ("gfx942", None): tile(64, 32, 4, 2),
-    (None, "16"): tile(128, 64, 8),
-    (None, "32"): tile(64, 32, 8),
-}
+TABLE["project_at_values"] = TABLE["project_at_rows"] | {(None, "16"): tile(128, 64, 8)}
 
 
 @common.operator("project_at", lambda x, dy, left, right, order, offsets, rows: dy.new_empty(rows.shape[0]))
@@ -88,7 +79,7 @@ def project_at_forward(
     if n_pairs == 0 or dy.shape[1] == 0 or left.shape[1] == 0:
         return dy.new_zeros(n_pairs)
     pairs = Pairs(x, dy, left, right, (order, offsets, rows))
-    by_column, out = empty((n_pairs,), dy), empty((n_pairs,), dy)
+    by_column, out = common.empty((n_pairs,), dy), common.empty((n_pairs,), dy)
     pairs.launch(project_at_values, 0, len(left), 0, n_pairs, out_ptr=by_column)
     out[order] = by_column
     return out
@@ -97,18 +88,10 @@ def project_at_forward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    return [None, None, *project_at_backward(d_out, *saved)]
-
-
-class _ProjectAt(common.Differentiable):
-    @staticmethod
-    def forward(
-        x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
-    ) -> Tensor:
-        return project_at_forward(x, dy, left, right, order, offsets, rows)
-
-    backward = common.backward_of(_backward)
+_project_at = common.differentiable(
+    lambda x, dy, left, right, order, offsets, rows: project_at_forward(x, dy, left, right, order, offsets, rows),
+    lambda needs, saved, d_out: [None, None, *project_at_backward(d_out, *saved)],
+)
 
 
 def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseCoefficients) -> Tensor:
@@ -116,10 +99,7 @@ def project_at(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: SparseC
     if torch.is_grad_enabled() and (x.requires_grad or dy.requires_grad):
         raise ValueError("x, dy: the kernels of project_at have no gradient to them; detach them, or use 'torch'")
     order = kept.column_order, kept.column_offsets, kept.rows
-    return _ProjectAt.apply(*common.contiguous(x, dy, left, right, *order))
-
-
-TRITON["project_at"] = project_at
+    return _project_at(*common.contiguous(x, dy, left, right, *order))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -8,8 +8,6 @@ products with dy and x are summed, one program for each subnetwork and tile of c
 dy: training needs none, and the public function raises an error where one is asked for.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,6 @@ from torch import Tensor
 from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile, wide_ranks
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
@@ -71,7 +68,7 @@ def project_at_rows(
 @triton.jit
 def project_at_outer(
     out_ptr,  # [columns, R, D]
-    rows_ptr,  # [places, T, R]
+    product_ptr,  # [places, T, R]
     side_ptr,  # [S / divide, T, D] dy or x
     offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
     sample_ptr,  # [places] int64
@@ -95,7 +92,7 @@ def project_at_outer(
         lines = first + start + tl.arange(0, BLOCK_D)
         mask = lines < stop
         offs_s = tl.load(sample_ptr + lines // T, mask=mask, other=0) // divide
-        places = (rows_ptr + lines * R)[None, :] + offs_r[:, None]
+        places = (product_ptr + lines * R)[None, :] + offs_r[:, None]
         rows = load(places, mask[None, :] & mask_r[:, None])  # [R, lines]
         places = (side_ptr + (offs_s * T + lines % T) * D)[:, None] + offs_d[None, :]
         side = load(places, mask[:, None] & mask_d[None, :])  # [lines, D]
@@ -122,12 +119,11 @@ TABLE["project_at_outer"] = {
 def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divide: int) -> Tensor:
     """Launch the gradient to one factor: rows [places, T, R], with dy or x as `side` -> [columns, R, D]."""
     (_, T, R), D, columns = rows.shape, side.shape[2], len(offsets) - 1
-    out, (row, precision) = empty((columns, R, D), rows), common.row_for("project_at_outer", rows)
-    block = wide_ranks(R, 64)
-    grid = (columns, ceil_div(R, block), ceil_div(D, row.blocks["BLOCK_COLS"]))
-    pointers = {"out_ptr": out, "rows_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
-    flags: dict[str, Any] = {"BLOCK_R": block, "PRECISION": precision}
-    common.launch(project_at_outer, grid, row, out.device, T=T, R=R, D=D, divide=divide, **pointers, **flags)
+    out, row, block = common.empty((columns, R, D), rows), common.row_for(project_at_outer, rows), wide_ranks(R, 64)
+    grid = (columns, common.ceil_div(R, block), *row.tiles(COLS=D))
+    pointers = {"out_ptr": out, "product_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
+    sizes = {"T": T, "R": R, "D": D, "divide": divide, "BLOCK_R": block}
+    common.launch(project_at_outer, grid, row, out.device, **pointers, **sizes)
     return out
 
 
@@ -156,11 +152,7 @@ def pieces(offsets: Tensor, n_pairs: int, per_pair: int) -> list[tuple[int, int,
     return out
 
 
-def _fake_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(left), torch.empty_like(right)
-
-
-@common.operator("project_at_backward", _fake_backward)
+@common.operator("project_at_backward", lambda *inputs: tuple(torch.empty_like(side) for side in inputs[3:5]))
 def project_at_backward(
     d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -171,7 +163,7 @@ def project_at_backward(
         return d_left, d_right
     pairs, weight = Pairs(x, dy, left, right, (order, offsets, rows)), d_out[order]
     for start, stop, first, n_pairs in pieces(offsets, rows.numel(), T * R):
-        x_right, dy_left = (empty((n_pairs, T, R), dy) for _ in range(2))
+        x_right, dy_left = (common.empty((n_pairs, T, R), dy) for _ in range(2))
         own, ends = slice(first, first + n_pairs), offsets[start : stop + 1] - first
         outputs = {"x_right_out_ptr": x_right, "dy_left_out_ptr": dy_left, "weight_ptr": weight[own]}
         pairs.launch(project_at_rows, start, stop, first, n_pairs, **outputs)
@@ -189,6 +181,5 @@ def project_at_backward(
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    types = {"offsets_ptr": "*i64", "sample_ptr": "*i64"}
     forms = [({"BLOCK_R": cols}, cols != 32) for cols in (16, 32, 64)]
-    return cases_of(project_at_rows, kind) + cases_of_kernel(project_at_outer, kind, forms, types, ("D",))
+    return cases_of(project_at_rows, kind) + cases_of_kernel(project_at_outer, kind, forms)

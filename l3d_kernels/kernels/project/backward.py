@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.fused import tile
+from l3d_kernels.kernels.project.fused import OTHERS, sequence_products, tile
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE
 from l3d_kernels.kernels.shared.segment_sum import sum_by_key
+from l3d_kernels.splitting import pieces
 
 # --- kernels ----------------------------------------------------------------------------------------------------
 
@@ -108,14 +108,7 @@ def project_weighted(
 # --- launch -----------------------------------------------------------------------------------------------------
 
 
-TABLE["project_returned"] = {
-    ("interpreter", None): tile(16, 16, 32, 4),
-    ("gfx942", "16"): tile(128, 64, 64, 8, 2),
-    ("gfx942", "32"): tile(128, 64, 32, 8, 2),
-    (None, "16"): tile(128, 64, 64, 8),
-    (None, "32"): tile(64, 64, 32, 8),
-    ("sm_80", "32"): tile(64, 32, 32, 8),
-}
+TABLE["project_returned"] = OTHERS | {(None, "32"): tile(64, 64, 32, 8), ("sm_80", "32"): tile(64, 32, 32, 8)}
 TABLE["project_weighted"] = {
     ("interpreter", None): tile(16, 16, 16, 4),
     ("gfx942", None): tile(128, 128, 32, 8, 2),
@@ -125,56 +118,35 @@ TABLE["project_weighted"] = {
 }
 
 
-def splits_of(rows: int, tiles: int, depth: int) -> int:
-    """Return into how many parts a sum over `rows` is cut when the output has `tiles` tiles."""
-    return max(1, min(ceil_div(common.PROGRAMS, max(1, tiles)), rows // (4 * depth)))
-
-
 class Piece:
-    """The gradients of some subnetworks, start..stop: their part of the inputs, and the steps of the backward pass."""
+    """The gradients of some subnetworks: their part of the inputs, and the steps of the backward pass."""
 
-    def __init__(self, d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, start: int, stop: int):
-        self.d_out, self.x, self.dy = d_out, x, dy
-        self.left, self.right = left[start:stop].flatten(0, 1), right[start:stop].flatten(0, 1)
-        self.cols, self.share = len(self.left), len(dy) // len(x)
-        self.sizes = {"T": dy.shape[1], "O": dy.shape[2], "R": left.shape[1], "K_all": d_out.shape[1]}
-        self.weights = d_out[:, start:stop]
-
-    def x_right(self) -> Tensor:
-        """Compute x·right, a row per position; for indices, a row per index: [rows, K*R]."""
-        return self.x.flatten(0, 1) @ self.right.mT if self.x.is_floating_point() else self.right.mT.contiguous()
+    def __init__(self, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, d_out: Tensor):
+        self.x, self.dy, self.R, self.share, self.d_out = x, dy, left.shape[1], len(dy) // len(x), d_out
+        self.left, self.right = left.flatten(0, 1), right.flatten(0, 1)
+        self.shared = {"d_out_ptr": d_out, "dy_ptr": dy, "T": dy.shape[1], "O": dy.shape[2], "R": self.R}
+        self.shared |= {"K_all": d_out.stride(0), "cols_out": len(self.left), "share": self.share}
 
     def dy_left(self) -> Tensor:
         """Launch `dy_left`: [B*T, K*R]."""
         rows = self.x.shape[0] * self.x.shape[1]
-        out = empty((rows, self.cols), self.dy)
-        row, precision = common.row_for("project_returned", self.dy)
-        grid = (ceil_div(rows, row.blocks["BLOCK_ROWS"]), ceil_div(self.cols, row.blocks["BLOCK_COLS"]))
-        pointers = {"out_ptr": out, "d_out_ptr": self.weights, "dy_ptr": self.dy, "left_ptr": self.left}
-        sizes = {"rows_out": rows, "cols_out": self.cols, "share": self.share, **self.sizes}
-        common.launch(project_returned, grid, row, out.device, PRECISION=precision, **pointers, **sizes)
+        out = common.empty((rows, len(self.left)), self.dy)
+        row = common.row_for(project_returned, self.dy)
+        own = {"out_ptr": out, "left_ptr": self.left, "rows_out": rows, **self.shared}
+        common.launch(project_returned, row.tiles(ROWS=rows, COLS=len(self.left)), row, out.device, **own)
         return out
 
     def d_left(self, x_right: Tensor) -> Tensor:
         """Launch d_left of these subnetworks: [K*R, O]."""
         (S, T, O), dy = self.dy.shape, self.dy
-        row, precision = common.row_for("project_weighted", dy)
-        tiles = (ceil_div(self.cols, row.blocks["BLOCK_ROWS"]), ceil_div(O, row.blocks["BLOCK_COLS"]))
-        splits = splits_of(S * T, tiles[0] * tiles[1], row.blocks["BLOCK_D"])
-        out = empty((splits, self.cols, O), dy, None if splits == 1 else common.wide(dy.dtype))
-        pointers = {
-            "out_ptr": out,
-            "d_out_ptr": self.weights,
-            "x_right_ptr": x_right,
-            "index_ptr": self.x,
-            "dy_ptr": dy,
-        }
-        sizes = {"rows_in": S * T, "cols_out": self.cols, "share": self.share, **self.sizes}
-        flags = {"INDEXED": not self.x.is_floating_point(), "PRECISION": precision}
-        rows_split = ceil_div(S * T, splits)
-        common.launch(
-            project_weighted, (*tiles, splits), row, dy.device, rows_split=rows_split, **flags, **pointers, **sizes
-        )
+        row = common.row_for(project_weighted, dy)
+        tiles = row.tiles(ROWS=len(self.left), COLS=O)
+        most = common.ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1]))
+        splits = max(1, min(most, S * T // (4 * row.blocks["BLOCK_D"])))
+        out = common.empty((splits, len(self.left), O), dy, None if splits == 1 else common.wide(dy.dtype))
+        own = {"out_ptr": out, "x_right_ptr": x_right, "index_ptr": self.x, "INDEXED": not self.x.is_floating_point()}
+        own |= {"rows_in": S * T, "rows_split": common.ceil_div(S * T, splits)}
+        common.launch(project_weighted, (*tiles, splits), row, dy.device, **own, **self.shared)
         return out[0] if splits == 1 else out.sum(0).to(dy.dtype)
 
     def d_right(self, dy_left: Tensor) -> Tensor:
@@ -187,8 +159,8 @@ class Piece:
         """Compute the part of d_dy that these subnetworks give: [S, T, O]."""
         if not self.x.is_floating_point():
             x_right = x_right[self.x.flatten()]
-        by_sequence = x_right.view(len(self.x), 1, self.sizes["T"], -1, self.sizes["R"])
-        weights = self.weights.unflatten(0, (len(self.x), self.share))[:, :, None, :, None]
+        by_sequence = x_right.view(len(self.x), 1, self.dy.shape[1], -1, self.R)
+        weights = self.d_out.unflatten(0, (len(self.x), self.share))[:, :, None, :, None]
         return ((by_sequence * weights).flatten(3) @ self.left).flatten(0, 1)
 
 
@@ -212,28 +184,26 @@ def project_backward(
     d_x, d_dy, d_left, d_right = _zeros((x, dy, left, right), needs, dtypes)
     (S, T, _), (K, R, _) = dy.shape, left.shape
     per_subnetwork = R * T * (S if needs[1] else len(x))
-    step = max(1, common.WORKSPACE // max(1, per_subnetwork))
-    for start in range(0, K if S * T * R else 0, step):
-        stop = min(K, start + step)
-        piece = Piece(d_out.contiguous(), x, dy, left, right, start, stop)
+    for own in pieces(K if S * T * R else 0, per_subnetwork, common.WORKSPACE):
+        piece = Piece(x, dy, left[own], right[own], d_out.contiguous()[:, own])
         if needs[1] or needs[2]:
-            x_right = piece.x_right()
+            x_right = sequence_products(x, right[own])
             if needs[1]:
                 d_dy += piece.d_dy(x_right)
             if needs[2]:
-                d_left[start:stop] = piece.d_left(x_right).view_as(d_left[start:stop])
+                d_left[own] = piece.d_left(x_right).view_as(d_left[own])
         if needs[0] or needs[3]:
             dy_left = piece.dy_left()
             if needs[0]:
                 d_x += (dy_left @ piece.right).view_as(x)
             if needs[3]:
-                d_right[start:stop] = piece.d_right(dy_left).unflatten(0, (stop - start, R))
+                d_right[own] = piece.d_right(dy_left).unflatten(0, (-1, R))
     return d_x.to(dy.dtype), d_dy.to(dy.dtype), d_left, d_right
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
-    forms, types = [({"INDEXED": indexed}, indexed) for indexed in (False, True)], {"index_ptr": "*i64"}
-    cases = cases_of_kernel(project_returned, kind) + cases_of_kernel(project_weighted, kind, forms, types)
-    split = cases_of_kernel(project_weighted, kind, forms, types | {"out_ptr": "*fp32"})
+    forms = [({"INDEXED": indexed}, indexed) for indexed in (False, True)]
+    cases = cases_of_kernel(project_returned, kind) + cases_of_kernel(project_weighted, kind, forms)
+    split = cases_of_kernel(project_weighted, kind, forms, out_ptr="*fp32")
     return cases + [case._replace(long=True) for case in split if case.dtype != "fp32"]

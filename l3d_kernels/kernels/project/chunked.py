@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.epilogue import COUNTED, finish
+from l3d_kernels.kernels.project.epilogue import COUNTED, finish, lines
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import load, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -41,10 +40,8 @@ def project_multiply(
     BLOCK_COLS: tl.constexpr,
 ):
     """Compute the coefficients of one sample and some subnetworks."""
-    BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
     sample = tl.program_id(0).to(tl.int64)
-    line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
-    offs_k = tl.program_id(1) * BLOCK_K + line_k
+    offs_k, line_r = lines(tl.program_id(1), SLOT_R, BLOCK_COLS)
     total = zeros(out_ptr, BLOCK_T, BLOCK_COLS)
     for start_r in range(0, R, SLOT_R):
         offs_r = start_r + line_r
@@ -58,8 +55,7 @@ def project_multiply(
             rows = (sample * T + offs_t) * (K * R)
             dy_left = load(dy_left_ptr + rows[:, None] + cols[None, :], mask)  # [T, COLS]
             total += x_right.to(total.dtype) * dy_left.to(total.dtype)
-    total = sum_groups(total, BLOCK_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, stride, 1, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, sum_groups(total, BLOCK_T, SLOT_R), S, K, stride)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -80,8 +76,8 @@ def coefficients(
 ) -> Tensor:
     """Launch products and sums: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, _), (K, R, _), B = dy.shape, left.shape, len(x)
-    out, share = empty((S, K), dy), S // B if B else 0
-    row, _ = common.row_for("project_multiply", dy)
+    out, share = common.empty((S, K), dy), S // B if B else 0
+    row = common.row_for(project_multiply, dy)
     ranks = slot(R, row.blocks["BLOCK_COLS"])
     per_subnetwork = (share + 1) * T * R  # of one sequence
     step_k = max(1, min(K, common.WORKSPACE // max(1, per_subnetwork)))
@@ -94,7 +90,7 @@ def coefficients(
             part, own = out[samples, columns], None if base is None else base[samples, columns]
             pointers = {"out_ptr": part, "x_right_ptr": x_right, "dy_left_ptr": products(dy[samples], lefts)}
             sizes = {"S": part.shape[0], "T": T, "K": part.shape[1], "R": R, "stride": K, "share": share}
-            grid = (part.shape[0], ceil_div(part.shape[1], row.blocks["BLOCK_COLS"] // ranks))
+            grid = (part.shape[0], *row.tiles(COLS=part.shape[1] * ranks))
             flags = {"SLOT_R": ranks, "base_ptr": own, "histogram_ptr": histogram}
             common.launch(project_multiply, grid, row, dy.device, **pointers, **sizes, **flags)
     return out
@@ -110,5 +106,4 @@ def products(side: Tensor, factor: Tensor) -> Tensor:
 def compile_cases(kind: str, count: bool = False, slots: Sequence[int] = (1, 8, 256)) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device; `count`: as `project_topk` does."""
     forms = [({"SLOT_R": ranks, **COUNTED[count]}, ranks != 8) for ranks in slots]
-    types = {"histogram_ptr": "*i64"} if count else {}
-    return cases_of_kernel(project_multiply, kind, forms, types, (), is_matrix=False)
+    return cases_of_kernel(project_multiply, kind, forms)

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div, empty
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
-from l3d_kernels.registry import TRITON
+from l3d_kernels.splitting import pieces
 
 # --- kernel -----------------------------------------------------------------------------------------------------
 
@@ -109,25 +108,18 @@ def partial_sums(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     (S, O, I), (K, R, _) = grad.shape, left.shape
     if O * I * R == 0:
         return grad.new_zeros((1, S, K), dtype=common.wide(grad.dtype))
-    row, precision = common.row_for("project_dense_sum", grad)
-    tiles = (ceil_div(K, row.blocks["BLOCK_K"]), ceil_div(S, row.blocks["BLOCK_S"]))
-    steps = ceil_div(O, row.blocks["BLOCK_O"])
-    rows_split = (
-        ceil_div(steps, min(steps, ceil_div(common.PROGRAMS, max(1, tiles[0] * tiles[1])))) * row.blocks["BLOCK_O"]
-    )
-    splits = ceil_div(O, rows_split)
-    out = empty((splits, S, K), grad, common.wide(grad.dtype))
+    row = common.row_for(project_dense_sum, grad)
+    tiles = row.tiles(K=K, S=S)
+    rows_split, splits = common.split(O, row.blocks["BLOCK_O"], tiles[0] * tiles[1])
+    out = common.empty((splits, S, K), grad, common.wide(grad.dtype))
     pointers = {"out_ptr": out, "grad_ptr": grad, "left_ptr": left, "right_ptr": right}
     sizes = {"S": S, "O": O, "I": I, "K": K, "R": R, "rows_split": rows_split}
-    most_r = 32 if grad.element_size() == 2 else 16
-    flags = {"PRECISION": precision, "BLOCK_R": min(most_r, common.power_of_two(R, 16))}
-    common.launch(project_dense_sum, (*tiles, splits), row, grad.device, **pointers, **sizes, **flags)
+    sizes["BLOCK_R"] = min(32 if grad.element_size() == 2 else 16, common.power_of_two(R, 16))
+    common.launch(project_dense_sum, (*tiles, splits), row, grad.device, **pointers, **sizes)
     return out
 
 
-def _fake_backward(
-    d_out: Tensor, grad: Tensor, left: Tensor, right: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(d_out: Tensor, grad: Tensor, left: Tensor, right: Tensor, needs: list[bool]) -> Any:
     return grad.new_empty(grad.shape if needs[0] else 0), torch.empty_like(left), torch.empty_like(right)
 
 
@@ -145,9 +137,7 @@ def project_dense_backward(
     (_, O, I), K = grad.shape, len(left)
     d_grad = grad.new_empty(grad.shape if needs[0] else 0)
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
-    step = max(1, common.WORKSPACE // max(1, K * I))
-    for start in range(0, O, step):
-        rows = slice(start, min(O, start + step))
+    for rows in pieces(O, K * I, common.WORKSPACE):
         d_v = torch.einsum("sk,soi->koi", d_out, grad[:, rows])
         d_left[:, :, rows] = right @ d_v.mT
         d_right += left[:, :, rows] @ d_v
@@ -160,30 +150,20 @@ def project_dense_backward(
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    grads = project_dense_backward(d_out, *saved, list(needs))
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-
-
-class _ProjectDense(common.Differentiable):
-    @staticmethod
-    def forward(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return project_dense_forward(grad, left, right)
-
-    backward = common.backward_of(_backward)
+_project_dense = common.differentiable(
+    lambda grad, left, right: project_dense_forward(grad, left, right),
+    lambda needs, saved, d_out: project_dense_backward(d_out, *saved, list(needs)),
+)
 
 
 def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_dense` with Triton kernels."""
-    return _ProjectDense.apply(*common.contiguous(grad, left, right))
-
-
-TRITON["project_dense"] = project_dense
+    return _project_dense(*common.contiguous(grad, left, right))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    cases = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 16}, False)], {"out_ptr": "*fp32"})
+    cases = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 16}, False)], out_ptr="*fp32")
+    wide = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 32}, False)], out_ptr="*fp32")
     cases = [case._replace(long=case.long or case.dtype != "fp32") for case in cases]
-    wide = cases_of_kernel(project_dense_sum, kind, [({"BLOCK_R": 32}, False)], {"out_ptr": "*fp32"})
     return cases + [case for case in wide if case.dtype != "fp32"]

@@ -12,20 +12,25 @@ from l3d_kernels.kernels.topk.radix import count_magnitudes
 
 
 @triton.jit
+def lines(tile, SLOT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (group, member) of each of a tile's BLOCK lines: samples and positions, or subnetworks and ranks."""
+    line = tl.arange(0, BLOCK)
+    return tile * (BLOCK // SLOT) + line // SLOT, line % SLOT
+
+
+@triton.jit
 def finish(
     out_ptr,  # [S, K] with rows `stride` apart
     histogram_ptr,  # [2^bits] int64, to be counted up; or None
     base_ptr,  # as out, to be added; or None
-    total,  # [BLOCK_S, BLOCK_K]
+    total,  # a program's tile
     S,
     K,
     stride,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Store a program's coefficients, with `base` added and their magnitudes counted where those are given."""
-    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_s = tl.program_id(0).to(tl.int64) * total.shape[0] + tl.arange(0, total.shape[0])
+    offs_k = tl.program_id(1).to(tl.int64) * total.shape[1] + tl.arange(0, total.shape[1])
     places = offs_s[:, None] * stride + offs_k[None, :]
     mask = (offs_s < S)[:, None] & (offs_k < K)[None, :]
     if base_ptr is not None:

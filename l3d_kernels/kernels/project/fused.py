@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.epilogue import COUNTED, finish
+from l3d_kernels.kernels.project.epilogue import COUNTED, finish, lines
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, compile_dtypes
-from l3d_kernels.kernels.shared.common import ceil_div, empty
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import load, row_products, sum_groups, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows, lookup
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, Rows
 
 # --- kernels ----------------------------------------------------------------------------------------------------
 
@@ -49,13 +48,9 @@ def project_pair(
     BLOCK_D: tl.constexpr,
 ):
     """Compute the coefficients of a tile of samples and subnetworks, where every sample has its own sequence."""
-    BLOCK_S: tl.constexpr = BLOCK_ROWS // SLOT_T
-    BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
-    line_s, line_t = tl.arange(0, BLOCK_ROWS) // SLOT_T, tl.arange(0, BLOCK_ROWS) % SLOT_T
-    line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
-    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + line_s
-    offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + line_k
-    total = zeros(dy_ptr, BLOCK_S, BLOCK_K)
+    offs_s, line_t = lines(tl.program_id(0).to(tl.int64), SLOT_T, BLOCK_ROWS)
+    offs_k, line_r = lines(tl.program_id(1).to(tl.int64), SLOT_R, BLOCK_COLS)
+    total = zeros(dy_ptr, BLOCK_ROWS // SLOT_T, BLOCK_COLS // SLOT_R)
     for start_t in range(0, T, SLOT_T):
         offs_t = start_t + line_t
         mask_rows = (offs_s < S) & (offs_t < T)
@@ -67,7 +62,7 @@ def project_pair(
             x_right = row_products(x_ptr, rows * I, mask_rows, right_ptr, cols * I, mask_cols, I, PRECISION, BLOCK_D)
             dy_left = row_products(dy_ptr, rows * O, mask_rows, left_ptr, cols * O, mask_cols, O, PRECISION, BLOCK_D)
             total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K)
 
 
 @triton.jit
@@ -94,13 +89,9 @@ def project_seen(
     BLOCK_D: tl.constexpr,
 ):
     """Compute the coefficients of a tile of samples and subnetworks from a given x·right."""
-    BLOCK_S: tl.constexpr = BLOCK_ROWS // SLOT_T
-    BLOCK_K: tl.constexpr = BLOCK_COLS // SLOT_R
-    line_s, line_t = tl.arange(0, BLOCK_ROWS) // SLOT_T, tl.arange(0, BLOCK_ROWS) % SLOT_T
-    line_k, line_r = tl.arange(0, BLOCK_COLS) // SLOT_R, tl.arange(0, BLOCK_COLS) % SLOT_R
-    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + line_s
-    offs_k = tl.program_id(1) * BLOCK_K + line_k
-    total = zeros(dy_ptr, BLOCK_S, BLOCK_K)
+    offs_s, line_t = lines(tl.program_id(0).to(tl.int64), SLOT_T, BLOCK_ROWS)
+    offs_k, line_r = lines(tl.program_id(1), SLOT_R, BLOCK_COLS)
+    total = zeros(dy_ptr, BLOCK_ROWS // SLOT_T, BLOCK_COLS // SLOT_R)
     for start_t in range(0, T, SLOT_T):
         offs_t = start_t + line_t
         mask_rows = (offs_s < S) & (offs_t < T)
@@ -118,7 +109,7 @@ def project_seen(
             places = (x_right_ptr + x_rows * (K * R))[:, None] + cols[None, :]
             x_right = load(places, mask_rows[:, None] & mask_cols[None, :])  # [ROWS, COLS]
             total += sum_groups(x_right * dy_left, SLOT_T, SLOT_R)
-    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K, BLOCK_S, BLOCK_K)
+    finish(out_ptr, histogram_ptr, base_ptr, total, S, K, K)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -129,6 +120,7 @@ def tile(rows: int, cols: int, depth: int, warps: int, stages: int = 3) -> Launc
     return Launch({"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "BLOCK_D": depth}, warps, stages)
 
 
+# what the kernels of the projection have in common; rows of their own take precedence
 OTHERS: Rows = {
     ("interpreter", None): tile(16, 16, 32, 4),
     ("gfx942", "16"): tile(128, 64, 64, 8, 2),
@@ -143,17 +135,13 @@ TABLE["project_pair"] = OTHERS | {
 }
 TABLE["project_seen"] = OTHERS | {("sm_80", "32"): tile(64, 32, 32, 8)}
 # "spread": few positions share a sum, so that the sums need registers beside the products
-TABLE["project_pair spread"] = OTHERS | {
+SPREAD: Rows = OTHERS | {
     ("sm_80", "32"): tile(64, 32, 32, 8),
     ("sm_90", "32"): tile(64, 64, 32, 8),
     ("sm_100", "32"): tile(64, 32, 32, 8),
 }
-TABLE["project_seen spread"] = OTHERS | {
-    (None, "16"): tile(64, 64, 32, 8),
-    ("sm_80", "32"): tile(64, 32, 32, 8),
-    ("sm_90", "32"): tile(64, 32, 32, 4),
-    ("sm_100", "32"): tile(64, 32, 32, 8),
-}
+TABLE["project_pair spread"] = SPREAD
+TABLE["project_seen spread"] = SPREAD | {(None, "16"): tile(64, 64, 32, 8), ("sm_90", "32"): tile(64, 32, 32, 4)}
 
 
 def is_spread(slot_t: int, slot_r: int) -> bool:
@@ -161,16 +149,15 @@ def is_spread(slot_t: int, slot_r: int) -> bool:
     return slot_t < 16 or slot_t * slot_r < 32
 
 
-def tiling(kernel: str, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any], tuple[int, int]]:
+def tiling(kernel: Any, dy: Tensor, left: Tensor) -> tuple[Launch, dict[str, Any], tuple[int, ...]]:
     """Return the launch row, the constants and the grid of a kernel."""
     (S, T, _), (K, R, _) = dy.shape, left.shape
-    row, precision = common.row_for(kernel, dy)
+    row = common.row_for(kernel, dy)
     slot_t, slot_r = slots(T, row.blocks["BLOCK_ROWS"]), slots(R, row.blocks["BLOCK_COLS"])
     if is_spread(slot_t, slot_r):
-        row, _ = common.row_for(f"{kernel} spread", dy)
+        row = common.row_for(kernel, dy, " spread")
         slot_t, slot_r = slots(T, row.blocks["BLOCK_ROWS"]), slots(R, row.blocks["BLOCK_COLS"])
-    grid = (ceil_div(S, row.blocks["BLOCK_ROWS"] // slot_t), ceil_div(K, row.blocks["BLOCK_COLS"] // slot_r))
-    return row, {"SLOT_T": slot_t, "SLOT_R": slot_r, "PRECISION": precision}, grid
+    return row, {"SLOT_T": slot_t, "SLOT_R": slot_r}, row.tiles(ROWS=S * slot_t, COLS=K * slot_r)
 
 
 def slots(size: int, block: int) -> int:
@@ -179,7 +166,7 @@ def slots(size: int, block: int) -> int:
     It is the largest for which at most an eighth of the lines is padding.
     """
     slot = block if size else 1
-    while ceil_div(size, slot) * slot > 1.125 * size:
+    while common.ceil_div(size, slot) * slot > 1.125 * size:
         slot //= 2
     return slot
 
@@ -196,17 +183,16 @@ def coefficients(
 ) -> Tensor:
     """Launch the kernel: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
     (S, T, O), (K, R, I) = dy.shape, right.shape
-    out = empty((S, K), dy)
+    out = common.empty((S, K), dy)
     pair = x.is_floating_point() and len(x) == S
-    row, constants, grid = tiling("project_pair" if pair else "project_seen", dy, left)
+    row, constants, grid = tiling(project_pair if pair else project_seen, dy, left)
     shared = {"out_ptr": out, "dy_ptr": dy, "left_ptr": left, "S": S, "T": T, "O": O, "K": K, "R": R, **constants}
     shared |= {"base_ptr": base, "histogram_ptr": histogram}
     if pair:
         common.launch(project_pair, grid, row, dy.device, x_ptr=x, right_ptr=right, I=I, **shared)
     elif S:
-        look_up = {"x_right_ptr": sequence_products(x, right), "index_ptr": x}
-        indexed = not x.is_floating_point()
-        common.launch(project_seen, grid, row, dy.device, INDEXED=indexed, share=S // len(x), **look_up, **shared)
+        look_up = {"x_right_ptr": sequence_products(x, right), "index_ptr": x, "INDEXED": not x.is_floating_point()}
+        common.launch(project_seen, grid, row, dy.device, share=S // len(x), **look_up, **shared)
     return out
 
 
@@ -218,16 +204,12 @@ def compile_cases(kind: str, count: bool = False, tiles: Sequence[tuple[int, int
 
     Of TILES only the first two are in the short test; of other tiles, all are.
     """
-    cases, types = [], {"index_ptr": "*i64"} | ({"histogram_ptr": "*i64"} if count else {})
-    for dtype, bits, precision, long in compile_dtypes(kind):
-        for slot_t, slot_r in tiles:
-            spread = " spread" if is_spread(slot_t, slot_r) else ""
-            late = long or (tiles is TILES and (slot_t, slot_r) not in TILES[:2])
-            constants = {"PRECISION": precision, "SLOT_T": slot_t, "SLOT_R": slot_r, **COUNTED[count]}
-            row = lookup(f"project_pair{spread}", kind, bits)
-            cases.append(CompileCase(project_pair, dtype, constants, row, types, long=late))
-            row = lookup(f"project_seen{spread}", kind, bits)
-            for indexed in (False, True):
-                own = {**constants, "INDEXED": indexed}
-                cases.append(CompileCase(project_seen, dtype, own, row, types, long=late or indexed))
+    cases = []
+    for slot_t, slot_r in tiles:
+        spread = " spread" if is_spread(slot_t, slot_r) else ""
+        constants = {"SLOT_T": slot_t, "SLOT_R": slot_r, **COUNTED[count]}
+        late = tiles is TILES and (slot_t, slot_r) not in TILES[:2]
+        indexed = [({**constants, "INDEXED": indexed}, late or indexed) for indexed in (False, True)]
+        cases += cases_of_kernel(project_pair, kind, [(constants, late)], spread)
+        cases += cases_of_kernel(project_seen, kind, indexed, spread)
     return cases

@@ -102,9 +102,8 @@ class Pairs:
 
     def __init__(self, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: tuple[Tensor, Tensor, Tensor]) -> None:
         order, self.offsets, rows = kept
-        self.order, self.samples = order, rows[order]
         (_, T, O), (K, R, I) = dy.shape, right.shape
-        self.T, self.R, self.share = T, R, len(dy) // len(x)
+        self.samples, self.share = rows[order], len(dy) // len(x)
         if not x.is_floating_point():
             source, mode, width = x, INDEX, I
         elif len(x) * K <= len(rows) and self.share > 1:
@@ -118,15 +117,14 @@ class Pairs:
     def launch(self, kernel: Any, start: int, stop: int, first: int, n_pairs: int, **outputs: Any) -> None:
         """Launch a kernel on the pairs of subnetworks start..stop, which are first..first + n_pairs in column order."""
         dy = self.tensors["dy_ptr"]
-        row, precision = common.row_for(kernel.fn.__name__, dy)
-        slot = slots(self.T, row.blocks["BLOCK_ROWS"])
+        row = common.row_for(kernel, dy)
+        slot = slots(dy.shape[1], row.blocks["BLOCK_ROWS"])
         tiles = schedule(self.offsets[start : stop + 1], row.blocks["BLOCK_ROWS"] // slot, n_pairs)
         if start or first:  # else there is nothing to add, and the copy would wait for the GPU
             tiles += torch.where(tiles[:, :1] < 0, 0, tiles.new_tensor([start, -first, -first]))
         tiles[:, 2].clamp_max_(n_pairs)  # no pair is written beyond the outputs, also where the offsets are wrong
         pointers = {"tile_ptr": tiles, "sample_ptr": self.samples[first : first + n_pairs], **outputs, **self.tensors}
-        flags = {"PRECISION": precision, "SLOT_T": slot, **self.flags}
-        common.launch(kernel, (len(tiles),), row, dy.device, **pointers, **flags, **self.sizes)
+        common.launch(kernel, (len(tiles),), row, dy.device, **pointers, SLOT_T=slot, **self.flags, **self.sizes)
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------
@@ -134,12 +132,12 @@ class Pairs:
 
 def cases_of(kernel: Any, kind: str) -> list[CompileCase]:
     """Return every form in which a kernel on tiles of pairs is launched on a kind of device."""
-    cases, types = [], {"tile_ptr": "*i64", "sample_ptr": "*i64"}
+    cases = []
     for mode in (PRODUCT, LOOK_UP, INDEX):
         forms = [
             ({"SOURCE": mode, "SLOT_T": slot, "BLOCK_COLS": cols}, mode == LOOK_UP or (slot, cols) != (16, 32))
             for slot, cols in ((16, 32), (1, 16), (64, 32))
         ]
-        own = types | ({"x_ptr": "*i64"} if mode == INDEX else {})
-        cases += cases_of_kernel(kernel, kind, forms, own, ("O",) if mode == LOOK_UP else ("I", "O"))
+        own = {"x_ptr": "*i64"} if mode == INDEX else {}
+        cases += cases_of_kernel(kernel, kind, forms, divisible=("O",) if mode == LOOK_UP else ("I", "O"), **own)
     return cases

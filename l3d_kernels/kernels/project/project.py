@@ -10,8 +10,6 @@ with a small kernel after them (`chunked`). The table in `path_table` chooses. S
 `l3d_kernels.reference.project`.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from l3d_kernels.kernels.project import chunked as project_chunked
@@ -19,55 +17,35 @@ from l3d_kernels.kernels.project import fused as project_fused
 from l3d_kernels.kernels.project.backward import project_backward
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.path_table import CHUNKED, FUSED, path_of
-from l3d_kernels.registry import TRITON, width_class
+from l3d_kernels.registry import width_class
 
 PATHS = {FUSED: project_fused.coefficients, CHUNKED: project_chunked.coefficients}
 
 
 def coefficients(
-    x: Tensor,
-    dy: Tensor,
-    left: Tensor,
-    right: Tensor,
-    base: Tensor | None,
-    histogram: Tensor | None,
-    path: str | None = None,
+    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, base: Tensor | None, histogram: Tensor | None, path: str = ""
 ) -> Tensor:
     """Launch a path: `base` plus the coefficients, [S, K]; their magnitudes are counted in `histogram`."""
-    if path is None:
-        path = path_of("project", dy.device, dy.dtype, width_class(dy.shape[2]))
+    path = path or path_of("project", dy.device, dy.dtype, width_class(dy.shape[2]))
     return PATHS.get(path, project_fused.coefficients)(x, dy, left, right, base, histogram)
 
 
 @common.operator("project", lambda x, dy, left, right, path: dy.new_empty(dy.shape[0], left.shape[0]))
 def project_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None) -> Tensor:
     """Launch the forward pass: [S, K]."""
-    return coefficients(x, dy, left, right, None, None, path)
+    return coefficients(x, dy, left, right, None, None, path or "")
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    grads = project_backward(d_out, *saved, list(needs[:4]))
-    return [grad if need else None for grad, need in zip(grads, needs[:4], strict=True)]
-
-
-class _Project(common.Differentiable):
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None) -> Tensor:
-        return project_forward(x, dy, left, right, path)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-
-    backward = common.backward_of(_backward)
+_project = common.differentiable(
+    lambda x, dy, left, right, path: project_forward(x, dy, left, right, path),
+    lambda needs, saved, d_out: project_backward(d_out, *saved, list(needs[:4])),
+    lambda inputs, output: inputs[:4],
+)
 
 
 def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, path: str | None = None) -> Tensor:
     """Run `l3d_kernels.reference.project` with Triton kernels, by the path that the table names, or by `path`."""
-    return _Project.apply(*common.contiguous(x, dy, left, right), path)
-
-
-TRITON["project"] = project
+    return _project(*common.contiguous(x, dy, left, right), path)

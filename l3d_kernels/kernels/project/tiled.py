@@ -9,28 +9,19 @@ One batched library product forms a piece of G, [S, rows, I] of at most common.W
 each piece of G again. Specification: `l3d_kernels.reference.project_tiled`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from l3d_kernels.kernels.project.dense import partial_sums, project_dense_backward
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.registry import TRITON
-from l3d_kernels.splitting import outer
-
-
-def _pieces(dy: Tensor, I: int) -> list[slice]:
-    S, _, O = dy.shape
-    step = max(1, common.WORKSPACE // max(1, S * I))
-    return [slice(start, min(O, start + step)) for start in range(0, O, step)]
+from l3d_kernels.splitting import outer, pieces
 
 
 @common.operator("project_tiled", lambda x, dy, left, right: dy.new_empty(dy.shape[0], left.shape[0]))
 def project_tiled_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Launch the coefficients, a piece at a time: [S, K]."""
     total = dy.new_zeros((dy.shape[0], left.shape[0]), dtype=common.wide(dy.dtype))
-    for rows in _pieces(dy, right.shape[2]):
+    for rows in pieces(dy.shape[2], len(dy) * right.shape[2], common.WORKSPACE):
         total += partial_sums(outer(x, dy[:, :, rows]), left[:, :, rows].contiguous(), right).sum(0)
     return total.to(dy.dtype)
 
@@ -39,28 +30,19 @@ def project_tiled_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) ->
 def project_tiled_backward(d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients to left and right, a piece at a time."""
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
-    for rows in _pieces(dy, right.shape[2]):
+    for rows in pieces(dy.shape[2], len(dy) * right.shape[2], common.WORKSPACE):
         grad = outer(x, dy[:, :, rows])
         _, d_left[:, :, rows], part = project_dense_backward(d_out, grad, left[:, :, rows], right, [False, True, True])
         d_right += part
     return d_left, d_right.to(right.dtype)
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    return [None, None, *project_tiled_backward(d_out, *saved)]
-
-
-class _ProjectTiled(common.Differentiable):
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return project_tiled_forward(x, dy, left, right)
-
-    backward = common.backward_of(_backward)
+_project_tiled = common.differentiable(
+    lambda x, dy, left, right: project_tiled_forward(x, dy, left, right),
+    lambda needs, saved, d_out: [None, None, *project_tiled_backward(d_out, *saved)],
+)
 
 
 def project_tiled(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Run `l3d_kernels.reference.project_tiled` with Triton kernels."""
-    return _ProjectTiled.apply(*common.contiguous(x, dy, left, right))
-
-
-TRITON["project_tiled"] = project_tiled
+    return _project_tiled(*common.contiguous(x, dy, left, right))

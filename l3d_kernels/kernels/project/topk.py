@@ -7,8 +7,6 @@ less. The backward pass needs the kept pairs only: it is that of `project_at`. S
 `l3d_kernels.reference.project_topk`.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from l3d_kernels.kernels.project import chunked as project_chunked
@@ -19,7 +17,6 @@ from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
 from l3d_kernels.kernels.topk import batch_topk, radix
 from l3d_kernels.kernels.topk.batch_topk import Parts
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients
 
 
@@ -28,42 +25,26 @@ def _fake_parts(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base
 
 
 @common.operator("project_topk", _fake_parts)
-def project_topk_forward(
-    x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def project_topk_forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> Parts:
     """Launch the projection and the selection: the tensors of SparseCoefficients."""
     histogram = radix.first_histogram(dy.dtype, dy.device)
     dense = project.coefficients(x, dy, left, right, base, histogram)
     return batch_topk.select(dense, n, histogram)
 
 
-def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[Tensor | None]:
-    return [None, None, *project_at_backward(d_values, *saved)]
-
-
-class _ProjectTopk(common.Differentiable):
-    @staticmethod
-    def forward(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> Parts:
-        return project_topk_forward(x, dy, left, right, n, base)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        _, rows, _, _, column_order, column_offsets, _ = output
-        ctx.save_for_backward(*inputs[:4], column_order, column_offsets, rows)
-
-    backward = common.backward_of(_backward)
+_project_topk = common.differentiable(
+    lambda x, dy, left, right, n, base: project_topk_forward(x, dy, left, right, n, base),
+    lambda needs, saved, d_values: [None, None, *project_at_backward(d_values, *saved)],
+    lambda inputs, output: (*inputs[:4], output[4], output[5], output[1]),  # column order and offsets, and rows
+)
 
 
 def project_topk(x: Tensor, dy: Tensor, left: Tensor, right: Tensor, n: int, base: Tensor | None) -> SparseCoefficients:
     """Run `l3d_kernels.reference.project_topk` with Triton kernels."""
     x, dy, left, right = common.contiguous(x, dy, left, right)
     base = None if base is None else base.to(dy.dtype).contiguous()
-    parts: Parts = _ProjectTopk.apply(x, dy, left, right, n, base)
+    parts: Parts = _project_topk(x, dy, left, right, n, base)
     return SparseCoefficients(*parts, shape=(dy.shape[0], left.shape[0]))
-
-
-TRITON["project_topk"] = project_topk
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -3,11 +3,23 @@
 A test compiles each form and looks for register spills, shared memory beyond the limit and missing matrix instructions.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from l3d_kernels.kernels.shared.common import float32_precision
 from l3d_kernels.kernels.shared.launch_table import Launch, lookup
+
+# The types of pointers that are not of the call's dtype, by name: a name has one type in all kernels.
+INDICES = (
+    "codes column_offsets column_order columns earlier histogram index indices key limit offsets order previous ranks "
+    "row_offsets rows sample segments sorted starts state state_out stop tile totals"
+)
+SUMS = "d_a decay highest logits mean parts scale sums total"  # kept wider than 16 bits
+TYPES = {f"{name}_ptr": "*i64" for name in INDICES.split()} | {f"{name}_ptr": "*fp32" for name in SUMS.split()}
+TYPES |= {"row_counts_ptr": "*i32", "column_counts_ptr": "*i32"}
+
+
+Forms = Sequence[tuple[dict[str, Any], bool]]  # pairs of (constants, only in the long test)
 
 
 class CompileCase(NamedTuple):
@@ -17,10 +29,14 @@ class CompileCase(NamedTuple):
     dtype: str  # of every pointer not named in `types`: "bf16", "fp16", "fp32"
     constants: dict[str, Any]  # constexprs beside the blocks; None for a pointer that is not passed
     row: Launch
-    types: dict[str, str] = {}  # noqa: RUF012  # other arguments' types, such as {"index_ptr": "*i64"}; sizes are i32
-    is_matrix: bool = True  # must compile to matrix instructions
+    types: dict[str, str]  # other arguments' types, such as {"index_ptr": "*i64"}; sizes are i32
     long: bool = False  # compiled by `make test-kernels` only
-    divisible: tuple[str, ...] = ("I", "O")  # sizes taken to be multiples of 16
+    divisible: tuple[str, ...] = ("I", "O", "D", "A", "B")  # sizes taken to be multiples of 16
+
+    @property
+    def is_matrix(self) -> bool:
+        """Return whether the kernel must compile to matrix instructions."""
+        return "PRECISION" in self.kernel.arg_names
 
     def name(self) -> str:
         """Return a name that tells the kernel's cases apart: kernel, dtype, constants and unusual types."""
@@ -29,35 +45,30 @@ class CompileCase(NamedTuple):
         return "-".join([self.kernel.fn.__name__, self.dtype, *flags, *types])
 
 
-def compile_dtypes(kind: str) -> list[tuple[str, str, str, bool]]:
-    """Return every form of a matrix kernel: (pointer type, size class, precision, only in the long test)."""
-    exact, fast = float32_precision(True, kind), float32_precision(False, kind)
-    return [
-        ("bf16", "16", "ieee", False),
-        ("fp16", "16", "ieee", True),
-        ("fp32", "32", exact, False),
-        ("fp32", "32", fast, True),
-    ]
+def types_of(kernel: Any, **others: str) -> dict[str, str]:
+    """Return the types of a kernel's pointers that are not of the call's dtype; `others` beside those of TYPES."""
+    return {name: pointer for name, pointer in (TYPES | others).items() if name in kernel.arg_names}
 
 
 def cases_of_kernel(
     kernel: Any,
     kind: str,
-    forms: Iterable[tuple[dict[str, Any], bool]] = (({}, False),),
-    types: Mapping[str, str] | None = None,
-    divisible: tuple[str, ...] = ("I", "O"),
-    is_matrix: bool = True,
+    forms: Forms | Callable[[Launch, int], Forms] = (({}, False),),
+    row_form: str = "",
+    divisible: tuple[str, ...] = CompileCase._field_defaults["divisible"],
+    **types: str,
 ) -> list[CompileCase]:
     """List a kernel's cases for every dtype, and for every precision of a matrix kernel.
 
-    forms: pairs of (constants, only in the long test). Types of arguments that the kernel does not have are left out.
+    forms: pairs of (constants, only in the long test), or a function from the launch row and an element's bytes to
+    them. row_form: as in `row_for`. types: pointers' types beside those of TYPES.
     """
-    own = {name: pointer for name, pointer in (types or {}).items() if name in kernel.arg_names}
-    found = []
-    for dtype, bits, precision, long in compile_dtypes(kind):
-        if is_matrix or dtype != "fp32" or not long:  # without dots one precision is as good as another
-            row, fixed = lookup(kernel.fn.__name__, kind, bits), {"PRECISION": precision} if is_matrix else {}
-            for constants, late in forms:
-                form = (kernel, dtype, {**fixed, **constants}, row, own, is_matrix, long or late, divisible)
-                found.append(CompileCase(*form))
+    found, is_matrix = [], "PRECISION" in kernel.arg_names
+    exact, fast = float32_precision(True, kind), float32_precision(False, kind)
+    dtypes = [("bf16", "ieee", False), ("fp16", "ieee", True), ("fp32", exact, False), ("fp32", fast, True)]
+    for dtype, precision, late in dtypes if is_matrix else dtypes[:3]:  # without dots one precision is like another
+        row = lookup(kernel.fn.__name__ + row_form, kind, dtype[-2:])
+        for constants, long in forms(row, int(dtype[-2:]) // 8) if callable(forms) else forms:
+            own = {"PRECISION": precision, **constants} if is_matrix else constants
+            found.append(CompileCase(kernel, dtype, own, row, types_of(kernel, **types), late or long, divisible))
     return found

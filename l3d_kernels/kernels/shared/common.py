@@ -65,20 +65,32 @@ def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, 
         )
     for watcher in WATCHERS:
         watcher(name)
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))
 
 
-def row_for(kernel: str, tensor: Tensor) -> tuple[Launch, str]:
-    """Return the kernel's launch row for a tensor's device and dtype, and the precision of its dots."""
+def row_for(kernel: Any, tensor: Tensor, form: str = "") -> Launch:
+    """Return the kernel's launch row for a tensor's device and dtype, with the precision of its dots if it has any.
+
+    form: the end of the row's name, where a kernel has several.
+    """
     kind = kind_of(tensor.device)
-    return lookup(kernel, kind, size_class(tensor.dtype)), precision_of(tensor.dtype, kind)
+    row = lookup(kernel.fn.__name__ + form, kind, size_class(tensor.dtype))
+    if "PRECISION" in kernel.arg_names:
+        row = row._replace(blocks=row.blocks | {"PRECISION": precision_of(tensor.dtype, kind)})
+    return row
 
 
 def ceil_div(a: int, b: int) -> int:
     """Return a / b rounded up."""
     return -(-a // b)
+
+
+def split(size: int, block: int, tiles: int) -> tuple[int, int]:
+    """Return (share, programs): how a sum over `size` is cut into shares of whole blocks where there are few tiles."""
+    steps = ceil_div(size, block)
+    share = ceil_div(steps, min(steps, ceil_div(PROGRAMS, max(1, tiles)))) * block
+    return share, ceil_div(size, share)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -114,13 +126,11 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         bound.register_fake(fake)
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-            results = []
-            for i in range(info.batch_size):
-                own = [
-                    a if d is None or not isinstance(a, Tensor) else a.select(d, i)
-                    for a, d in zip(args, in_dims, strict=True)
-                ]
-                results.append(bound(*own))
+            each = [
+                a.unbind(d) if isinstance(a, Tensor) and d is not None else [a] * info.batch_size
+                for a, d in zip(args, in_dims, strict=True)
+            ]
+            results = [bound(*own) for own in zip(*each, strict=True)]
             if isinstance(results[0], Tensor):
                 return torch.stack(results), 0
             return tuple(torch.stack(same) for same in zip(*results, strict=True)), (0,) * len(results[0])
@@ -131,32 +141,42 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     return decorate
 
 
-class Differentiable(torch.autograd.Function):
-    """Base of the kernels' autograd functions: saves all inputs; of several outputs the first alone is differentiable.
+def differentiable(
+    function: Callable[..., Any],
+    gradients: Callable[..., Sequence[Tensor | None]],
+    save: Callable[..., Sequence[Any]] = lambda inputs, output: inputs,
+) -> Callable[..., Any]:
+    """Return a function that torch can differentiate; of several outputs the first alone is differentiable.
 
-    A subclass has `forward`, which calls an operator, and `backward = backward_of(function)`. It passes gradcheck,
-    torch.compile(fullgraph=True) and vmap of a gradient; second derivatives raise an error.
+    Args:
+        function: calls an operator. It is a plain function with every parameter named, as torch.compile demands.
+        gradients: takes (needs, saved, d_out): which inputs need a gradient, the saved tensors and the upstream
+            gradient. It returns the gradients of the first inputs; the other inputs have none.
+        save: takes (inputs, output) and returns the tensors to save for `gradients`; all inputs unless it is given.
+
+    The result passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient; second derivatives raise an
+    error.
     """
 
-    generate_vmap_rule = True
+    class Differentiable(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(function)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.save_for_backward(*save(inputs, output))
 
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            needs = ctx.needs_input_grad
+            grads = gradients(needs, ctx.saved_tensors, d_out)
+            own = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+            return *own, *(None for _ in needs[len(own) :])
 
-def backward_of(gradients: Callable[..., Sequence[Tensor | None]]) -> Any:
-    """Return the `backward` of a `Differentiable` from a function of (needs, saved, d_out).
-
-    needs: which inputs need a gradient; saved: the saved tensors; d_out: the upstream gradient. The function returns
-    the gradients of the first inputs, None where none is needed; the other inputs have none.
-    """
-
-    def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grads = gradients(ctx.needs_input_grad, ctx.saved_tensors, d_out)
-        return *grads, *(None for _ in ctx.needs_input_grad[len(grads) :])
-
-    return staticmethod(torch.autograd.function.once_differentiable(backward))
+    return Differentiable.apply
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -49,10 +49,7 @@ def feed(tile, pointer):
 @triton.jit
 def zeros(pointer, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return a fresh accumulator [ROWS, COLS] for elements of `pointer`: float32, or float64 for float64."""
-    if pointer.dtype.element_ty == tl.float64:
-        return tl.zeros([ROWS, COLS], tl.float64)
-    else:
-        return tl.zeros([ROWS, COLS], tl.float32)
+    return tl.zeros([ROWS, COLS], tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32)
 
 
 @triton.jit

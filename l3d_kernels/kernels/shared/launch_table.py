@@ -4,7 +4,7 @@ Every row compiles ahead of time for its devices without register spills and wit
 tests/kernels/test_compile.py checks. No row has been timed on a GPU yet.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,9 +12,13 @@ import torch
 class Launch(NamedTuple):
     """Block sizes (the kernel's constexprs of those names), and the number of warps and pipeline stages."""
 
-    blocks: dict[str, int]
+    blocks: dict[str, Any]
     warps: int = 4
     stages: int = 3
+
+    def tiles(self, **sizes: int) -> tuple[int, ...]:
+        """Return how many blocks cover each size, that named X in blocks of BLOCK_X."""
+        return tuple(-(-size // self.blocks[f"BLOCK_{name}"]) for name, size in sizes.items())
 
     def options(self, kind: str) -> dict[str, int]:
         """Return the compiler's options on a kind of device.

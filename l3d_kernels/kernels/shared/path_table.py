@@ -44,8 +44,3 @@ def path_of(op: str, device: torch.device, dtype: torch.dtype, width: str) -> st
         if key[0] == op and key[1] in (None, kind) and key[2] in (None, products) and key[3] in (None, width)
     ]
     return max(rows)[2] if rows else FUSED
-
-
-def torch_is_faster(op: str, device: torch.device, dtype: torch.dtype, width: str) -> bool:
-    """Return whether the table names plain torch for an op on a device, for a dtype and a width class."""
-    return path_of(op, device, dtype, width) == TWIN

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.common import ceil_div
 from l3d_kernels.kernels.shared.device import load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
@@ -21,7 +20,7 @@ from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 @triton.jit
 def segment_sum(
     out_ptr,  # [I, C]
-    rows_ptr,  # [J, C]
+    addend_ptr,  # [J, C]
     key_ptr,  # [J] int64, sorted
     order_ptr,  # [J] int64, the sorted keys' rows
     stop_ptr,  # [J] int64, where each sorted key's segment ends
@@ -36,11 +35,11 @@ def segment_sum(
     key = tl.load(key_ptr + first)
     previous = tl.load(key_ptr + first - 1, mask=first > 0, other=-1)
     if key != previous:
-        total = tl.sum(zeros(rows_ptr, BLOCK_COLS, 1), 1)
+        total = tl.sum(zeros(addend_ptr, BLOCK_COLS, 1), 1)
         stop = tl.load(stop_ptr + first).to(tl.int32)
         for place in range(first, stop):
             row = tl.load(order_ptr + place)
-            total += load(rows_ptr + row * C + offs_c, mask_c)  # [C]
+            total += load(addend_ptr + row * C + offs_c, mask_c)  # [C]
         store(out_ptr + key * C + offs_c, total, mask_c & (key < I))
 
 
@@ -53,13 +52,12 @@ def sum_by_key(rows: Tensor, key: Tensor, n_keys: int) -> Tensor:
     out = rows.new_zeros(n_keys, C)
     ordered, order = torch.sort(key.long(), stable=True)
     stop = torch.searchsorted(ordered, ordered, right=True)
-    row, _ = common.row_for("segment_sum", rows)
-    pointers = {"out_ptr": out, "rows_ptr": rows, "key_ptr": ordered, "order_ptr": order, "stop_ptr": stop}
-    common.launch(segment_sum, (J, ceil_div(C, row.blocks["BLOCK_COLS"])), row, rows.device, I=n_keys, C=C, **pointers)
+    row = common.row_for(segment_sum, rows)
+    pointers = {"out_ptr": out, "addend_ptr": rows, "key_ptr": ordered, "order_ptr": order, "stop_ptr": stop}
+    common.launch(segment_sum, (J, *row.tiles(COLS=C)), row, rows.device, I=n_keys, C=C, **pointers)
     return out
 
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    types = dict.fromkeys(("key_ptr", "order_ptr", "stop_ptr"), "*i64")
-    return cases_of_kernel(segment_sum, kind, types=types, is_matrix=False)
+    return cases_of_kernel(segment_sum, kind)

@@ -19,16 +19,14 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
-from l3d_kernels.kernels.shared.common import ceil_div
-from l3d_kernels.kernels.shared.launch_table import Launch, kind_of, lookup, size_class
 from l3d_kernels.kernels.topk import places, radix
 from l3d_kernels.kernels.topk.places import topk_count, topk_scan_columns, topk_scan_rows, topk_write
 from l3d_kernels.kernels.topk.radix import DIGITS, INFINITIES
-from l3d_kernels.registry import TRITON
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
+Sum = Callable[[Tensor], Tensor]  # over ranks
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the tensors of SparseCoefficients, in order
 
 
@@ -46,9 +44,9 @@ def parts_for(coefficients: Tensor, n: int) -> Parts:
 def _count(coefficients: Tensor, histogram: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the counting pass: (bits, counts by row, counts by column, state with the threshold's key)."""
     S, K = coefficients.shape
-    bits, row = radix.as_integers(coefficients), _row("topk_count", coefficients)
+    bits, row = radix.as_integers(coefficients), common.row_for(topk_count, coefficients)
     # at least one tile: a rank without rows still computes the threshold
-    grid = tiles_s, tiles_k = max(1, ceil_div(S, row.blocks["BLOCK_S"])), ceil_div(K, row.blocks["BLOCK_K"])
+    grid = tiles_s, tiles_k = row.tiles(S=max(1, S), K=K)
     row_counts = common.empty((2, S, tiles_k), bits, torch.int32)
     column_counts = common.empty((2, tiles_s, K), bits, torch.int32)
     state_out = common.empty(state.shape, state)
@@ -65,8 +63,8 @@ def _scan_rows(coefficients: Tensor, bits: Tensor, row_counts: Tensor, state: Te
     pointers = {"starts_ptr": starts, "limit_ptr": limit, "row_counts_ptr": row_counts, "bits_ptr": bits}
     pointers |= {"state_ptr": state, "earlier_ptr": earlier}
     sizes = {"n_tiles": starts.numel(), "n_tiles_k": starts.shape[1], "K": coefficients.shape[1]}
-    flags = {"INFINITY": INFINITIES[coefficients.dtype]}
-    common.launch(topk_scan_rows, (1,), _row("topk_scan_rows", coefficients), bits.device, **pointers, **sizes, **flags)
+    row, sizes["INFINITY"] = common.row_for(topk_scan_rows, coefficients), INFINITIES[coefficients.dtype]
+    common.launch(topk_scan_rows, (1,), row, bits.device, **pointers, **sizes)
     return starts, limit
 
 
@@ -75,61 +73,50 @@ def _write(
 ) -> Parts:
     """Launch the scan by column and the writing pass."""
     S, K = coefficients.shape
-    parts = values, rows, columns, row_offsets, column_order, column_offsets, threshold = parts_for(coefficients, n)
+    parts = parts_for(coefficients, n)
     ranks, totals = common.empty(column_counts.shape[1:], bits, torch.int64), common.empty((K,), bits, torch.int64)
     shared: dict[str, Any] = {"bits_ptr": bits, "state_ptr": state, "limit_ptr": limit, "ranks_ptr": ranks}
     shared |= {"totals_ptr": totals, "S": S, "K": K, "INFINITY": INFINITIES[coefficients.dtype]}
-    row, own = _row("topk_scan_columns", coefficients), {"column_counts_ptr": column_counts, "n_tiles_s": len(ranks)}
+    row = common.row_for(topk_scan_columns, coefficients)
+    own = {"column_counts_ptr": column_counts, "n_tiles_s": len(ranks)}
     common.launch(topk_scan_columns, (starts.shape[1],), row, bits.device, **own, **shared)
-    outputs = {"values_ptr": values.view(bits.dtype), "rows_ptr": rows, "columns_ptr": columns}
-    outputs |= {"row_offsets_ptr": row_offsets, "column_order_ptr": column_order, "column_offsets_ptr": column_offsets}
-    outputs |= {"threshold_ptr": threshold.view(bits.dtype)}
-    row, grid = _row("topk_write", coefficients), (len(ranks), starts.shape[1])
+    outputs = {f"{name}_ptr": part for name, part in zip(SparseCoefficients._fields, parts, strict=False)}
+    outputs |= {"values_ptr": parts[0].view(bits.dtype), "threshold_ptr": parts[-1].view(bits.dtype)}
+    row, grid = common.row_for(topk_write, coefficients), (len(ranks), starts.shape[1])
     common.launch(topk_write, grid, row, bits.device, **outputs, starts_ptr=starts, N=n, **shared)
     return parts
 
 
-def _row(kernel: str, coefficients: Tensor) -> Launch:
-    return lookup(kernel, kind_of(coefficients.device), size_class(coefficients.dtype))
-
-
-def _nothing(coefficients: Tensor) -> Parts:
-    """Return the parts where nothing is kept: offsets of zero, a threshold of infinity."""
-    values, rows, columns, row_offsets, column_order, column_offsets, threshold = parts_for(coefficients, 0)
-    return values, rows, columns, row_offsets.zero_(), column_order, column_offsets.zero_(), threshold.fill_(torch.inf)
+def _find(coefficients: Tensor, n: int, histogram: Tensor | None, ranks: tuple[Sum, Sum] | None = None) -> Parts:
+    """Launch all kernels: the tensors of SparseCoefficients. ranks: the sums that `batch_topk_over_ranks` takes."""
+    if n == 0:
+        parts = parts_for(coefficients, 0)
+        parts[6].fill_(torch.inf)
+        for offsets in (parts[3], parts[5]):
+            offsets.zero_()
+        return parts
+    state = radix.begin(n, coefficients.device)
+    for digit in range(len(DIGITS[coefficients.dtype.itemsize])):
+        if digit or histogram is None:
+            histogram, state = radix.digit_histogram(coefficients, digit, state, histogram)
+            histogram = ranks[0](histogram) if ranks else histogram
+    assert histogram is not None
+    bits, row_counts, column_counts, state = _count(coefficients, histogram, state)
+    earlier = ranks[1](row_counts[1].sum()) if ranks else torch.zeros_like(state[:1])
+    starts, limit = _scan_rows(coefficients, bits, row_counts, state, earlier)
+    return _write(coefficients, int(limit[1]) if ranks else n, bits, column_counts, starts, state, limit)
 
 
 @common.operator("batch_topk", lambda coefficients, n, histogram: parts_for(coefficients, n))
 def select(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
     """Launch the kernels: the tensors of SparseCoefficients. histogram: the first digit's, if it is counted already."""
-    if n == 0:
-        return _nothing(coefficients)
-    state = radix.begin(n, coefficients.device)
-    for digit in range(len(DIGITS[coefficients.dtype.itemsize])):
-        if digit or histogram is None:
-            histogram, state = radix.digit_histogram(coefficients, digit, state, histogram)
-    assert histogram is not None
-    bits, row_counts, column_counts, state = _count(coefficients, histogram, state)
-    starts, limit = _scan_rows(coefficients, bits, row_counts, state, torch.zeros_like(state[:1]))
-    return _write(coefficients, n, bits, column_counts, starts, state, limit)
+    return _find(coefficients, n, histogram)
 
 
-def batch_topk_over_ranks(
-    coefficients: Tensor, n: int, total: Callable[[Tensor], Tensor], earlier: Callable[[Tensor], Tensor]
-) -> SparseCoefficients:
+def batch_topk_over_ranks(coefficients: Tensor, n: int, total: Sum, earlier: Sum) -> SparseCoefficients:
     """Run `l3d_kernels.ops.batch_topk_over_ranks` with Triton kernels."""
     own = coefficients.detach()
-    if n == 0:
-        kept = _sparse(_nothing(own), own)
-    else:
-        state, histogram = radix.begin(n, own.device), None
-        for digit in range(len(DIGITS[own.dtype.itemsize])):
-            counts, state = radix.digit_histogram(own, digit, state, histogram)
-            histogram = total(counts)
-        assert histogram is not None
-        bits, row_counts, column_counts, state = _count(own, histogram, state)
-        starts, limit = _scan_rows(own, bits, row_counts, state, earlier(row_counts[1].sum()))
-        kept = _sparse(_write(own, int(limit[1]), bits, column_counts, starts, state, limit), own)
+    kept = _sparse(_find(own, n, None, (total, earlier)), own)
     return kept._replace(values=coefficients.flatten()[kept.rows * own.shape[1] + kept.columns])
 
 
@@ -147,22 +134,16 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_values: Tensor) -> list[T
     return [d_values.new_zeros(S * K).scatter(0, rows * K + columns, d_values).view(S, K)]
 
 
-class _Select(common.Differentiable):
-    @staticmethod
-    def forward(coefficients: Tensor, n: int, histogram: Tensor | None) -> Parts:
-        return select(coefficients, n, histogram)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:4], output[5])
-
-    backward = common.backward_of(_backward)
+_select = common.differentiable(
+    lambda coefficients, n, histogram: select(coefficients, n, histogram),
+    _backward,
+    lambda inputs, output: (*output[1:4], output[5]),
+)
 
 
 def select_one(coefficients: Tensor, n: int, histogram: Tensor | None = None) -> SparseCoefficients:
     """Select in one group of columns; histogram: the first digit's, if `radix.count_magnitudes` has counted it."""
-    return _sparse(_Select.apply(coefficients, n, histogram), coefficients)
+    return _sparse(_select(coefficients, n, histogram), coefficients)
 
 
 def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoefficients:
@@ -176,10 +157,6 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     order = torch.argsort(rows * (width * len(parts)) + columns)
     values, threshold = torch.cat([part.values for part in parts])[order], torch.stack([p.threshold for p in parts])
     return sparse_coefficients(values, rows[order], columns[order], threshold, (n_rows, width * len(parts)))
-
-
-TRITON["batch_topk"] = batch_topk
-TRITON["batch_topk_over_ranks"] = batch_topk_over_ranks
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, types_of
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup, size_class
 from l3d_kernels.kernels.topk.radix import COMPILED, DIGITS, INFINITIES, load_keys, magnitude_key, narrow
 
@@ -208,11 +208,7 @@ def compile_cases(kind: str) -> list[CompileCase]:
     for dtype, integer in COMPILED:
         constants = {"INFINITY": INFINITIES[dtype], "PREVIOUS_BITS": DIGITS[dtype.itemsize][-1][1]}
         for kernel in (topk_count, topk_scan_rows, topk_scan_columns, topk_write):
-            types = {name: "*i32" if "counts" in name else "*i64" for name in kernel.arg_names if name.endswith("_ptr")}
-            types = {
-                name: own for name, own in types.items() if name not in ("bits_ptr", "values_ptr", "threshold_ptr")
-            }
             own = {name: value for name, value in constants.items() if name in kernel.arg_names}
             row, long = lookup(kernel.fn.__name__, kind, size_class(dtype)), dtype == torch.float16
-            cases.append(CompileCase(kernel, integer, own, row, types, False, long, ()))
+            cases.append(CompileCase(kernel, integer, own, row, types_of(kernel), long))
     return cases

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l3d_kernels.cpu.selection import INTEGERS
 from l3d_kernels.kernels.shared import common
-from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
-from l3d_kernels.kernels.shared.common import ceil_div
+from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, types_of
 from l3d_kernels.kernels.shared.device import INTERPRETED, bfloat16_bits
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, kind_of, lookup, size_class
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, lookup, size_class
 
 # (shift, bits) of each digit of a magnitude, the highest first, by the dtype's bytes. The first of float32 is the
 # exponent and three bits of the mantissa: coefficients spread over a hundred bins or so.
@@ -23,7 +23,6 @@ DIGITS = {
     4: ((20, 11), (10, 10), (0, 10)),
     8: ((52, 11), (41, 11), (30, 11), (20, 10), (10, 10), (0, 10)),
 }
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 INFINITIES = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
 COMPILED = ((torch.bfloat16, "i16"), (torch.float16, "i16"), (torch.float32, "i32"))  # (dtype, pointer type)
 PROGRAMS = 512  # that count a histogram: enough to fill a GPU, few enough that adding their counts is cheap
@@ -143,10 +142,7 @@ def topk_histogram(
 
 # --- launch -----------------------------------------------------------------------------------------------------
 
-TABLE["topk_histogram"] = {
-    ("interpreter", None): Launch({"BLOCK": 256}),
-    (None, None): Launch({"BLOCK": 4096}, warps=8, stages=1),
-}
+TABLE["topk_histogram"] = {("interpreter", None): Launch({"BLOCK": 256}), (None, None): Launch({"BLOCK": 4096}, 8, 1)}
 
 
 def as_integers(coefficients: Tensor) -> Tensor:
@@ -176,8 +172,8 @@ def digit_histogram(
     shift, width = digits[digit]
     histogram = torch.zeros(1 << width, dtype=torch.int64, device=bits.device)
     state_out = common.empty(state.shape, state)
-    row = lookup("topk_histogram", kind_of(bits.device), size_class(coefficients.dtype))
-    n_tiles = ceil_div(bits.numel(), row.blocks["BLOCK"])
+    row = common.row_for(topk_histogram, coefficients)
+    n_tiles = common.ceil_div(bits.numel(), row.blocks["BLOCK"])
     pointers = {"histogram_ptr": histogram, "state_out_ptr": state_out, "bits_ptr": bits, "state_ptr": state}
     pointers["previous_ptr"] = histogram if previous is None else previous
     flags = {"INFINITY": INFINITIES[coefficients.dtype], "SHIFT": shift, "BITS": width}
@@ -189,11 +185,10 @@ def digit_histogram(
 
 def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernel is launched on a kind of device."""
-    cases = []
-    types = dict.fromkeys(("histogram_ptr", "state_out_ptr", "previous_ptr", "state_ptr"), "*i64")
+    cases, types = [], types_of(topk_histogram)
     for dtype, integer in COMPILED:
         digits, row = DIGITS[dtype.itemsize], lookup("topk_histogram", kind, size_class(dtype))
         for (shift, width), (_, previous) in zip(digits, ((0, 0), *digits), strict=False):
             constants = {"INFINITY": INFINITIES[dtype], "SHIFT": shift, "BITS": width, "PREVIOUS_BITS": previous}
-            cases.append(CompileCase(topk_histogram, integer, constants, row, types, False, dtype == torch.float16, ()))
+            cases.append(CompileCase(topk_histogram, integer, constants, row, types, dtype == torch.float16))
     return cases
