@@ -67,11 +67,10 @@ class _ProjectDense(torch.autograd.Function):
         return grad.new_zeros(grad.shape[0], left.shape[0]) if out is None else out.mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         grad, left, right = ctx.saved_tensors
         cut = dense_pieces(grad, left)
-        d_grad = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
+        d_grad = d_out.new_empty(grad.shape) if ctx.needs_input_grad[0] else None  # batched where d_out is
         if d_grad is not None:
             for piece, _ in cut:
                 v = directions(left[:, :, piece], right)
@@ -100,7 +99,6 @@ class _ProjectTiled(torch.autograd.Function):
         return out.mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, Tensor, Tensor]:
         x, dy, left, right = ctx.saved_tensors
         grads = ((piece, outer(x, dy[:, :, piece]).flatten(1)) for piece in tiles_of(left, right, dy.shape[0]))
