@@ -66,7 +66,7 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     for block, index in zip(magnitude.chunk(n_groups, 1), flat_index.chunk(n_groups, 1), strict=True):
         order = block.flatten().argsort(descending=True, stable=True)[:n]
         kept.append(index.flatten()[order])
-        thresholds.append(block.flatten()[order[-1]] if n else block.new_tensor(torch.inf))
+        thresholds.append(block.flatten()[order][-1] if n else block.new_tensor(torch.inf))
     flat = torch.cat(kept).sort().values
     rows, columns = flat // max(1, K), flat % max(1, K)
     threshold = thresholds[0] if n_groups == 1 else torch.stack(thresholds)

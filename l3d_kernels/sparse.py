@@ -105,7 +105,10 @@ def above(coefficients: Tensor, threshold: float) -> SparseCoefficients:
 
 def _offsets(groups: Tensor, n_groups: int) -> Tensor:
     """Return where each group starts in `groups` [N], the entries' ascending group numbers: [n_groups + 1] int64."""
-    if groups.device.type == "cpu" and not transformed():  # numpy's calls take half as long
+    if transformed():  # torch can batch a scatter, but no search
+        counts = torch.zeros(n_groups + 1, dtype=torch.int64, device=groups.device)
+        return counts.index_add(0, groups + 1, torch.ones_like(groups)).cumsum(0)
+    if groups.device.type == "cpu":  # numpy's calls take half as long
         return torch.from_numpy(groups.numpy().searchsorted(np.arange(n_groups + 1)))
     return torch.searchsorted(groups, torch.arange(n_groups + 1, device=groups.device))
 
