@@ -7,7 +7,7 @@ loss ─ Adam, decoder to unit norm ─► next step;   every so often: restart 
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +19,16 @@ from l3d.api import Decomposition
 from l3d.callbacks import Callback, ProgressBar
 from l3d.data.arguments import check_whole
 from l3d.data.batches import count_rows
+from l3d.distributed.signals import Terminated, awaiting
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.divergence import Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
 from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, refuse_sharded
 from l3d.gradients.model import Params
+from l3d.storage.files import WriteError
 from l3d.storage.lock import release
+from l3d.storage.progress import advised
 from l3d.training.checkpoints import restore, save
 from l3d.training.checks import check_finite, naming_step, not_finite
 from l3d.training.options import GradientCache, GradientOptions, Memory, Preset, documented, older_names
@@ -49,20 +52,28 @@ def train(
     checkpoint_every: int = sys.maxsize,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train to the last step; `callbacks` are told of each row of the history, `checkpoint` saves the run."""
+    """Train to the last step; `callbacks` are told of each row of the history, `checkpoint` saves the run.
+
+    Ctrl-C and SIGTERM end it after the step being taken, which is saved: raises KeyboardInterrupt or SystemExit.
+    """
     settings, started = run.settings, time.perf_counter() - run.seconds
-    while run.step < settings.steps:
-        with naming_step(run.step):
-            gradients = run.gradients(run.step)  # of the divergence, per sample: as factors, G_s = Σ_t dy ⊗ x
-            recorded = turn(run, gradients)
-        if recorded:
-            for callback in callbacks:
-                callback.on_step(run.step, run.recorder.latest())
-        if run.step % checkpoint_every == 0 or run.step == settings.steps:
-            run.seconds = time.perf_counter() - started
-            with naming_step(run.step - 1):
-                check_finite(run.decomposition)
-            checkpoint()
+    asked = False
+    with awaiting() as stop:
+        while run.step < settings.steps and not asked:
+            with naming_step(run.step):
+                gradients = run.gradients(run.step)  # of the divergence, per sample: as factors, G_s = Σ_t dy ⊗ x
+                recorded = turn(run, gradients)
+            if recorded:
+                for callback in callbacks:
+                    callback.on_step(run.step, run.recorder.latest())
+            asked = stop.asked(run.group)
+            if asked or run.step % checkpoint_every == 0 or run.step == settings.steps:
+                run.seconds = time.perf_counter() - started
+                with naming_step(run.step - 1):
+                    check_finite(run.decomposition)
+                checkpoint()
+        if asked or stop.asked(run.group):  # it may have come during the last save
+            raise stop.error()
 
 
 @older_names
@@ -121,7 +132,9 @@ def decompose(
     it, on the CPU, and the others their shares of it.
 
     Raises ValueError for arguments out of range, with one line that names them; nothing is written then. A NaN or
-    infinity met during training raises ValueError naming the tensor and the step; the last checkpoint stays.
+    infinity met during training raises ValueError naming the tensor and the step; the last checkpoint stays. Ctrl-C and
+    SIGTERM finish the step and save it in `out`, then raise KeyboardInterrupt, or SystemExit with status 143; a full
+    disk raises OSError. All say in one line how to go on.
 
     >>> d = decompose(nn.Linear(4, 3), torch.randn(64, 4), 2, rank=1, steps=5, callbacks=[])
     >>> sorted(d.subnetwork(0))
@@ -172,10 +185,13 @@ def decompose(
             best.save(folder.path)
     except NotFiniteRowsError as error:
         raise ValueError(not_finite(data) or str(error)) from error
+    except (WriteError, KeyboardInterrupt, Terminated) as stop:
+        raise (stop if folder is None else advised(stop, folder.path)) from None
     finally:
         model.to(home)
         if folder is not None and run.is_first():
-            release(folder.path)
+            with suppress(OSError):  # on a disk that turned read-only; other processes see that this one has ended
+                release(folder.path)
     for callback in told:
         callback.on_end({name: values[-1] for name, values in best.history.items() if values})
     return best

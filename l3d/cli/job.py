@@ -23,6 +23,7 @@ from l3d.data.sources import Data, absolute, absolute_files, load_data, load_fun
 from l3d.distributed.watch import is_first
 from l3d.gradients.divergence import Divergence
 from l3d.storage import run_folder
+from l3d.storage.progress import check_finished
 from l3d.training.options import PRESETS
 
 Settings = dict[str, Any]
@@ -39,12 +40,15 @@ class Job(NamedTuple):
     toy: toys.Toy | None
 
 
-def find_run(settings: Settings, reloads: bool = True) -> tuple[Path, Path]:
+def find_run(settings: Settings, reloads: bool = True, finished: bool = True) -> tuple[Path, Path]:
     """Return the run folder and the one to write into: the same, or a copy to be made in --out.
 
-    reloads: whether its model and data are needed, which a folder made from Python does not name.
+    reloads: whether its model and data are needed, which a folder made from Python does not name. finished: whether its
+    decomposition is needed, which an interrupted run does not have.
     """
     run = Path(settings["run"])
+    if finished:
+        check_finished(run)
     if reloads or not (run / "decomposition.json").is_file():
         run_folder.read_command(run)
     if settings["out"] is None:

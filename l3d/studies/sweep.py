@@ -20,7 +20,8 @@ from l3d.analysis.consistency import consistency
 from l3d.api import load
 from l3d.data.arguments import check_fraction, check_whole
 from l3d.storage.files import replace_text
-from l3d.storage.run_folder import METRICS, last_checkpoint, read_metrics, write_metrics
+from l3d.storage.progress import last_checkpoint
+from l3d.storage.run_folder import METRICS, read_metrics, write_metrics
 from l3d.storage.store import to_json
 from l3d.studies.recovery_suite import short
 
