@@ -21,7 +21,7 @@ from l3d.data.arguments import check_whole
 from l3d.data.batches import count_rows
 from l3d.distributed.signals import Terminated, awaiting
 from l3d.gradients.chunks import Chunks
-from l3d.gradients.divergence import Divergence
+from l3d.gradients.divergence import Divergence, default_note
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
 from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, refuse_sharded
@@ -87,7 +87,7 @@ def decompose(
     rank: Any = None,
     k: float = 0.1,
     params: Params = None,
-    divergence: str | Divergence = "mse",
+    divergence: str | Divergence | None = None,
     reference: str | Tensor = "sample",
     positions: str | int = "all",
     preset: str | Preset = "default",
@@ -176,6 +176,8 @@ def decompose(
             run.fill_probe()
             for callback in told:
                 callback.on_start(run.settings.as_dict())
+                if divergence is None:
+                    callback.on_note(default_note(str(run.settings.divergence)))
             train(run, told, every, *([partial(save, run, folder)] if folder is not None else []))
             if run.cache is not None:
                 for callback in told:

@@ -104,7 +104,7 @@ def evaluate(
     settings = decomposition.settings
     total_residual = total_norm = 0.0
     n_samples = n_kept = 0
-    counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
+    counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64, device="cpu")
     k = check_fraction("k", settings.get("k", 0.1) if k is None else k)
     if selection not in SELECTIONS:
         raise ValueError(f"selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
@@ -124,7 +124,7 @@ def evaluate(
     return Evaluation(
         error=total_residual / total_norm,
         kept_per_sample=n_kept / n_samples,
-        activation_rate=counts / n_samples,
+        activation_rate=counts.float() / n_samples,
         dead_fraction=float((counts == 0).float().mean()),
         n_samples=n_samples // len(seeds),
     )

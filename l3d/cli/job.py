@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,11 +190,18 @@ class ConfigWriter(Callback):
     """Writes a command's settings into the run folder once it is open."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.folder = job, Path()
 
     def on_folder(self, folder: Path) -> None:
         """Write config.yaml."""
+        self.folder = folder
         run_folder.write_config(folder, self.job.command, self.job.settings)
+
+    def on_start(self, settings: Mapping[str, Any]) -> None:
+        """Write it again with the divergence that was left to the model's outputs."""
+        if self.job.settings.get("divergence") is None:
+            self.job.settings["divergence"] = settings["divergence"]
+            run_folder.write_config(self.folder, self.job.command, self.job.settings)
 
 
 def named(model: nn.Module, spec: str) -> nn.Module:

@@ -214,7 +214,7 @@ def placed(options: Iterable[Option], default: str) -> list[Option]:
     return [each._replace(help=f"{each.help} Default: {default}.") if each.name == "out" else each for each in options]
 
 
-DIVERGENCE = restricted_string_type("Divergence", "mse|kl|mse_published|python:[^:]+:[^:]+")
+DIVERGENCE = restricted_string_type("Divergence", "mse|kl|mse_published|python:[^:]+:[^:]+") | None
 LEARNED = tuple(each._replace(type=DIVERGENCE) if each.name == "divergence" else each for each in options_of(Learning))
 TRAINING, MACHINE = options_of(Training), options_of(Machine)
 CHOSEN_GRADIENTS = options_of(GradientOptions, "gradients.")

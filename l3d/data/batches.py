@@ -41,7 +41,7 @@ class Batches:
             raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
         self.per_epoch = None if self.n_rows is None else batches_per_epoch(self.n_rows, batch_size)
         self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
         self._stream: Iterator[Any] | None = None
         self._streamed = 0
         self._first: Any = None  # first batch of a stream, fetched by `peek`
@@ -68,7 +68,7 @@ class Batches:
         if epoch != self._epoch:
             assert self.n_rows is not None
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._order = torch.randperm(self.n_rows, generator=generator)
+            self._order = torch.randperm(self.n_rows, generator=generator, device="cpu")
             self._epoch = epoch
         return take(self.data, self._order[index * self.batch_size : (index + 1) * self.batch_size])
 
@@ -135,7 +135,9 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
     if isinstance(data, Mapping):
         return {key: take(value, rows) for key, value in data.items()}
     try:
-        return default_collate([data[int(row)] for row in rows])
+        found = [data[int(row)] for row in rows]
+        with torch.device("cpu"):  # a batch is moved to the model's device, whatever torch's default is
+            return default_collate(found)
     except RuntimeError as error:
         raise ValueError(
             f"data: rows differ in shape; pad them to one shape and mark the padding in an attention_mask ({error})"

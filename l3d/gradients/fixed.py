@@ -9,7 +9,7 @@ import copy
 import operator
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from l3d.data.arguments import warn
 from l3d.data.batch import describe, rows_in, rows_of, tensors_of
-from l3d.gradients.model import model_output
+from l3d.gradients.model import call_model, model_output, output_tensor
 
 _calm: WeakIdKeyDictionary = WeakIdKeyDictionary()  # models whose forward pass was seen to assign no attribute
 
@@ -28,8 +28,10 @@ class NotFiniteRowsError(ValueError):
     """Some rows of a batch hold NaN or infinity."""
 
 
-def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
+def run_fixed(model: nn.Module, inputs: Any, look: Callable[[Any], None] | None = None) -> Tensor:
     """Run the model's forward pass and check that it is a fixed function; return its output tensor.
+
+    look: is called with what the model returned, of which the output tensor may be a part.
 
     Raises ValueError if the pass draws random numbers, changes a parameter or buffer in place, fails on the inputs'
     shape or type, or gives an output that is not finite. The random state is restored in every case, and so are
@@ -42,7 +44,8 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
         with warnings.catch_warnings():
             # reentrant checkpointing without a differentiable input drops its parameters' gradients
             warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
-            output = model_output(model, inputs)
+            raw = call_model(model, inputs)
+            output = output_tensor(raw)
         drawn = not all(map(torch.equal, states, _random_states(model)))
     except torch.OutOfMemoryError:
         raise
@@ -75,6 +78,8 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
             raise ValueError(f"model: its forward pass changed {name!r} in place, so it is not a fixed function")
     if not torch.isfinite(output).all():
         raise _not_finite(model, inputs)
+    if look is not None:
+        look(raw)
     return output
 
 
@@ -238,7 +243,8 @@ def disturbed(parameters: Iterable[Tensor]) -> Iterator[None]:
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         for parameter, values in kept:
-            noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu").to(values)
             parameter.data.add_(noise * (10 * values.abs().mean() + 1))
         torch.clear_autocast_cache()  # torch.autocast caches casted copies of the weights
         yield

@@ -54,10 +54,18 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
 def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`.
 
+    Raises ValueError as `call_model` and `output_tensor` do.
+    """
+    return output_tensor(call_model(model, inputs))
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Run the model on a tensor, or on a mapping of keyword arguments, and return whatever it returns.
+
     The model gets copies, since some models change their inputs in place (a first nn.ReLU(inplace=True)). torch's fast
     path for attention is off: torch takes it only without autograd, and its values at padding differ.
 
-    Raises ValueError for keys that the model does not take or needs, and for an output that is no tensor.
+    Raises ValueError for keys that the model does not take or needs.
     """
     inputs, fast = _copied(inputs), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -65,9 +73,13 @@ def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     compiles = "torch._dynamo" in sys.modules
     try:
         with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-            output = _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
+            return _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Return what a model returned if it is a tensor, or its logits. Raises ValueError for anything else."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     output = getattr(output, "logits", output)

@@ -19,7 +19,7 @@ class Settings:
     n_subnetworks: int
     rank: Any  # int, or {glob: int or list}; None or "auto" until tensors or the first batch have been seen
     k: float
-    divergence: str  # "callable" where it is a function
+    divergence: str | None  # "callable" where it is a function; None until the first batch has been seen
     reference: str  # "tensor" where it is one
     params: Any
     positions: Any
@@ -97,7 +97,7 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
         **recipe,
         n_subnetworks=n_subnetworks,
         k=check_fraction("k", plain["k"]),
-        divergence=plain["divergence"] if isinstance(plain["divergence"], str) else "callable",
+        divergence="callable" if callable(plain["divergence"]) else plain["divergence"],
         reference=plain["reference"] if isinstance(plain["reference"], str) else "tensor",
         preset=preset.name,
         steps=steps,
