@@ -35,6 +35,8 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
     shape or type, or gives an output that is not finite. The random state is restored in every case, and so are
     attributes, buffers and containers of the model that the pass assigned anew or filled.
     """
+    if isinstance(inputs, Tensor) and inputs.layout != torch.strided and not inputs.is_nested:
+        raise ValueError(f"data: expected an ordinary tensor, got one of layout {inputs.layout}; pass data.to_dense()")
     states = _random_states(model)
     noted = [] if model in _calm else _note(model)
     tensors = [(name, t, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())]
@@ -182,15 +184,30 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError, with what to pass instead, for a model that is no module, and for one without parameters."""
+    if not isinstance(model, nn.Module):
+        got, advice = type(model).__name__, "a module"
+        if isinstance(model, type):
+            got, advice = f"the class {model.__name__}", f"an instance, {model.__name__}(..)"
+        elif isinstance(model, Mapping):
+            advice = "the module itself, after its load_state_dict"
+        elif callable(model):
+            advice = "the module whose parameters it uses"
+        raise ValueError(f"model: expected a torch.nn.Module, got {got}; pass {advice}")
+    if next(model.parameters(), None) is None:
+        raise ValueError("model: has no parameters to decompose")
+
+
 def check_fixed(model: nn.Module) -> None:
     """Raise ValueError for a model that is not one fixed function, as far as its modules and weights show.
 
     So for dropout or batch norm in training mode, for embeddings with max_norm, and for weights that are not there yet
     (lazy modules, the meta device), one flat tensor (FullyShardedDataParallel), or cached.
     """
+    check_model(model)
     check_evaluating(model)
-    if parametrize._cache_enabled:
-        raise ValueError("model: parametrize.cached() is on, so computed weights stay as they are; leave that block")
+    refuse_cached()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"model: {name!r} has no shape yet (a lazy module); run one batch through the model first")

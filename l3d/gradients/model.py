@@ -25,6 +25,11 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
     every = list(model.named_parameters(remove_duplicate=False))
     if not every:
         raise ValueError("model: has no parameters")
+    listed = params if isinstance(params, (list, tuple)) else None
+    strange = [type(each).__name__ for each in listed or () if not isinstance(each, str)]
+    if strange or not (listed is not None or params is None or isinstance(params, str)):
+        got = f"a list that holds {strange[0]}" if strange else type(params).__name__
+        raise ValueError(f"params: expected a pattern of names or a list of such texts, got {got}")
     patterns = ["*"] if params is None else [params] if isinstance(params, str) else list(params)
     if not patterns:
         raise ValueError("params: expected at least one pattern, got an empty list; use None for all parameters")
