@@ -19,7 +19,7 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
-from l3d.gradients.fixed import check_model
+from l3d.gradients.model import check_model
 from l3d.storage.formats import duration, size
 from l3d.train import decompose, turn
 from l3d.training.checks import dtype_of_sums

@@ -23,8 +23,8 @@ from l3d.gradients.chunks import Chunks
 from l3d.gradients.divergence import Divergence
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
-from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, check_model, refuse_sharded
-from l3d.gradients.model import Params
+from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, refuse_sharded
+from l3d.gradients.model import Params, check_model
 from l3d.storage.lock import release
 from l3d.training.checkpoints import restore, save
 from l3d.training.checks import check_finite, naming_step, not_finite

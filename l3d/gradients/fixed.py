@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from l3d.data.arguments import warn
 from l3d.data.batch import describe, rows_in, rows_of, tensors_of
-from l3d.gradients.model import model_output
+from l3d.gradients.model import check_model, model_output
 
 _calm: WeakIdKeyDictionary = WeakIdKeyDictionary()  # models whose forward pass was seen to assign no attribute
 
@@ -184,21 +184,6 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def check_model(model: Any) -> None:
-    """Raise ValueError, with what to pass instead, for a model that is no module, and for one without parameters."""
-    if not isinstance(model, nn.Module):
-        got, advice = type(model).__name__, "a module"
-        if isinstance(model, type):
-            got, advice = f"the class {model.__name__}", f"an instance, {model.__name__}(..)"
-        elif isinstance(model, Mapping):
-            advice = "the module itself, after its load_state_dict"
-        elif callable(model):
-            advice = "the module whose parameters it uses"
-        raise ValueError(f"model: expected a torch.nn.Module, got {got}; pass {advice}")
-    if next(model.parameters(), None) is None:
-        raise ValueError("model: has no parameters to decompose")
-
-
 def check_fixed(model: nn.Module) -> None:
     """Raise ValueError for a model that is not one fixed function, as far as its modules and weights show.
 
@@ -347,5 +332,6 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
     """Raise ValueError if a model's weights are split over processes, which only `extract_gradients` takes."""
+    check_model(model)
     if is_sharded(model):
         raise ValueError(f"model: {what} does not take weights that are split over processes; extract_gradients does")
