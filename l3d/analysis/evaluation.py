@@ -100,7 +100,6 @@ def evaluate(
     Batch top-k selects within each batch, so the batch size changes the figures a little. Raises ValueError for
     arguments out of range, and for data whose gradients are all zero.
     """
-    refuse_sharded(model, "evaluate")
     decomposition = _widened(decomposition)
     settings = decomposition.settings
     total_residual = total_norm = 0.0
@@ -281,6 +280,7 @@ def extractor_of(
     Raises ValueError for a setting that was not saved, and if the model's parameters have other shapes or, unless
     `any_weights`, other values than the decomposed ones.
     """
+    refuse_sharded(model, "evaluation")
     settings = decomposition.settings
     divergence = settings.get("divergence", "mse") if divergence is None else divergence
     reference = settings.get("reference", "sample") if reference is None else reference
