@@ -143,7 +143,10 @@ def check_entries(kept: SparseCoefficients, device: torch.device) -> None:
     """
     if _is_known(kept) and kept.rows.device == device and kept.values.shape == kept.rows.shape:
         return
-    (n_rows, n_columns), n_entries = kept.shape, len(kept.rows) if isinstance(kept.rows, Tensor) and kept.rows.ndim else 0
+    (n_rows, n_columns), n_entries = (
+        kept.shape,
+        len(kept.rows) if isinstance(kept.rows, Tensor) and kept.rows.ndim else 0,
+    )
     sizes = {"values": n_entries, "rows": n_entries, "columns": n_entries, "row_offsets": n_rows + 1}
     sizes |= {"column_order": n_entries, "column_offsets": n_columns + 1}
     for name, size in sizes.items():
@@ -164,12 +167,16 @@ def _check_order(kept: SparseCoefficients) -> None:
     flat = rows * n_columns + columns
     for name, numbers, stop in (("rows", rows, n_rows), ("columns", columns, n_columns)):
         if ((numbers < 0) | (numbers >= stop)).any():
-            raise ValueError(f"kept.{name}: expected numbers from 0 to {stop - 1}, got {numbers.min()} to {numbers.max()}")
+            raise ValueError(
+                f"kept.{name}: expected numbers from 0 to {stop - 1}, got {numbers.min()} to {numbers.max()}"
+            )
     if (flat[1:] <= flat[:-1]).any():
         raise ValueError("kept.columns: expected entries in row-major order, none twice; sort them by row and column")
     order = columns.argsort(kind="stable")
     if not np.array_equal(row_offsets, rows.searchsorted(np.arange(n_rows + 1))):
-        raise ValueError("kept.row_offsets: expected where each row starts in kept.rows, from 0 to their number, rising")
+        raise ValueError(
+            "kept.row_offsets: expected where each row starts in kept.rows, from 0 to their number, rising"
+        )
     if not np.array_equal(column_order, order):
         raise ValueError("kept.column_order: expected the order that sorts kept.columns, equal ones by their position")
     if not np.array_equal(column_offsets, columns[order].searchsorted(np.arange(n_columns + 1))):

@@ -24,7 +24,7 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
 from l3d.gradients.fixed import check_fixed
-from l3d.gradients.model import Params, model_output
+from l3d.gradients.model import Params, check_model, model_output
 from l3d.gradients.samples import Samples, padding_mask
 
 # Default δ, as fractions of the norm of the decomposed weights. They are small because a decomposition is local. On
@@ -122,6 +122,7 @@ def intervention_ratios(
     float16, where rounding leaves most weights unchanged by a small step.
     Raises ValueError if no subnetwork can be measured, and for arguments out of range.
     """
+    check_model(model)
     for name, value in (("n_rows", n_rows), ("n_samples", n_samples), ("min_active", min_active)):
         check_whole(name, value)
     narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}

@@ -103,12 +103,14 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
     Raises ValueError for a rank that a tensor does not allow, naming it.
     """
     resolved: dict[str, tuple[int, ...]] = {}
-    if not isinstance(rank, (int, Mapping)):
+    if not isinstance(rank, (int, Mapping)) or isinstance(rank, bool):
         raise ValueError(f"rank: expected a whole number or {{glob: number or numbers}}, got {rank!r}")
     patterns = {"*": rank} if isinstance(rank, int) else dict(rank)
     for pattern, wanted in patterns.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"rank: expected texts as patterns of names, got {pattern!r}")
         numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
+        if not numbers or not all(type(number) is int and number >= 1 for number in numbers):
             raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
         if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")

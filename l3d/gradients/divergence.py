@@ -60,6 +60,8 @@ REFERENCES = ("sample", "mean", "uniform", "pair")
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
     """Return the divergence with this name, or the callable of two arguments. Raises ValueError for anything else."""
+    if isinstance(divergence, type):  # torch.nn.MSELoss: called, it would make an instance of the output
+        raise ValueError(f"divergence: expected a function of (output, reference), got the class {divergence.__name__}")
     if callable(divergence):
         try:
             inspect.signature(divergence).bind("output", "reference")

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from l3d.data.arguments import warn
 from l3d.data.batch import describe, rows_in, rows_of, tensors_of
-from l3d.gradients.model import call_model, model_output, output_tensor
+from l3d.gradients.model import call_model, check_model, model_output, output_tensor
 
 _calm: WeakIdKeyDictionary = WeakIdKeyDictionary()  # models whose forward pass was seen to assign no attribute
 
@@ -37,6 +37,8 @@ def run_fixed(model: nn.Module, inputs: Any, look: Callable[[Any], None] | None 
     shape or type, or gives an output that is not finite. The random state is restored in every case, and so are
     attributes, buffers and containers of the model that the pass assigned anew or filled.
     """
+    if isinstance(inputs, Tensor) and inputs.layout != torch.strided and not inputs.is_nested:
+        raise ValueError(f"data: expected an ordinary tensor, got one of layout {inputs.layout}; pass data.to_dense()")
     states = _random_states(model)
     noted = [] if model in _calm else _note(model)
     tensors = [(name, t, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())]
@@ -193,9 +195,9 @@ def check_fixed(model: nn.Module) -> None:
     So for dropout or batch norm in training mode, for embeddings with max_norm, and for weights that are not there yet
     (lazy modules, the meta device), one flat tensor (FullyShardedDataParallel), or cached.
     """
+    check_model(model)
     check_evaluating(model)
-    if parametrize._cache_enabled:
-        raise ValueError("model: parametrize.cached() is on, so computed weights stay as they are; leave that block")
+    refuse_cached()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"model: {name!r} has no shape yet (a lazy module); run one batch through the model first")
@@ -336,5 +338,6 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
     """Raise ValueError if a model's weights are split over processes, which only `extract_gradients` takes."""
+    check_model(model)
     if is_sharded(model):
         raise ValueError(f"model: {what} does not take weights that are split over processes; extract_gradients does")

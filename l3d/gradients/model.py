@@ -15,6 +15,21 @@ from torch import Tensor, nn
 Params = str | Sequence[str] | None
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError, with what to pass instead, for a model that is no module, and for one without parameters."""
+    if not isinstance(model, nn.Module):
+        got, advice = type(model).__name__, "a module"
+        if isinstance(model, type):
+            got, advice = f"the class {model.__name__}", f"an instance, {model.__name__}(..)"
+        elif isinstance(model, Mapping):
+            advice = "the module itself, after its load_state_dict"
+        elif callable(model):
+            advice = "the module whose parameters it uses"
+        raise ValueError(f"model: expected a torch.nn.Module, got {got}; pass {advice}")
+    if next(model.parameters(), None) is None:
+        raise ValueError("model: has no parameters to decompose")
+
+
 def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:
     """Return the parameters whose names match a glob or a list of globs, or all (None), in the model's order.
 
@@ -22,9 +37,13 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
     out. Raises ValueError for a pattern that matches nothing, listing near matches, for a parameter that is not
     floating-point, and for two parameters in the same memory.
     """
+    check_model(model)
     every = list(model.named_parameters(remove_duplicate=False))
-    if not every:
-        raise ValueError("model: has no parameters")
+    listed = params if isinstance(params, (list, tuple)) else None
+    strange = [type(each).__name__ for each in listed or () if not isinstance(each, str)]
+    if strange or not (listed is not None or params is None or isinstance(params, str)):
+        got = f"a list that holds {strange[0]}" if strange else type(params).__name__
+        raise ValueError(f"params: expected a pattern of names or a list of such texts, got {got}")
     patterns = ["*"] if params is None else [params] if isinstance(params, str) else list(params)
     if not patterns:
         raise ValueError("params: expected at least one pattern, got an empty list; use None for all parameters")

@@ -76,7 +76,9 @@ def test_second_derivatives_raise_under_torch_func(name: str) -> None:
 def test_forward_mode_is_refused_in_one_line(name: str) -> None:
     """The line names the op and what to do; the definitions take it."""
     inputs, (key, _) = split(name)
-    with pytest.raises(RuntimeError, match=rf"^backend='triton': the kernels of {name} have no forward-mode .*'torch'$"):
+    with pytest.raises(
+        RuntimeError, match=rf"^backend='triton': the kernels of {name} have no forward-mode .*'torch'$"
+    ):
         jvp(lambda leaf: RUNS[name](inputs | {key: leaf}), (inputs[key],), (inputs[key],))
 
 

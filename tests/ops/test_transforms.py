@@ -186,9 +186,7 @@ def test_codes_that_are_batched_themselves() -> None:
 
     left = inputs["left"].requires_grad_()
     own = vmap(grad(lambda dy, left: energy(lk, dy, left), argnums=(0, 1)), in_dims=(0, None))(batch, left.detach())
-    assert_relative(
-        vmap(lambda dy: energy(lk, dy, left))(batch), torch.stack([truth(dy, left) for dy in batch]), 1e-12
-    )
+    assert_relative(vmap(lambda dy: energy(lk, dy, left))(batch), torch.stack([truth(dy, left) for dy in batch]), 1e-12)
     for i, dy in enumerate(batch.requires_grad_()):
         for found, expected in zip(own, torch.autograd.grad(truth(dy, left), (dy, left)), strict=True):
             assert_relative(found[i], expected, 1e-10)
@@ -273,7 +271,9 @@ def test_batched_upstream_gradients(name: str) -> None:
     upstream = torch.randn(3, *value.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = torch.autograd.grad(value, list(own.values()), upstream, is_grads_batched=True, retain_graph=True)
     for i, each in enumerate(upstream):
-        for one, expected in zip(found, torch.autograd.grad(true, list(own.values()), each, retain_graph=True), strict=True):
+        for one, expected in zip(
+            found, torch.autograd.grad(true, list(own.values()), each, retain_graph=True), strict=True
+        ):
             assert_relative(one[i], expected, 1e-10)
 
 
