@@ -162,7 +162,7 @@ class Cache:
         if not (self.path / "cache.json").exists():
             self.path.mkdir(parents=True, exist_ok=True)
             replace_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n")
-        with replacing(self._file(index)) as partial, partial.open("wb") as file:
+        with replacing(self._file(index), flushed=False) as partial, partial.open("wb") as file:
             file.write(pack(gradients))
             file.flush()
             os.fsync(file.fileno())
