@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels bench lint format docs clean FORCE
+.PHONY: help demo test test-kernels test-long bench lint format docs clean FORCE
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,10 +34,13 @@ demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/de
 	@echo "metrics: $(CURDIR)/$(DEMO)/metrics.json"
 
 test: $(STAMP)  ## run the whole test suite, docstring examples included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow_kernels" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow_kernels and not long" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
 
 test-kernels: $(STAMP)  ## run the longer form of the kernels' tests: every launch configuration, larger sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow_kernels or not slow_kernels" tests/kernels $(PYTEST_ARGS)
+
+test-long: $(STAMP)  ## kill runs and damage files, again and again; prints what was counted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "long or not long" tests/long $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## time operations, extraction, steps and whole runs, ours beside two others (minutes)
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
