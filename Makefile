@@ -29,7 +29,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-oldest test-newest bench lint format docs clean FORCE
+.PHONY: help demo test test-kernels test-long test-oldest test-newest bench lint format docs clean FORCE
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,14 +40,17 @@ demo: $(STAMP)  ## decompose the toy model "tms" and write its report to runs/de
 	@echo "metrics: $(CURDIR)/$(DEMO)/metrics.json"
 
 test: $(STAMP)  ## run the whole test suite, docstring examples included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow_kernels" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow_kernels and not long" --benchmark-disable --doctest-modules $(TESTS) $(PYTEST_ARGS)
 
 test-kernels: $(STAMP)  ## run the longer form of the kernels' tests: every launch configuration, larger sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow_kernels or not slow_kernels" tests/kernels $(PYTEST_ARGS)
 
+test-long: $(STAMP)  ## kill runs and damage files, again and again; prints what was counted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "long or not long" tests/long $(PYTEST_ARGS)
+
 # The quick part of the suite in an environment of its own. `interpreter` looks for a release of Python in pyenv's folder
 # and on the PATH, else it is PYTHON.
-QUICK := PYTEST_ARGS='-m "not slow and not slow_kernels" $(PYTEST_ARGS)' TESTS="$(TESTS)"
+QUICK := PYTEST_ARGS='-m "not slow and not slow_kernels and not long" $(PYTEST_ARGS)' TESTS="$(TESTS)"
 interpreter = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python3) $(wildcard /usr/bin/python$(1))),$(PYTHON))
 
 test-oldest:  ## run the suite's quick part with the oldest versions that pyproject.toml allows (Python 3.10 if present)

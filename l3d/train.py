@@ -72,7 +72,7 @@ def train(
                 with naming_step(run.step - 1):
                     check_finite(run.decomposition)
                 checkpoint()
-        if asked or stop.asked(run.group):  # it may have come during the last save
+        if stop.asked(run.group):  # also one that came during the last save; no process leaves before it is done
             raise stop.error()
 
 

@@ -52,7 +52,7 @@ def restore(run: "Run", folder: RunFolder) -> None:
         raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
     check_identity(decomposition.base_model, run.extractor.parameters, advice="")
     if run.is_first():
-        folder.set_aside(path)
+        folder.go_on_from(path)
     run.decomposition.load_state_dict(decomposition.state_dict())
     run.optimizer.load_state(tensors, state["optimizer"])
     run.recorder.load_state(state["recorder"], decomposition.history)
