@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,30 @@ class Subnetworks(nn.Module):
             if whole is not None and collected is not None:
                 whole.get_parameter(name).data.copy_(collected)
         return whole
+
+    def get_extra_state(self) -> Tensor:
+        """Return what `state_dict` holds beside the tensors: settings, threshold and identity as JSON, [n] uint8.
+
+        A tensor, so that a state dict can be compared, moved and loaded with weights_only=True as before. Raises
+        ValueError for settings that json cannot hold.
+        """
+        threshold = float(self.threshold) if math.isfinite(self.threshold) else None
+        held = {"settings": self.settings, "threshold": threshold, "base_model": self.base_model}
+        try:
+            text = json.dumps(held, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings: cannot be saved as json ({error})") from error
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` returned. Raises ValueError for anything else."""
+        try:
+            held = json.loads(bytes(state.cpu().numpy()))
+            settings, base_model, threshold = dict(held["settings"]), dict(held["base_model"]), held["threshold"]
+            threshold = math.nan if threshold is None else float(threshold)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"state_dict: '_extra_state' is not a decomposition's ({error})") from error
+        self.settings, self.base_model, self.threshold = settings, base_model, threshold
 
     @property
     def n_subnetworks(self) -> int:

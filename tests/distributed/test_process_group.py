@@ -85,7 +85,7 @@ def test_processes_train_what_one_does(n: int, tmp_path: Path) -> None:
 
 
 def assert_same_decomposition(tensors: dict[str, torch.Tensor], d: l3d.Decomposition) -> None:
-    for name, tensor in d.state_dict().items():
+    for name, tensor in d.named_parameters():
         assert_relative(tensors[name], tensor, 1e-6)
 
 
