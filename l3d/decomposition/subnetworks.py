@@ -154,10 +154,10 @@ class Subnetworks(nn.Module):
         try:
             held = json.loads(bytes(state.cpu().numpy()))
             settings, base_model, threshold = dict(held["settings"]), dict(held["base_model"]), held["threshold"]
-            self.threshold = math.nan if threshold is None else float(threshold)
+            threshold = math.nan if threshold is None else float(threshold)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state_dict: '_extra_state' is not a decomposition's ({error})") from error
-        self.settings, self.base_model = settings, base_model
+        self.settings, self.base_model, self.threshold = settings, base_model, threshold
 
     @property
     def final_error(self) -> float:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import l3d
 from l3d.cli.main import main
@@ -89,55 +88,3 @@ def test_dead_subnetworks_are_not_told_before_they_can_be_known(steps: int, know
         bar.on_step(1, {"error": 1.0, "kept_per_sample": 1.0, "samples_per_second": 1.0, **figures})
         assert ("dead" in bar._bar.tasks[0].fields["figures"]) is bool(figures)
     bar.close()
-
-
-# --- state dicts ----------------------------------------------------------------------------------------------------
-
-
-def through_disk(d: l3d.Decomposition, folder: Path) -> dict[str, Any]:
-    torch.save(d.state_dict(), folder / "d.pt")
-    state: dict[str, Any] = torch.load(folder / "d.pt", weights_only=True)
-    return state
-
-
-@pytest.mark.parametrize("way", ["state dict", "torch.save", "assign", "not strict"])
-def test_a_state_dict_keeps_what_evaluate_needs(way: str, tmp_path: Path) -> None:
-    """Settings, threshold and the identity of the weights, so that the figures are the trained one's."""
-    model, x = Net(), points(64)
-    d = l3d.decompose(model, x, 4, rank=1, k=0.3, divergence="kl", steps=30, batch_size=8, callbacks=[])
-    other = l3d.Decomposition({name: p.shape for name, p in model.named_parameters()}, 4, 1)
-    state = through_disk(d, tmp_path) if way == "torch.save" else d.state_dict()
-    other.load_state_dict(state, assign=way == "assign", strict=way != "not strict")
-    assert (other.settings, other.threshold, other.base_model) == (d.settings, d.threshold, d.base_model)
-    found, expected = other.evaluate(model, x), d.evaluate(model, x)
-    assert (found.error, found.kept_per_sample) == (expected.error, expected.kept_per_sample)
-    moved = Net()
-    moved.first.weight.data.mul_(1.01)
-    with pytest.raises(ValueError, match="weights"):
-        other.evaluate(moved, x)
-
-
-def test_state_dicts_of_equal_runs_are_equal_tensors() -> None:
-    """No history and no time is in them."""
-    one, two = train().state_dict(), train().state_dict()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize("damage", [b"{}", b"[1]", b"\xff\xfe", b'{"settings": 1, "threshold": 0, "base_model": {}}'])
-def test_a_state_that_is_no_decompositions_is_refused(damage: bytes) -> None:
-    """One line, and the settings stay."""
-    d = train()
-    before = dict(d.settings)
-    state = d.state_dict() | {"_extra_state": torch.frombuffer(bytearray(damage), dtype=torch.uint8)}
-    with pytest.raises((ValueError, RuntimeError), match="_extra_state"):
-        d.load_state_dict(state)
-    assert d.settings == before
-
-
-def test_without_settings_evaluate_asks_for_them() -> None:
-    """A decomposition made by hand does not pass for one that was trained by mse."""
-    model = Net()
-    d = l3d.Decomposition({name: p.shape for name, p in model.named_parameters()}, 4, 1)
-    with pytest.raises(ValueError, match=r"^divergence: not known, as the decomposition has no settings"):
-        d.evaluate(model, points())
-    assert d.evaluate(model, points(), divergence="mse", k=0.5).n_samples == 40
