@@ -86,9 +86,6 @@ def _check_factor_shapes(left: Tensor, right: Tensor) -> None:
     if right.ndim != 3 or right.shape[:2] != left.shape[:2]:
         expected = f"[{left.shape[0]}, {left.shape[1]}, I]"
         raise ValueError(f"right: expected shape {expected} to match left, got {list(right.shape)}")
-    if not (left.numel() and right.numel()) and 0 in (*left.shape[1:], *right.shape[1:]):
-        name, side, sizes = ("left", left, "R and O") if 0 in left.shape[1:] else ("right", right, "R and I")
-        raise ValueError(f"{name}: expected {sizes} of at least 1, got shape {list(side.shape)}")
 
 
 def check_rows(x: Tensor, dy: Tensor) -> None:

@@ -26,7 +26,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     if rank == 1:
         return (left[:, 0] @ left[:, 0].mT) * (right[:, 0] @ right[:, 0].mT)
     by_tiles = (n_subnetworks + rank) * n_outputs * n_inputs
-    if n_subnetworks == 0 or by_tiles < n_subnetworks * rank**2 * (n_inputs + n_outputs):
+    if left.numel() == 0 or by_tiles < n_subnetworks * rank**2 * (n_inputs + n_outputs):
         return gram_by_tiles(left, right)
     return gram_by_factors(left, right)
 

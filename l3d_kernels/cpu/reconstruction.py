@@ -18,11 +18,13 @@ def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
 
     The result has S rows and V has K; where K is not larger than S, V may be formed whole.
     """
-    coefficients = kept.dense()
+    coefficients, (_, _, n_outputs) = kept.dense(), left.shape
+    if n_outputs * right.shape[2] == 0:
+        return (coefficients @ directions(left, right).flatten(1)).view(kept.shape[0], n_outputs, right.shape[2])
     per_row = right.shape[2] * max(1, left.shape[0] - kept.shape[0])
     out = [
         (coefficients @ directions(left[:, :, piece], right).flatten(1)).unflatten(1, (-1, right.shape[2]))
-        for piece in pieces(left.shape[2], per_row)
+        for piece in pieces(n_outputs, per_row)
     ]
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
@@ -32,6 +34,8 @@ def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor,
 
     The difference is taken before it is squared, so that nothing cancels where the residual is small.
     """
+    if grad.shape[1] == 0:
+        return (grad - reconstruct(kept, left, right)).square().sum((1, 2))
     coefficients, total = kept.dense(), grad.new_zeros(grad.shape[0])
     for piece, rows in dense_pieces(grad, left):
         v = directions(left[:, :, piece], right).flatten(1)

@@ -104,13 +104,15 @@ def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
     Σ_jr' both[k, j] (other_kr . other_jr') side_jr', with both = d_out + d_outᵀ [K, K].
     """
     K, R, A = side.shape
+    if not (side.numel() and other.numel()):
+        return torch.zeros_like(side)
     flat_side, flat_other = side.flatten(0, 1), other.flatten(0, 1)
     out = []
     for piece in pieces(K, K * R * R, CHUNK):
         products = (other[piece].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
         products = products * both[piece, None, :, None]
         out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
-    return torch.cat(out) if out else torch.zeros_like(side)
+    return torch.cat(out)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def energy_forward(
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
     values, left, right, *order, sums = saved
     return [
-        (2 * d_out[order[0]] * sums.view(-1, left.shape[1]).sum(1)).to(values.dtype) if needs[0] else None,
+        (2 * d_out[order[0]] * sums.view(len(values), left.shape[1]).sum(1)).to(values.dtype) if needs[0] else None,
         energy_backward(d_out, values, *order, left, right) if needs[1] else None,
         energy_backward(d_out, values, *order, right, left) if needs[2] else None,
     ]
