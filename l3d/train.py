@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from l3d.api import Decomposition
 from l3d.callbacks import Callback, ProgressBar
-from l3d.data.arguments import check_whole
+from l3d.data.arguments import check_device, check_whole
 from l3d.data.batches import count_rows
 from l3d.distributed.signals import Terminated, awaiting
 from l3d.gradients.chunks import Chunks
-from l3d.gradients.divergence import Divergence
+from l3d.gradients.divergence import Divergence, default_note
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
 from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, refuse_sharded
-from l3d.gradients.model import Params
+from l3d.gradients.model import Params, check_model
 from l3d.storage.files import WriteError
 from l3d.storage.lock import release
 from l3d.storage.progress import advised
@@ -33,7 +33,7 @@ from l3d.training.checkpoints import restore, save
 from l3d.training.checks import check_finite, naming_step, not_finite
 from l3d.training.options import GradientCache, GradientOptions, Memory, Preset, documented, older_names
 from l3d.training.run import Run
-from l3d.training.settings import resolve
+from l3d.training.settings import check_kinds, resolve
 
 
 def turn(run: Run, gradients: Gradients | Chunks) -> bool:
@@ -87,7 +87,7 @@ def decompose(
     rank: Any = None,
     k: float = 0.1,
     params: Params = None,
-    divergence: str | Divergence = "mse",
+    divergence: str | Divergence | None = None,
     reference: str | Tensor = "sample",
     positions: str | int = "all",
     preset: str | Preset = "default",
@@ -140,25 +140,17 @@ def decompose(
     >>> sorted(d.subnetwork(0))
     ['bias', 'weight']
     """
+    check_model(model)
+    check_kinds(locals())
     settings = resolve(locals(), count_rows(data))
     every = max(1, settings.steps // 10) if checkpoint_every is None else checkpoint_every
     every = check_whole("checkpoint_every", every)
     n_restarts = check_whole("n_restarts", n_restarts)
-    if existing not in ("refuse", "overwrite", "resume"):
-        raise ValueError(f"existing: expected refuse, overwrite or resume, got {existing!r}")
-    if existing == "resume" and out is None:
-        raise ValueError("existing: 'resume' needs the run folder as out, got none")
     cache = GradientCache(cache) if isinstance(cache, (str, Path)) else cache
-    for name, value, kind in (("cache", cache, GradientCache), ("memory", memory, Memory)):
-        if not (value is None or isinstance(value, kind)):
-            raise ValueError(f"{name}: expected l3d.{kind.__name__}, got {value!r}")
-    first = next(model.parameters(), None)
-    if first is None:
-        raise ValueError("model: has no parameters to decompose")
     check_fixed(model)
     refuse_sharded(model, "decompose")
-    home, folder = first.device, None
-    target = home if device is None else torch.device(device)
+    home, folder = next(model.parameters()).device, None
+    target = home if device is None else check_device(device)
     model.to(target)
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
@@ -176,6 +168,8 @@ def decompose(
             run.fill_probe()
             for callback in told:
                 callback.on_start(run.settings.as_dict())
+                if divergence is None:
+                    callback.on_note(default_note(str(run.settings.divergence)))
             train(run, told, every, *([partial(save, run, folder)] if folder is not None else []))
             if run.cache is not None:
                 for callback in told:

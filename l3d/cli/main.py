@@ -7,6 +7,7 @@ understood: torch takes seconds to import, and --help should not.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A user's error is one line on stderr; with L3D_DEBUG=1 it is a traceback.
     """
     debug = os.environ.get("L3D_DEBUG", "") not in ("", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks (‖ in cp1252) is shown as ?, and no failure
+            stream.reconfigure(errors="replace")
     try:
         settings = parse(sys.argv[1:] if argv is None else list(argv))
         from l3d.cli import commands, studies  # here, not above: this imports torch

@@ -15,7 +15,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from l3d.cli import options
-from l3d.cli.options import Option, options_of, placed
+from l3d.cli.config import in_words, load_yaml
+from l3d.cli.options import Option, Whole, options_of, placed
 
 _LOADER = "l3d-yaml"
 _SLICE = re.compile(r"-?\d*:-?\d*")
@@ -193,8 +194,28 @@ class _Help(DefaultHelpFormatter):
         return action.help or ""
 
 
+class _Parser(ArgumentParser):
+    """A parser whose configuration files are UTF-8 on every machine, and read as `load_yaml` reads."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check a file and parse what it holds. Raises ValueError, naming the file, where it is no list of options."""
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+            found = load_yaml(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected text in UTF-8 ({error.reason} at byte {error.start})") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{path}: Problems parsing config: {in_words(error)}") from error
+        strange = [key for key in found if not isinstance(key, str)] if isinstance(found, dict) else []
+        if strange or not isinstance(found, dict):
+            kinds = {type(None): "nothing", str: "a text", list: "a list"}
+            got = f"the name {strange[0]!r}" if strange else kinds.get(type(found), repr(found))
+            raise ValueError(f"{path}: expected lines such as 'steps: 500', got {got}")
+        return self.parse_string(text, str(path), *args, **kwargs)
+
+
 _new_parser = partial(
-    ArgumentParser, prog="l3d", formatter_class=_Help, exit_on_error=False, parser_mode=_LOADER, default_env=False
+    _Parser, prog="l3d", formatter_class=_Help, exit_on_error=False, parser_mode=_LOADER, default_env=False
 )
 
 
@@ -227,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parser() -> ArgumentParser:
-    jsonargparse.set_loader(_LOADER, _load_yaml, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader(_LOADER, _load_value, exceptions=(yaml.YAMLError,))
     parser = _new_parser(usage="l3d COMMAND ...", description=_DESCRIPTION, epilog=_EPILOG)
     added = parser.add_subcommands(dest="command", required=True, title="commands")
     for name, command in COMMANDS.items():
@@ -252,12 +273,16 @@ def _add(group: Any, added: Iterable[Option]) -> None:
             group.add_argument(name, type=kind, default=option.default, metavar=option.values, help=text)
 
 
-def _load_yaml(text: str) -> Any:
-    """Read a value as YAML, except for what YAML would mistake: slices (10:20 is 620 to it) and signs."""
+def _load_value(text: str) -> Any:
+    """Read an option's value as YAML, except for what YAML would mistake: slices (-200: is a mapping to it), globs."""
     stripped = text.strip()
     if _SLICE.fullmatch(stripped):
         return stripped
-    value = jsonargparse.get_loader("yaml")(text)
+    value = load_yaml(text)
+    if isinstance(value, dict) and value and all(each is None for each in value.values()):
+        words = [word.strip() for word in stripped.strip("{}").split(",")]
+        if stripped.rstrip(":") in value or words == list(value):  # 'model.layers:' and '{a,b}' are texts
+            return text
     return text if value is None and stripped not in ("null", "~", "") else value
 
 
@@ -266,6 +291,8 @@ def explain(error: argparse.ArgumentError) -> str:
     message = str(error).removeprefix("argument command: ")
     if message.startswith('expected "command" to be one of'):
         return f"expected one of {', '.join(COMMANDS)}"
+    if message.startswith("Unexpected config:"):
+        return f"--config: expected a YAML file, got {message.partition(':')[2].strip()!r}"
     missing = re.search(r"arguments are required: (?:\w+\.)?(\w+)$", message)
     if missing:
         return f"{missing[1].upper()} is required"
@@ -288,5 +315,5 @@ def _expected(name: str) -> str | None:
         return None
     kinds = [kind for kind in get_args(found.type) if kind is not type(None)]
     kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(found.type) else found.type
-    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", int: "a whole number"}
+    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", Whole: "a whole number"}
     return {**numbers, PositiveFloat: "a number above 0"}.get(kind, found.values)

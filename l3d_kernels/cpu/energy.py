@@ -57,7 +57,6 @@ class _GramByTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         both = d_out + d_out.mT
@@ -103,10 +102,9 @@ class _EnergyByTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients, left, right = ctx.saved_tensors
-        d_coefficients = torch.zeros_like(coefficients)
+        d_coefficients = d_out.new_zeros(coefficients.shape)  # batched where d_out is
 
         def d_v() -> Iterator[tuple[slice, Tensor]]:
             for piece in tiles_of(left, right):
