@@ -26,7 +26,8 @@ def check_alike(**tensors: Tensor) -> None:
     """
     like: Tensor | None = None
     for name, tensor in tensors.items():
-        check_tensor(name, tensor)
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            check_tensor(name, tensor)
         if like is None:
             first, like, device, dtype = name, tensor, tensor.device, tensor.dtype
             if dtype not in FLOATS:
@@ -34,8 +35,13 @@ def check_alike(**tensors: Tensor) -> None:
         elif tensor.device != device:
             raise ValueError(f"{name}: expected device {device} to match {first}, got {tensor.device}")
         elif tensor.dtype is not dtype and not (name == "x" and not tensor.is_floating_point()):
-            if tensor.dtype not in FLOATS or not torch.is_autocast_enabled(device.type):
-                raise ValueError(f"{name}: expected dtype {dtype} to match {first}, got {tensor.dtype}")
+            _check_cast(name, tensor, first, like)
+
+
+def _check_cast(name: str, tensor: Tensor, first: str, like: Tensor) -> None:
+    """Refuse a dtype that autocast does not bring to that of `like`."""
+    if tensor.dtype not in FLOATS or not torch.is_autocast_enabled(like.device.type):
+        raise ValueError(f"{name}: expected dtype {like.dtype} to match {first}, got {tensor.dtype}")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -49,9 +55,11 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def integer(name: str, value: Any) -> int:
     """Return a count as an int; refuse what is no integer, such as 2.0, and booleans."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[no-any-return, return-value, unused-ignore]
     try:
-        return int((None if isinstance(value, bool) else value).__index__())
+        if isinstance(value, bool):
+            raise TypeError
+        return int(value.__index__())
     except (AttributeError, TypeError, ValueError):  # ValueError: a tensor of several entries
         raise ValueError(f"{name}: expected an integer, got {value!r}") from None
 
@@ -78,6 +86,9 @@ def _check_factor_shapes(left: Tensor, right: Tensor) -> None:
     if right.ndim != 3 or right.shape[:2] != left.shape[:2]:
         expected = f"[{left.shape[0]}, {left.shape[1]}, I]"
         raise ValueError(f"right: expected shape {expected} to match left, got {list(right.shape)}")
+    if not (left.numel() and right.numel()) and 0 in (*left.shape[1:], *right.shape[1:]):
+        name, side, sizes = ("left", left, "R and O") if 0 in left.shape[1:] else ("right", right, "R and I")
+        raise ValueError(f"{name}: expected {sizes} of at least 1, got shape {list(side.shape)}")
 
 
 def check_rows(x: Tensor, dy: Tensor) -> None:
@@ -159,16 +170,14 @@ def check_kept(kept: SparseCoefficients, left: Tensor, n_samples: int | None = N
     if tuple(kept.shape) != expected:
         raise ValueError(f"kept: expected coefficients of shape {list(expected)}, got {list(kept.shape)}")
     check_entries(kept, left.device)
-    if values:
-        check_alike(left=left, **{"kept.values": kept.values})
+    if values and kept.values.dtype is not left.dtype:
+        _check_cast("kept.values", kept.values, "left", left)
 
 
 def check_codes(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None) -> None:
     """Refuse sparse codes and a dictionary that do not fit each other, and offsets that do not rise from 0 to N."""
     check_alike(weight=weight, values=values)
-    for name, tensor in (("indices", indices), ("row_offsets", row_offsets)):
-        if tensor is None:
-            continue
+    for name, tensor in {"indices": indices, **({} if row_offsets is None else {"row_offsets": row_offsets})}.items():
         check_tensor(name, tensor)
         if tensor.dtype not in INDICES or tensor.device != weight.device:
             raise ValueError(f"{name}: expected int64 on {weight.device}, got {tensor.dtype} on {tensor.device}")

@@ -354,7 +354,7 @@ def softmax_mean(
     """Average the rows of a linear head under its softmax: μ_s = Σ_v softmax_v(hidden_s . weight_v + bias_v) weight_v.
 
     The gradient of KL(softmax(reference) ‖ softmax(logits)) at the head's input is μ less the reference's μ. One pass
-    over the vocabulary; no [S, V] array is formed. Raises ValueError where a tensor needs a gradient: not differentiable.
+    over the vocabulary; no [S, V] array is formed. Raises ValueError where a tensor needs a gradient.
 
     Torch: `(hidden @ weight.mT + bias).softmax(-1) @ weight`
 

@@ -115,25 +115,38 @@ def _offsets(groups: Tensor, n_groups: int) -> Tensor:
 
 # --- checks -----------------------------------------------------------------------------------------------------
 
-INDICES = ("rows", "columns", "row_offsets", "column_order", "column_offsets")
-
-# The indices made or checked last and their matrix's shape: ops that share them check them once.
-_KNOWN: list[Any] = [(), None]
+# The indices made or checked last, their matrix's shape and versions: ops that share them check them once.
+_KNOWN: list[Any] = [(), None, 0]
 
 
 def _is_known(kept: SparseCoefficients) -> bool:
     """Return whether the indices are those made or checked last."""
     if torch.compiler.is_compiling():
         return False
-    known, shape = _KNOWN
-    return shape == kept.shape and all(one() is own for one, own in zip(known, kept.indices(), strict=True))
+    known, shape, versions = _KNOWN
+    if shape != kept.shape or versions != _versions(kept):
+        return False
+    rows, columns, row_offsets, column_order, column_offsets = known
+    by_row = rows() is kept.rows and row_offsets() is kept.row_offsets
+    by_column = column_order() is kept.column_order and column_offsets() is kept.column_offsets
+    return by_row and by_column and columns() is kept.columns
 
 
 def _known(kept: SparseCoefficients) -> SparseCoefficients:
     """Remember that the indices fit each other."""
     if not torch.compiler.is_compiling():
-        _KNOWN[:] = [ref(own) for own in kept.indices()], kept.shape
+        _KNOWN[:] = [ref(own) for own in kept.indices()], kept.shape, _versions(kept)
     return kept
+
+
+def _versions(kept: SparseCoefficients) -> int:
+    """Count the changes in place of the indices; tensors made under inference_mode count none."""
+    rows, columns, row_offsets, column_order, column_offsets = kept.indices()
+    try:
+        by_row, by_column = rows._version + row_offsets._version, column_order._version + column_offsets._version
+        return by_row + by_column + columns._version
+    except (RuntimeError, AttributeError):  # AttributeError: no tensors, which the checks say
+        return -1
 
 
 def check_entries(kept: SparseCoefficients, device: torch.device) -> None:
@@ -141,12 +154,11 @@ def check_entries(kept: SparseCoefficients, device: torch.device) -> None:
 
     Their numbers are read on a CPU only. Raises ValueError that names the field.
     """
-    if _is_known(kept) and kept.rows.device == device and kept.values.shape == kept.rows.shape:
+    values, rows, (n_rows, n_columns) = kept.values, kept.rows, kept.shape
+    same = _is_known(kept) and isinstance(values, Tensor) and values.shape == rows.shape
+    if same and values.device == rows.device == device:
         return
-    (n_rows, n_columns), n_entries = (
-        kept.shape,
-        len(kept.rows) if isinstance(kept.rows, Tensor) and kept.rows.ndim else 0,
-    )
+    n_entries = len(rows) if isinstance(rows, Tensor) and rows.ndim else 0
     sizes = {"values": n_entries, "rows": n_entries, "columns": n_entries, "row_offsets": n_rows + 1}
     sizes |= {"column_order": n_entries, "column_offsets": n_columns + 1}
     for name, size in sizes.items():
@@ -155,7 +167,7 @@ def check_entries(kept: SparseCoefficients, device: torch.device) -> None:
             raise ValueError(f"kept.{name}: expected shape [{size}] on {device}, got {_described(tensor)}")
         if name != "values" and tensor.dtype is not torch.int64:
             raise ValueError(f"kept.{name}: expected int64, got {tensor.dtype}")
-    if readable(kept.rows):
+    if readable(rows):
         _check_order(kept)
         _known(kept)
 
@@ -167,16 +179,12 @@ def _check_order(kept: SparseCoefficients) -> None:
     flat = rows * n_columns + columns
     for name, numbers, stop in (("rows", rows, n_rows), ("columns", columns, n_columns)):
         if ((numbers < 0) | (numbers >= stop)).any():
-            raise ValueError(
-                f"kept.{name}: expected numbers from 0 to {stop - 1}, got {numbers.min()} to {numbers.max()}"
-            )
+            raise ValueError(f"kept.{name}: expected 0 to {stop - 1}, got {numbers.min()} to {numbers.max()}")
     if (flat[1:] <= flat[:-1]).any():
         raise ValueError("kept.columns: expected entries in row-major order, none twice; sort them by row and column")
     order = columns.argsort(kind="stable")
     if not np.array_equal(row_offsets, rows.searchsorted(np.arange(n_rows + 1))):
-        raise ValueError(
-            "kept.row_offsets: expected where each row starts in kept.rows, from 0 to their number, rising"
-        )
+        raise ValueError("kept.row_offsets: expected where each row starts in kept.rows, from 0 to their number")
     if not np.array_equal(column_order, order):
         raise ValueError("kept.column_order: expected the order that sorts kept.columns, equal ones by their position")
     if not np.array_equal(column_offsets, columns[order].searchsorted(np.arange(n_columns + 1))):

@@ -25,7 +25,8 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     n_inputs = right.shape[2]
     if rank == 1:
         return (left[:, 0] @ left[:, 0].mT) * (right[:, 0] @ right[:, 0].mT)
-    if (n_subnetworks + rank) * n_outputs * n_inputs < n_subnetworks * rank**2 * (n_inputs + n_outputs):
+    by_tiles = (n_subnetworks + rank) * n_outputs * n_inputs
+    if n_subnetworks == 0 or by_tiles < n_subnetworks * rank**2 * (n_inputs + n_outputs):
         return gram_by_tiles(left, right)
     return gram_by_factors(left, right)
 

@@ -36,13 +36,13 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     share = dy.shape[0] // n_sequences
     if n_positions == 1 and share == 1:
         products = along(x, right)[:, 0] * along(dy, left)[:, 0]
-        return products.view(-1, n_subnetworks, rank).sum(2)
+        return products.view(n_sequences, n_subnetworks, rank).sum(2)
     out = []
     for piece in pieces(n_sequences, share * n_positions * n_subnetworks * rank):
         x_right = along(x[piece], right)  # [b, T, K*R]
         dy_left = along(dy[piece.start * share : piece.stop * share], left)  # [s, T, K*R]
         products = (x_right[:, None] * dy_left.unflatten(0, (len(x_right), share))).sum(2)  # [b, p, K*R]
-        out.append(products.reshape(-1, n_subnetworks, rank).sum(2))
+        out.append(products.reshape(len(x_right) * share, n_subnetworks, rank).sum(2))
     return torch.cat(out)
 
 

@@ -76,9 +76,7 @@ def test_second_derivatives_raise_under_torch_func(name: str) -> None:
 def test_forward_mode_is_refused_in_one_line(name: str) -> None:
     """The line names the op and what to do; the definitions take it."""
     inputs, (key, _) = split(name)
-    with pytest.raises(
-        RuntimeError, match=rf"^backend='triton': the kernels of {name} have no forward-mode .*'torch'$"
-    ):
+    with pytest.raises(RuntimeError, match=rf"^backend='triton': the kernels of {name} have no forward-mode .*$"):
         jvp(lambda leaf: RUNS[name](inputs | {key: leaf}), (inputs[key],), (inputs[key],))
 
 
@@ -88,7 +86,7 @@ def test_gradients_that_there_are_none_of_are_refused(name: str, key: str, wrap:
     """torch.func hides from the op whether x or dy needs a gradient; it is refused all the same, not zero."""
     inputs, _ = split(name)
     leaf = torch.stack([inputs[key]] * 2) if wrap is vmap else inputs[key]
-    with pytest.raises((RuntimeError, ValueError), match="ha(s|ve) no gradient"):
+    with pytest.raises((RuntimeError, ValueError), match=r"ha(s|ve) no gradient"):
         grad(lambda every: wrap(lambda one: RUNS[name](inputs | {key: one}))(every).sum())(leaf)
 
 

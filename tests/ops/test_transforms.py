@@ -271,10 +271,9 @@ def test_batched_upstream_gradients(name: str) -> None:
     upstream = torch.randn(3, *value.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = torch.autograd.grad(value, list(own.values()), upstream, is_grads_batched=True, retain_graph=True)
     for i, each in enumerate(upstream):
-        for one, expected in zip(
-            found, torch.autograd.grad(true, list(own.values()), each, retain_graph=True), strict=True
-        ):
-            assert_relative(one[i], expected, 1e-10)
+        expected = torch.autograd.grad(true, list(own.values()), each, retain_graph=True)
+        for one, grad_of_true in zip(found, expected, strict=True):
+            assert_relative(one[i], grad_of_true, 1e-10)
 
 
 @pytest.mark.parametrize("tensor", ["hidden", "weight", "bias"])

@@ -217,7 +217,7 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     hidden, weight = common.contiguous(hidden, weight)
     if bias is not None:
         bias = bias.to(hidden.dtype).contiguous()
-    return _softmax_mean(hidden, weight, bias)  # type: ignore[no-any-return]
+    return _softmax_mean(hidden, weight, bias)
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -163,9 +163,7 @@ def differentiable(
         grads = gradients(needs, saved, d_out)
         own = [grad for grad, need in zip(grads, needs, strict=False) if need]
         if len(own) < sum(needs) or any(grad is None for grad in own):
-            raise RuntimeError(
-                "Triton kernels have no gradient to one of the inputs; detach it, or use backend='torch'"
-            )
+            raise RuntimeError("Triton kernels have no gradient to one of the inputs; detach it or use backend='torch'")
         return tuple(own)  # type: ignore[arg-type]
 
     class Once(torch.autograd.Function):
