@@ -54,8 +54,9 @@ class Disk:
 def test_every_operation_may_fail(name: str, stays: bool, tmp_path: Path) -> None:
     """The error names a file and the reason; what is resumed, or started again, ends in the same bits."""
     whole, at, failed = train(**RUN), 0, 0
+    stride = 1 if (name, stays) == ("EIO", False) else 2 if (name, stays) == ("ENOSPC", True) else 4  # for the time
     while True:
-        at += 1 if stays == (name == "ENOSPC") else 3  # two of the six forms go through all, the others a third
+        at += stride
         run = tmp_path / f"run{at}"
         with pytest.MonkeyPatch.context() as patch:
             disk = Disk(patch, at, name, stays)
@@ -89,7 +90,7 @@ def test_every_operation_may_fail(name: str, stays: bool, tmp_path: Path) -> Non
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step000000003", "step000000006"]
         shutil.rmtree(run)
     assert at > 50
-    assert failed > 0.6 * (at if stays == (name == "ENOSPC") else at / 3)  # some failures do no harm
+    assert failed > 0.6 * at / stride  # some failures do no harm
     print(f"{name}, {'from then on' if stays else 'once'}: {failed} failures")
 
 
