@@ -34,7 +34,10 @@ class Callback:
         """Training starts, with all settings resolved, also where an interrupted run goes on."""
 
     def on_step(self, step: int, figures: Mapping[str, float]) -> None:
-        """A row was added to the history: means over the steps since the row before."""
+        """A row was added to the history: means over the steps since the row before.
+
+        `dead_fraction` is left out in the first steps, before a subnetwork can be known to be dead.
+        """
 
     def on_note(self, line: str) -> None:
         """Something the user should know, in one line."""
@@ -69,9 +72,10 @@ class ProgressBar(Callback):
 
     def on_step(self, step: int, figures: Mapping[str, float]) -> None:
         """Show a step and its figures."""
+        dead = f"dead {figures['dead_fraction']:.0%}  " if "dead_fraction" in figures else ""  # not known at first
         shown = (
-            f"error {figures['error']:.4f}  kept {figures['kept_per_sample']:.1f}  "
-            f"dead {figures['dead_fraction']:.0%}  {figures['samples_per_second']:,.0f} samples/s"
+            f"error {figures['error']:.4f}  kept {figures['kept_per_sample']:.1f}  {dead}"
+            f"{figures['samples_per_second']:,.0f} samples/s"
         )
         self._bar.update(self._task, completed=step, figures=shown)
 

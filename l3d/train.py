@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from l3d.api import Decomposition
 from l3d.callbacks import Callback, ProgressBar
-from l3d.data.arguments import check_device, check_whole
+from l3d.data.arguments import check_device, check_whole, warn
 from l3d.data.batches import count_rows
 from l3d.distributed.signals import Terminated, awaiting
 from l3d.gradients.chunks import Chunks
@@ -72,7 +72,7 @@ def train(
                 with naming_step(run.step - 1):
                     check_finite(run.decomposition)
                 checkpoint()
-        if asked or stop.asked(run.group):  # it may have come during the last save
+        if stop.asked(run.group):  # also one that came during the last save; no process leaves before it is done
             raise stop.error()
 
 
@@ -186,6 +186,8 @@ def decompose(
         if folder is not None and run.is_first():
             with suppress(OSError):  # on a disk that turned read-only; other processes see that this one has ended
                 release(folder.path)
+    if best.diverged and run.is_first():
+        warn(f"the run diverged: its error ended at {best.final_error:.3g}, where 1 is that of none; lower lr")
     for callback in told:
-        callback.on_end({name: values[-1] for name, values in best.history.items() if values})
+        callback.on_end(best.figures())
     return best

@@ -98,13 +98,14 @@ def evaluate(
         any_weights: accept a model whose weights differ from the decomposed ones; otherwise that raises ValueError.
 
     Batch top-k selects within each batch, so the batch size changes the figures a little. Raises ValueError for
-    arguments out of range, and for data whose gradients are all zero.
+    arguments out of range, for a decomposition without settings, and for data whose gradients are all zero.
     """
     decomposition = _widened(decomposition)
     settings = decomposition.settings
     total_residual = total_norm = 0.0
     n_samples = n_kept = 0
     counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64, device="cpu")
+    check_known(decomposition, divergence=divergence, k=k)
     k = check_fraction("k", settings.get("k", 0.1) if k is None else k)
     if selection not in SELECTIONS:
         raise ValueError(f"selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
@@ -267,6 +268,16 @@ def _gradients(
             yield extractor(inputs, torch.Generator().manual_seed(mix(seed, i))).to(parameter)
 
 
+def check_known(decomposition: Subnetworks, **given: Any) -> None:
+    """Raise ValueError for arguments that are None where a decomposition holds no settings of a training run."""
+    missing = [name for name, value in given.items() if value is None]
+    if missing and not {"divergence", "k"} & decomposition.settings.keys():
+        raise ValueError(
+            f"{missing[0]}: not known, as the decomposition has no settings (it was made by hand, or from a state dict "
+            f"without them); pass {', '.join(f'{name}=' for name in missing)} or set decomposition.settings"
+        )
+
+
 def extractor_of(
     decomposition: Subnetworks,
     model: nn.Module,
@@ -282,6 +293,7 @@ def extractor_of(
     """
     refuse_sharded(model, "evaluation")
     settings = decomposition.settings
+    check_known(decomposition, divergence=divergence)
     divergence = settings.get("divergence", "mse") if divergence is None else divergence
     reference = settings.get("reference", "sample") if reference is None else reference
     positions = settings.get("positions", "all") if positions is None else positions

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from l3d.analysis.view import plain_inputs
 from l3d.data.batch import join, without_label
-from l3d.data.batches import count_rows, take
+from l3d.data.batches import check_iterable, count_rows, take
 
 
 class ShownRows:
@@ -25,6 +25,7 @@ class ShownRows:
     def __init__(self, data: Any, most: int) -> None:
         count = count_rows(data)
         if count is None:  # a list of batches that the caller took from a stream
+            check_iterable(data)
             self.data: Any = list(data)
             self._all = join([without_label(batch) for batch in self.data])
             if self._all is None:

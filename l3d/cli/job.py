@@ -148,7 +148,7 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
 
 def costs(d: l3d.Decomposition, model: nn.Module) -> dict[str, Any]:
     """Return what a run took and where, as metrics.json holds it."""
-    return {**d.timing, **peak_memory(), "environment": environment(model)}
+    return {**d.timing, "diverged": d.diverged, **peak_memory(), "environment": environment(model)}
 
 
 def standing_alone(job: Job, chosen: Settings, random_weights: bool) -> Job:

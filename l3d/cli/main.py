@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # --help, --print_config and SIGTERM
         return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt as interrupt:
-        print(f"l3d: {interrupt}" if interrupt.args else "l3d: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one of several processes tells
+            print(f"l3d: {interrupt}" if interrupt.args else "l3d: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,8 +37,8 @@ class Batches:
         self.n_rows = count_rows(data)
         if self.n_rows == 0:
             raise ValueError("data: expected at least one sample, got none")
-        if self.n_rows is None and not isinstance(data, Iterable):
-            raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
+        if self.n_rows is None:
+            check_iterable(data)
         self.per_epoch = None if self.n_rows is None else batches_per_epoch(self.n_rows, batch_size)
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -105,9 +105,9 @@ def batches_per_epoch(n_rows: int, batch_size: int) -> int:
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for an iterable of batches.
 
-    Raises ValueError for what is neither, for a numpy array, for a sparse tensor or a single number, for a mapping
-    whose values are not tensors of one length, and for a tuple of tensors of one length that may mean batches, or rows
-    with labels or contrasts: of two, or of more that are not alike.
+    Raises ValueError for a numpy array, for a sparse tensor or a single number, for a mapping whose values are not
+    tensors of one length, and for a tuple of tensors of one length that may mean batches, or rows with labels or
+    contrasts: of two, or of more that are not alike.
     """
     if isinstance(data, tuple) and len(data) > 1 and all(isinstance(each, Tensor) and each.ndim for each in data):
         alike = len({(each.shape[1:], each.dtype) for each in data}) == 1 and len(data) > 2
@@ -130,8 +130,6 @@ def count_rows(data: Any) -> int | None:
             held = ", ".join(f"{key} {describe(value)}" for key, value in data.items())
             raise ValueError(f"data: expected a mapping of tensors with one row for each sample, got {held or 'none'}")
         return lengths.pop()
-    if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
     by_row = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # Hugging Face datasets have it
     return len(data) if by_row and hasattr(data, "__len__") and not isinstance(data, IterableDataset) else None
 
@@ -171,8 +169,15 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
         yield take(data, range(start, stop))
 
 
+def check_iterable(data: Any) -> None:
+    """Raise ValueError for data that yield no batches: numbers, texts, models."""
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
+
+
 def _stream_in_order(data: Any) -> Iterator[Any]:
     """Yield an iterable's batches once; a last batch of a single row is joined to the batch before."""
+    check_iterable(data)
     held: list[Any] = []  # the last two batches
     for batch in data:
         held.append(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,12 @@ from l3d_kernels.sparse import above
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def mean_of_last(errors: Sequence[float]) -> float:
+    """Return the mean of the last tenth of a curve: a run's error, not its last batch's; infinity for none."""
+    last = errors[-max(1, len(errors) // 10) :]
+    return sum(last) / len(last) if last else math.inf
 
 
 class Subnetworks(nn.Module):
@@ -128,6 +135,48 @@ class Subnetworks(nn.Module):
                 whole.get_parameter(name).data.copy_(collected)
         return whole
 
+    def get_extra_state(self) -> Tensor:
+        """Return what `state_dict` holds beside the tensors: settings, threshold and identity as JSON, [n] uint8.
+
+        A tensor, so that a state dict can be compared, moved and loaded with weights_only=True as before. Raises
+        ValueError for settings that json cannot hold.
+        """
+        threshold = float(self.threshold) if math.isfinite(self.threshold) else None
+        held = {"settings": self.settings, "threshold": threshold, "base_model": self.base_model}
+        try:
+            text = json.dumps(held, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings: cannot be saved as json ({error})") from error
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` returned. Raises ValueError for anything else."""
+        try:
+            held = json.loads(bytes(state.cpu().numpy()))
+            settings, base_model, threshold = dict(held["settings"]), dict(held["base_model"]), held["threshold"]
+            threshold = math.nan if threshold is None else float(threshold)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"state_dict: '_extra_state' is not a decomposition's ({error})") from error
+        self.settings, self.base_model, self.threshold = settings, base_model, threshold
+
+    @property
+    def final_error(self) -> float:
+        """The mean error over the last tenth of the history; infinity before training."""
+        return mean_of_last(self.history.get("error", []))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training ended at more than twice the error it began with, and that of no decomposition, 1."""
+        errors = self.history.get("error", [])
+        return bool(errors) and self.final_error > 2 * max(1.0, errors[0])
+
+    def figures(self) -> dict[str, float]:
+        """Return the last row of the history, with `final_error` as error; without a dead_fraction not yet known."""
+        row = {name: values[-1] for name, values in self.history.items() if values}
+        if row.get("step", 0) < self.settings.get("replacement", {}).get("restart_every", 0):
+            row.pop("dead_fraction", None)
+        return row | ({"error": self.final_error} if row else {})
+
     @property
     def n_subnetworks(self) -> int:
         """K."""
@@ -201,7 +250,7 @@ class Subnetworks(nn.Module):
         figures += [f"k={self.settings['k']}"] if "k" in self.settings else []
         figures += [f"{len(self.shapes)} tensor{'s' * (len(self.shapes) > 1)}"]
         if errors and not isinstance(errors[-1], list):
-            figures += [f"error {errors[-1]:.3f} after {steps[-1]} steps"]
+            figures += [f"error {self.final_error:.3f} after {steps[-1]} steps"]
         lines = [
             f"  {name} {list(shape)}: {'rank ' + '×'.join(map(str, self.ranks[name])) if self.ranks[name] else 'whole'}"
             for name, shape in self.shapes.items()
@@ -221,7 +270,7 @@ class Subnetworks(nn.Module):
         return (
             f'<div>{text}<br><svg width="300" height="80" viewBox="0 0 300 80" role="img" aria-label="error by step">'
             f'<polyline points="{points}" fill="none" stroke="currentColor"/></svg>'
-            f"<br>error by step, from {errors[0]:.3f} to {errors[-1]:.3f}</div>"
+            f"<br>error by step, from {errors[0]:.3f} to {self.final_error:.3f}</div>"
         )
 
     def _checked_index(self, index: int) -> int:

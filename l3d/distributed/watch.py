@@ -25,7 +25,7 @@ from l3d.distributed.signals import leave_to_thread
 
 BEAT = 1.0  # seconds between heartbeats
 SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as dead
-GRACE = 10.0  # seconds after SIGTERM to finish a step in; torchrun kills after 30
+GRACE = 20.0  # seconds after SIGTERM to finish a step in; torchrun kills after 30
 STATUS = 3  # the exit status of a process that ends because another has
 
 

@@ -8,6 +8,7 @@ Backgrounds are transparent, and every colour is one of the mid-tones below, rea
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,10 +83,11 @@ def canvas(width: float, height: float, **layout: Any) -> Iterator[tuple[Figure,
         yield figure, figure.subplots(**layout)
 
 
-def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
+def error_curve(history: Mapping[str, Sequence[float]], dead_after: int = 0) -> Figure:
     """Draw the error over the training steps; below it in grey, kept subnetworks per sample and the dead fraction.
 
-    history: equally long lists `step`, `error`, `kept_per_sample`, `dead_fraction`, `k`.
+    history: equally long lists `step`, `error`, `kept_per_sample`, `dead_fraction`, `k`. dead_after: the step from
+    which the dead fraction is known.
     """
     with canvas(9.4, 4.9, nrows=3, sharex=True, height_ratios=(5, 1, 1)) as (figure, panels):
         error, kept, dead = panels
@@ -97,7 +99,9 @@ def error_curve(history: Mapping[str, Sequence[float]]) -> Figure:
         error.set_ylim(0, 1.06 * min(top, max(1.4, 1.3 * last)) or 1.0)  # early spikes may be cut off
         error.grid(axis="y", color=RULE, alpha=0.3, linewidth=0.6)
         for axes, key, label in ((kept, "kept_per_sample", "kept"), (dead, "dead_fraction", "dead")):
-            step, _, mean, _ = _binned(history["step"], history[key])
+            first = dead_after if key == "dead_fraction" else 0
+            known = [math.nan if s < first else each for s, each in zip(history["step"], history[key], strict=True)]
+            step, _, mean, _ = _binned(history["step"], known)
             axes.plot(step, mean, color=RULE, linewidth=1.2)
             axes.set_ylabel(label, rotation=0, ha="right", va="center")
         kept.set_ylim(bottom=0)

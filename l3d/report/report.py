@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from l3d.decomposition.subnetworks import mean_of_last
 from l3d.report import plots
 from l3d.report.table import common_prefix, make_table
 from l3d.storage.files import read_json, replace_text
@@ -121,6 +122,7 @@ def render_report(
             )
     prefix = common_prefix(list(shapes))
     table = make_table(d, rates, described, prefix, ratios)
+    dead_after = d.settings.get("replacement", {}).get("restart_every", 0)
     history = {key: list(values) for key, values in d.history.items()}
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     return render(
@@ -132,9 +134,9 @@ def render_report(
         n_subnetworks=d.n_subnetworks,
         n_parameters=sum(math.prod(shape) for shape in shapes.values()),
         shapes=shapes,
-        headlines=headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
+        headlines=headlines(metrics or d.figures()),
         from_history=not metrics,
-        curve=plots.to_svg(plots.error_curve(history), "curve-", css=True) if history.get("step") else None,
+        curve=plots.to_svg(plots.error_curve(history, dead_after), "curve-", css=True) if history.get("step") else None,
         curve_summary=_curve_summary(history),
         rates=plots.to_svg(plots.activation_rates(rates), "rates-", css=True) if rates else None,
         n_dead=sum(rate == 0 for rate in rates or ()),
@@ -167,6 +169,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 HEADLINES: dict[str, tuple[str, Callable[[float], str], str]] = {  # key: label, shown as, what it means
+    "diverged": ("diverged", lambda _: "yes", "training ended at twice its first error or more; lower lr"),
     "error": ("error", percent, "of the gradients’ squared norm is not reconstructed; 0 % is perfect"),
     "held_out_error": ("error on held-out data", percent, "the same, on rows not used in training"),
     "mmcs": ("match with the true features", "{:.3f}".format, "mean best |cosine| with the true ones; 1 is perfect"),
@@ -191,7 +194,7 @@ def headlines(figures: Mapping[str, Any]) -> list[Headline]:
     other = {"error": "error on other data"} if "evaluated_on" in figures else {}
     found = []
     for key, (label, shown, note) in HEADLINES.items():
-        if key in figures:
+        if key in figures and not (key == "diverged" and not figures[key]):
             text = "not finite" if figures[key] is None else shown(figures[key])
             found.append(Headline(other.get(key, label), text, json.dumps(figures[key]), note))
     return found
@@ -247,7 +250,7 @@ def _curve_summary(history: Mapping[str, Sequence[float]]) -> str:
     """Return the error curve in one sentence, for screen readers."""
     if not history.get("step"):
         return ""
-    first, last = history["error"][0], history["error"][-1]
+    first, last = history["error"][0], mean_of_last(history["error"])
     return f"The error goes from {percent(first)} to {percent(last)} over {history['step'][-1]:,.0f} steps."
 
 

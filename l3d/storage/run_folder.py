@@ -101,13 +101,7 @@ class RunFolder:
                 flush(home)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = {target, *[path for path in self.checkpoints() if path < target][-1:]}
-        for path in home.iterdir():
-            if path not in kept and _CHECKPOINT.fullmatch(path.name):
-                with suppress(OSError):  # nothing is lost by one too many
-                    if path.suffix != ".partial":  # half deleted, it must not look complete
-                        path = path.rename(path.with_name(f"{path.name}.partial"))
-                    shutil.rmtree(path)
+        self._delete_older(target)
 
     def whole_checkpoint(self) -> Path | None:
         """Return the last checkpoint whose files are what its manifest lists; None if there is no checkpoint.
@@ -136,13 +130,29 @@ class RunFolder:
         optimizer = read_tensors(path / "optimizer.safetensors", columns)
         return read(path, Subnetworks, columns), optimizer, read_json(path / "state.json")
 
-    def set_aside(self, path: Path) -> None:
-        """Rename checkpoints later than `path`, which are damaged; the next that is written deletes them."""
+    def go_on_from(self, path: Path) -> None:
+        """Rename checkpoints later than `path`, which are damaged, and delete what a killed process has left.
+
+        The next checkpoint that is written deletes the damaged ones.
+        """
+        damaged = []
         for each in self.checkpoints():
             if each > path:
+                damaged.append(each.with_name(f"{each.name}.damaged"))
                 with naming(each):
-                    shutil.rmtree(each.with_name(f"{each.name}.damaged"), ignore_errors=True)
-                    each.rename(each.with_name(f"{each.name}.damaged"))
+                    shutil.rmtree(damaged[-1], ignore_errors=True)
+                    each.rename(damaged[-1])
+        self._delete_older(path, damaged)
+
+    def _delete_older(self, last: Path, damaged: Sequence[Path] = ()) -> None:
+        """Delete all checkpoints, also partial ones, but the last, the one before and some that are damaged."""
+        kept = {last, *damaged, *[path for path in self.checkpoints() if path < last][-1:]}
+        for path in last.parent.iterdir():
+            if path not in kept and _CHECKPOINT.fullmatch(path.name):
+                with suppress(OSError):  # nothing is lost by one too many
+                    if path.suffix != ".partial":  # half deleted, it must not look complete
+                        path = path.rename(path.with_name(f"{path.name}.partial"))
+                    shutil.rmtree(path)
 
 
 def _damage(checkpoint: Path) -> str | None:

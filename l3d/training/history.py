@@ -115,10 +115,16 @@ class Recorder:
         self.errors, self.kept, self.count = state["pending"]
 
     def latest(self) -> dict[str, float]:
-        """Return the last row of the history: that of the restart with the least error in it."""
+        """Return the last row of the history: that of the restart with the least error in it.
+
+        Without dead_fraction in the first steps, before a subnetwork can be known to be dead.
+        """
         errors = self.history["error"][-1]
         best = errors.index(min(errors)) if isinstance(errors, list) else 0
-        return {name: _of(values[-1], best) for name, values in self.history.items()}
+        row = {name: _of(values[-1], best) for name, values in self.history.items()}
+        if row["step"] < self.dead_after:
+            del row["dead_fraction"]
+        return row
 
 
 def _of(value: float | list[float], restart: int) -> float:

@@ -15,7 +15,7 @@ from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
 from l3d.decomposition.costs import Plan
 from l3d.decomposition.directions import FLOAT32_CPU, default_ranks
-from l3d.decomposition.subnetworks import Subnetworks
+from l3d.decomposition.subnetworks import Subnetworks, mean_of_last
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.ahead import Ahead
 from l3d.gradients.chunks import Chunks
@@ -85,6 +85,8 @@ class Run:
             self.ahead = Ahead(extractor, self.batches, device, self._generator)
         self.step = 0  # steps taken
         self.seconds = 0.0  # spent training, over interruptions
+        self.norm = math.nan  # log2 Σ_s ‖g_s‖² of the first batch, once `check` has seen it
+        self.seen: dict[str, Any] | None = None  # what a checkpoint tells of the arguments, once asked for
         self.recorder = Recorder(settings.steps, n_restarts, settings.replacement.restart_every)
         self.probe: Probe | None = None  # not known until a first batch has been seen
         self._settle_rank()
@@ -191,13 +193,15 @@ class Run:
             why = "leave out micro_batch_size" if self.group is None else "train it in one process"
             first = without_label(to_device(self.batches[0], self.device))
             check_rows_apart(self.extractor.model, first, why)
-        n_samples = 0
+        n_samples, total = 0, 0.0
         with torch.no_grad():
             for gradients in in_chunks(self._batch(0), False, self._held):
                 if n_samples == 0:  # a factor on all gradients changes no figure
                     gradients, self.extractor.exponent = gradients.in_range()
                 self.stepper.objective(gradients, 1.0)
                 n_samples += gradients.n_samples
+                total += float(gradients.squared_norm_in_range().sum())
+        self.norm = math.log2(total) - 2 * self.extractor.exponent if total > 0 else -math.inf
         if self.settings.divergence is None:  # which the model's first output has decided
             self.settings = replace(self.settings, divergence="kl" if self.extractor.is_kl else "mse")
             self.decomposition.settings["divergence"] = self.settings.divergence
@@ -282,9 +286,7 @@ class Run:
 
     def final_errors(self) -> list[float]:
         """Return each restart's mean error over the last tenth of the history; infinity before there is any."""
-        every = [self.recorder.history_of(i)["error"] for i in range(self.n_restarts)]
-        last = [errors[-max(1, len(errors) // 10) :] for errors in every]
-        return [sum(errors) / len(errors) if errors else math.inf for errors in last]
+        return [mean_of_last(self.recorder.history_of(i)["error"]) for i in range(self.n_restarts)]
 
     def best(self) -> Subnetworks:
         """Return the restart of least final error, with its history."""

@@ -345,8 +345,8 @@ def test_side_by_side_and_apart_again(n_parts: int, dtype: torch.dtype) -> None:
         again = whole.part(i, n_parts)
         assert again.n_subnetworks == 3
         assert again.ranks == part.ranks
-        ours, theirs = again.state_dict(), part.state_dict()
-        assert list(ours) == list(theirs)
+        assert list(again.state_dict()) == list(part.state_dict())
+        ours, theirs = dict(again.named_parameters()), dict(part.named_parameters())
         for name, tensor in ours.items():
             assert tensor.dtype == dtype
             assert torch.equal(tensor, theirs[name])

@@ -73,4 +73,4 @@ def assert_same_bits(a: Decomposition, b: Decomposition) -> None:
 
 def differ(a: Decomposition, b: Decomposition) -> bool:
     """Tell whether any tensor of two runs differs."""
-    return any(not torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return any(not torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

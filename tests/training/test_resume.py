@@ -1,11 +1,16 @@
 """Resume interrupted runs: to the bit, and refused where the arguments changed."""
 
+import inspect
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
 import l3d
 from l3d.training import history
@@ -92,6 +97,10 @@ def test_half_a_checkpoint_is_ignored(tmp_path: Path) -> None:
         {"preset": "published"},
         {"dtype": "float64"},
         {"batch_size": 16},
+        {"warm_start": 3},
+        {"positions": "last"},
+        {"backend": "torch"},
+        {"n_restarts": 2},
         {"gradients": l3d.GradientOptions(shuffle=True)},
         {"replacement": recipe(enabled=False)},
         {"replacement": recipe(replace_every=50)},
@@ -128,3 +137,159 @@ def test_resuming_without_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="out: nothing to resume"):
         train(existing="resume", out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+class Stop(l3d.callbacks.Callback):
+    """Interrupts a run, as Ctrl-C would."""
+
+    def on_step(self, step: int, figures: Any) -> None:
+        if step == 11:
+            raise KeyboardInterrupt
+
+
+def begin(folder: Path, **arguments: Any) -> dict[str, bytes]:
+    """Interrupt a run after its 11th step, and return the files it leaves."""
+    with pytest.raises(KeyboardInterrupt):
+        train(out=folder, checkpoint_every=4, callbacks=[Stop()], **arguments)
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Squares(Dataset[Tensor]):
+    """Rows that are made when they are asked for."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.factor * points()[row].square()
+
+
+def cubes(output: Tensor, reference: Tensor) -> Tensor:
+    return (output - reference).abs().pow(3).sum(1)
+
+
+def one_row_changed(row: int) -> Tensor:
+    """Return the usual points but for one entry of a row; the first batch holds eight of the forty."""
+    changed = points()
+    changed[row, 0] += 0.5
+    return changed
+
+
+def other_head(name: str) -> Net:
+    """Return the usual network with a tensor of its second layer changed, which `params` leaves out."""
+    model = Net()
+    model.second.get_parameter(name).data.mul_(1.001)
+    return model
+
+
+def keyed(x: Tensor) -> dict[str, Tensor]:
+    return {"x": x}
+
+
+LAYER: dict[str, Any] = {"params": "first.*"}
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # begun with, resumed with, what is named
+    "a cache": ({}, {"cache": "store"}, "cache"),
+    "no cache": ({"cache": "store"}, {"cache": None}, "cache"),
+    "more epochs in the cache": ({"cache": "store"}, {"cache": l3d.GradientCache("new", 2)}, "cache"),
+    "fewer epochs in the cache": ({"cache": l3d.GradientCache("store", 2)}, {"cache": "new"}, "cache"),
+    **{f"row {row}": ({}, {"data": one_row_changed(row)}, "data") for row in (0, 7, 20, 39)},
+    "fewer rows": ({}, {"data": points(39)}, "data"),
+    "a mapping": ({"data": keyed(points())}, {"data": keyed(one_row_changed(30))}, "data"),
+    "a TensorDataset": ({"data": TensorDataset(points())}, {"data": TensorDataset(one_row_changed(30))}, "data"),
+    "a Dataset": ({"data": Squares()}, {"data": Squares(1.0001)}, "data"),
+    "batches": ({"data": list(points().split(8))}, {"data": list(one_row_changed(30).split(8))}, "data"),
+    "a reference": ({"reference": torch.zeros(3)}, {"reference": torch.ones(3)}, "reference"),
+    "the head's weight": (LAYER, {"model": other_head("weight")}, "weights"),
+    "the head's bias": (LAYER, {"model": other_head("bias")}, "weights"),
+    "the model's code": ({}, {"model": Net(1, torch.tanh)}, "gradients"),
+    "the divergence's code": ({"divergence": cubes}, {"divergence": lambda a, b: cubes(a, b) * 1.01}, "gradients"),
+    "the divergence's code, of a Dataset": (
+        {"divergence": cubes, "data": Squares()},
+        {"divergence": lambda a, b: cubes(a, b).square()},
+        "gradients",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_no_setting_tells_is_refused_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, reference, weights outside `params`, code and the cache decide the numbers; one line names what differs."""
+    monkeypatch.chdir(tmp_path)
+    begun, changes, named = OTHERS[kind]
+    files = begin(tmp_path / "run", **begun)
+    with pytest.raises(ValueError, match=rf"^resume: .*\b{named}\b.*differ from the interrupted run's; pass") as error:
+        train(out=tmp_path / "run", existing="resume", checkpoint_every=4, **{**begun, **changes})
+    assert "\n" not in str(error.value)
+    assert {str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+
+
+SAME: dict[str, Callable[[], dict[str, Any]]] = {
+    "device": lambda: {"device": "cpu"},
+    "checkpoint_every": lambda: {"checkpoint_every": 7},
+    "callbacks": lambda: {"callbacks": [l3d.callbacks.Callback()]},
+    "cache": lambda: {"cache": l3d.GradientCache("store", 4)},  # of all 20 steps, so that none repeats
+    "memory": lambda: {"memory": l3d.Memory(recompute=True)},
+    "model": lambda: {"model": Net()},
+    "data": lambda: {"data": points().clone()},
+    "divergence": lambda: {"divergence": "mse"},  # what None has chosen
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_what_changes_no_number_may_change(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on to the same bits."""
+    monkeypatch.chdir(tmp_path)
+    begin(tmp_path / "run")
+    assert_same_bits(train(out=tmp_path / "run", existing="resume", **SAME[kind]()), train())
+
+
+def test_every_argument_is_decided_on() -> None:
+    """Resumed with another value each argument is refused or changes no number; the tests above have all of them."""
+    refused = {"k", "lr", "steps", "seed", "rank", "n_subnetworks", "reference", "divergence", "params", "preset"}
+    refused |= {"batch_size", "warm_start", "positions", "backend", "n_restarts", "gradients", "dtype"}
+    refused |= {"model", "data", "cache"}
+    harmless = {"device", "checkpoint_every", "callbacks", "memory", "out", "existing"}
+    assert refused | harmless == set(inspect.signature(l3d.decompose).parameters)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-60, 1e-90, 1e90])
+def test_micro_batches_may_change_and_rounding_alone_differs(factor: float, tmp_path: Path, float64: None) -> None:
+    """Also where the divergence is scaled by a power of two that the first micro-batch decides."""
+
+    def scaled(output: Tensor, reference: Tensor) -> Tensor:
+        return factor * (output - reference).square().sum(1)
+
+    rows = points().double() * torch.logspace(0, 9, 40)[:, None]
+    chosen: dict[str, Any] = {"data": rows, "divergence": scaled}
+    folder = tmp_path / "run"
+    begin(folder, model=Net().double(), **chosen)
+    memory = l3d.Memory(micro_batch_size=1)
+    resumed = train(Net().double(), out=folder, existing="resume", memory=memory, **chosen)
+    whole = train(Net().double(), **chosen)
+    assert resumed.threshold == pytest.approx(whole.threshold, rel=1e-6)
+    assert resumed.history["error"] == pytest.approx(whole.history["error"], rel=1e-6)
+
+
+def test_rows_that_differ_each_time_are_not_compared(tmp_path: Path) -> None:
+    """A Dataset that draws its rows anew cannot be told from another, and is resumed."""
+
+    class Noise(Squares):
+        def __getitem__(self, row: int) -> Tensor:
+            return torch.randn(4)
+
+    begin(tmp_path / "run", data=Noise())
+    assert train(data=Noise(), out=tmp_path / "run", existing="resume").history["step"][-1] == 20
+
+
+def test_a_checkpoint_that_tells_less_is_resumed(tmp_path: Path) -> None:
+    """As one that an older version wrote."""
+    begin(tmp_path / "run")
+    (path,) = (tmp_path / "run").rglob("state.json")
+    state = json.loads(path.read_text())
+    state.pop("exponent")
+    state["seen"] = {name: state["seen"][name] for name in ("data", "reference")}
+    path.write_text(json.dumps(state))
+    assert_same_bits(train(out=tmp_path / "run", existing="resume"), train())
