@@ -116,7 +116,7 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
 def _backward_norm(needs: Any, saved: tuple[Tensor, ...], upstream: Tensor) -> list[Tensor | None]:
     """Form the scaled residual for a few rows of O at a time, and read it once for each side."""
     values, left, right, grad, rows, columns, row_offsets, *by_column = saved
-    if grad.numel() == 0:
+    if 0 in grad.shape[1:]:
         return [torch.zeros_like(own) for own in (values, left, right, grad)]
     scale = 2 * upstream.to(common.wide(grad.dtype))
     d_values, d_left, d_right, d_grad = (list[Tensor]() for _ in range(4))
