@@ -23,6 +23,7 @@ from l3d.data.sources import Data, absolute, absolute_files, load_data, load_fun
 from l3d.distributed.watch import is_first
 from l3d.gradients.divergence import Divergence
 from l3d.storage import run_folder
+from l3d.storage.files import check_links
 from l3d.training.options import PRESETS
 
 Settings = dict[str, Any]
@@ -45,6 +46,7 @@ def find_run(settings: Settings, reloads: bool = True) -> tuple[Path, Path]:
     reloads: whether its model and data are needed, which a folder made from Python does not name.
     """
     run = Path(settings["run"])
+    check_links(run)
     if reloads or not (run / "decomposition.json").is_file():
         run_folder.read_command(run)
     if settings["out"] is None:

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,6 +17,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from l3d.cli import options
 from l3d.cli.options import Option, options_of, placed
+from l3d.storage.schema import one_line
+from l3d.storage.yaml_text import parse_yaml, read_yaml
 
 _LOADER = "l3d-yaml"
 _SLICE = re.compile(r"-?\d*:-?\d*")
@@ -204,11 +207,21 @@ def read_settings(command: str, run: Path) -> dict[str, Any]:
     try:
         return parse([command, "--config", str(path)])[command]
     except argparse.ArgumentError as error:
-        raise ValueError(f"{path}: {explain(error)}") from error
+        raise ValueError(f"{path}: {one_line(explain(error))}") from error
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
+    """Understand a command line. Raises argparse.ArgumentError, or ValueError for a --config that cannot be read."""
     arguments = ["--dry_run" if argument == "--dry-run" else argument for argument in arguments]
+    for before, argument in pairwise(["", *arguments]):
+        given = (
+            argument if before == "--config" else argument.removeprefix("--config=") if "--config=" in argument else ""
+        )
+        if given and Path(given).is_file():
+            try:
+                read_yaml(Path(given))
+            except ValueError as error:
+                raise ValueError(f"Problems parsing config {error}") from error
     parsed = _parser().parse_args(arguments).as_dict()
     parsed[parsed["command"]].pop("config", None)
     return _plain(parsed)
@@ -257,6 +270,7 @@ def _load_yaml(text: str) -> Any:
     stripped = text.strip()
     if _SLICE.fullmatch(stripped):
         return stripped
+    parse_yaml(text)  # refuses what would surprise
     value = jsonargparse.get_loader("yaml")(text)
     return text if value is None and stripped not in ("null", "~", "") else value
 
