@@ -219,9 +219,11 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         )
         if given and Path(given).is_file():
             try:
-                read_yaml(Path(given))
+                found = read_yaml(Path(given))
             except ValueError as error:
                 raise ValueError(f"Problems parsing config {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{given}: expected options by name, got {type(found).__name__}")
     parsed = _parser().parse_args(arguments).as_dict()
     parsed[parsed["command"]].pop("config", None)
     return _plain(parsed)
