@@ -159,7 +159,8 @@ class Subnetworks(nn.Module):
         """Return those of the coefficients [S, K] that `code` keeps, where they are those of 2^exponent g_s."""
         if self.threshold != self.threshold:
             raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
-        return above(coefficients, math.ldexp(self.threshold, exponent))
+        largest = torch.finfo(coefficients.dtype).max
+        return above(coefficients, min(math.ldexp(self.threshold, exponent), largest))
 
     @own_precision()
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:

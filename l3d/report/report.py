@@ -126,6 +126,9 @@ def render_report(
     prefix = common_prefix(list(shapes))
     table = make_table(d, rates, described, prefix, ratios)
     history = {key: list(values) for key, values in d.history.items()}
+    if any(isinstance(values[-1], list) for values in history.values() if values):
+        history = {}  # that of a checkpoint of several restarts, which are no one run
+    drawn = bool(history.get("step")) and {"error", "kept_per_sample", "dead_fraction", "k"} <= history.keys()
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     return render(
         _TEMPLATES / "report.html.j2",
@@ -138,7 +141,7 @@ def render_report(
         shapes=shapes,
         headlines=headlines(metrics or {key: values[-1] for key, values in history.items() if values}),
         from_history=not metrics,
-        curve=plots.to_svg(plots.error_curve(history), "curve-", css=True) if history.get("step") else None,
+        curve=plots.to_svg(plots.error_curve(history), "curve-", css=True) if drawn else None,
         curve_summary=_curve_summary(history),
         rates=plots.to_svg(plots.activation_rates(rates), "rates-", css=True) if rates else None,
         n_dead=sum(rate == 0 for rate in rates or ()),

@@ -198,7 +198,8 @@ def read_subnetworks(run: Path) -> dict[str, Any]:
         return {}
     found = read_json(path)
     if found.get("format") != SUBNETWORKS_FORMAT or not isinstance(found.get("subnetworks"), list):
-        raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {found.get('format')!r}")
+        got = schema.one_line(repr(found.get("format")))
+        raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {got}")
     schema.check(found, {"subnetworks": [{}]}, str(path))
     older = "outputs" if found.get("moved") == "output" else "tokens" if found.get("kind") == "text" else "classes"
     return {"entries": older, **found}  # older files name no entries

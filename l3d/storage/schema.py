@@ -50,7 +50,7 @@ SETTINGS = {
 }  # fmt: skip
 DECOMPOSITION = {
     "n_subnetworks": whole(1), "shapes": {str: [COUNT]}, "ranks": {str: [whole(1)]}, "settings": SETTINGS,
-    "history": {str: [(Number(), [Number()])]}, "timing": {str: Number()}, "threshold": (None, Number(0)),
+    "history": {str: [(Number(), [Number()])]}, "timing": {str: Number()}, "threshold": (None, Number(0, 1e200)),
     "restart_errors": _LIST,
     "base_model?": {"name?": str, "revision?": (None, str), "parameters?": {str: str}},
 }  # fmt: skip
@@ -122,9 +122,13 @@ def check_decomposition(header: Mapping[str, Any], where: str) -> None:
         most = [] if len(shape) < 2 else [min(shape)] if len(shape) == 2 else shape
         if len(ranks[name]) != len(most) or any(rank > d for rank, d in zip(ranks[name], most, strict=True)):
             raise _refusal(f"{where}: ranks: {name}", f"expected {len(most)} of at most {most}", ranks[name])
-    lengths = {len(column) for column in header["history"].values()}
-    if len(lengths) > 1:
-        raise _refusal(where, "history: expected columns of one length", sorted(lengths))
+    history = header["history"]
+    if len({len(column) for column in history.values()}) > 1 or (history and not {"step", "error"} <= history.keys()):
+        raise _refusal(where, "history: expected columns of one length, with step and error among them")
+    for name, column in history.items():  # a run of several restarts has a list of figures in each row of some
+        widths = {len(row) if isinstance(row, list) else 0 for row in column} or {0}
+        if len(widths) > 1 or (widths != {0} and name not in ("error", "dead_fraction")):
+            raise _refusal(where, f"history: {name}: expected a list of numbers")
 
 
 def check_subnetworks(described: Mapping[str, Any], where: str) -> None:

@@ -69,7 +69,8 @@ def load(path: str | Path, build: type[Built], columns: slice | None = None) -> 
     where = folder / "decomposition.json"
     header = read_json(where)
     if header.get("format") != FORMAT:
-        raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {header.get('format')!r}")
+        got = one_line(repr(header.get("format")))
+        raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {got}")
     check_decomposition(header, f"{where}: damaged")
     tensors = read_tensors(folder / "decomposition.safetensors", columns)
     if columns is not None:
@@ -77,9 +78,8 @@ def load(path: str | Path, build: type[Built], columns: slice | None = None) -> 
     try:
         return _assembled(header, tensors, build)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: damaged: decomposition.safetensors does not belong to decomposition.json ({reason})"
+            f"{folder}: damaged: decomposition.safetensors does not belong to decomposition.json ({one_line(error)})"
         ) from error
 
 

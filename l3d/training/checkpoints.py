@@ -51,11 +51,14 @@ def restore(run: "Run", folder: RunFolder) -> None:
     if decomposition.shapes != run.decomposition.shapes or decomposition.ranks != run.decomposition.ranks:
         raise ValueError("resume: the interrupted run decomposed other parameters; pass the same model")
     check_identity(decomposition.base_model, run.extractor.parameters, advice="")
+    last_kept, seconds = state["recorder"]["last_kept"], decomposition.timing.get("seconds")
+    if len(last_kept) not in (0, run.settings.n_subnetworks * run.n_restarts) or seconds is None:
+        raise ValueError("resume: the checkpoint holds the figures of another run")
     run.decomposition.load_state_dict(decomposition.state_dict())
     run.optimizer.load_state(tensors, state["optimizer"])
     run.recorder.load_state(state["recorder"], decomposition.history)
     run.step = state["step"]
-    run.seconds = decomposition.timing["seconds"]
+    run.seconds = seconds
 
 
 def _seen(run: "Run") -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Cache:
         self.identity = {"format": FORMAT, **identity}
         self.run = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.reading: bool | None = {"on": True, "off": False, "auto": None}[reads]
+        self.begun = False  # whether this run has made cache.json, or found it to be its own before it wrote
         self.compared = False  # whether a stored batch was found to be what is extracted now
         self.extract_seconds: list[float] = []
         self.read_seconds: list[float] = []
@@ -167,10 +168,11 @@ class Cache:
         """Store a step's gradients, the whole file or nothing."""
         if self.group is not None and self.group.rank > 0:
             return
-        if not (self.path / "cache.json").exists():
+        if not (self.begun and (self.path / "cache.json").exists()):
             self.path.mkdir(parents=True, exist_ok=True)
             if not create_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n"):
-                self.check()  # another run has just begun it, and may be of something else
+                self.check()  # another run may have begun it since, with something else
+            self.begun = True
         with replacing(self._file(index)) as partial, partial.open("wb") as file:
             file.write(pack(gradients, self._holds(index)))
             file.flush()

@@ -52,8 +52,14 @@ ARGUMENTS: dict[str, Any] = {"n_subnetworks": 4, "rank": 2, "k": 0.3, "batch_siz
 def same(ours: Any, theirs: Any) -> bool:
     """Tell whether two decompositions agree in every number that a file holds."""
     a, b = ours.state_dict(), theirs.state_dict()
-    equal = list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-    return equal and all(getattr(ours, each) == getattr(theirs, each) for each in ("settings", "history", "threshold"))
+    equal = list(a) == list(b) and all(torch.equal(bits(a[name]), bits(b[name])) for name in a)
+    figures = ("settings", "history", "threshold", "timing", "base_model", "restart_errors")
+    return equal and all(repr(getattr(ours, each)) == repr(getattr(theirs, each)) for each in figures)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes: NaN is NaN then."""
+    return tensor.detach().contiguous().view(torch.uint8)
 
 
 def guarded(folder: Path) -> bool:

@@ -45,7 +45,8 @@ def scrambled(data: bytes, rng: Random) -> bytes:
             bytes(bits), bytes(bits), bytes(bits), data[:a], data[: len(data) - rng.randrange(1, 20)], data[b:],
             data + noise[: rng.randrange(1, 40)], data[:a] + data[b:], data[:a] + piece + data[a:],
             data[:a] + bytes(len(piece)) + end, data[:a] + b"\xff" * len(piece) + end,
-            data[:a] + noise[: len(piece)] + end, b"", noise, bytes(len(data)), b"\xef\xbb\xbf" + data, data + data, data[::-1],
+            data[:a] + noise[: len(piece)] + end,
+            b"", noise, bytes(len(data)), b"\xef\xbb\xbf" + data, data + data, data[::-1],
         )
     )  # fmt: skip
 
@@ -105,7 +106,8 @@ def yaml_changed(data: bytes, rng: Random) -> bytes:
     lines[i] = rng.choice(
         (
             f"{name}: 010", f"{name}: 1:30", f"{name}: .inf", f"{name}: .nan", f"{name}: 1e999",
-            f"{name}: &a {{b: *a}}", f"{name}: 2024-01-01", f"{name}: !!python/object/apply:os.system [true]", f"{name}: !!binary aGk=",
+            f"{name}: &a {{b: *a}}", f"{name}: 2024-01-01",
+            f"{name}: !!python/object/apply:os.system [true]", f"{name}: !!binary aGk=",
             f"{name}:", f"{name}: {'[' * 3000}", f"{name}: &a [*a]", f"<<: {{{name}: 1}}", f"{name}: [1, 2",
             f"\t{name}: 1", bomb, f"{name}: {'1' * 5000}", f"{name}: no", f"{name}: |\n  a\n  b", f"? {name}\n: 1",
             f"{lines[i]}\n{lines[i]}", f"{name}: '{lines[j]}'", f"{name}: 0x1f", f"{name}: 1_000",
