@@ -3,25 +3,29 @@
 import inspect
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from l3d.api import Decomposition
+from l3d.data.arguments import check_device, check_whole
 from l3d.data.batches import count_rows
 from l3d.decomposition.costs import Path, choose_paths
+from l3d.decomposition.directions import resolve_ranks
 from l3d.decomposition.objective import n_kept
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
+from l3d.gradients.model import check_model
 from l3d.storage.formats import duration, size
 from l3d.train import decompose, turn
+from l3d.training.checks import dtype_of_sums
 from l3d.training.memory import memory_now, peak_memory
 from l3d.training.run import Run
-from l3d.training.settings import Settings, resolve
+from l3d.training.settings import Settings, check_kinds, resolve
 
 N_STEPS = 3  # timed steps, after one untimed step that warms up
 
@@ -61,18 +65,50 @@ class Estimate(NamedTuple):
         )
 
 
+def checked(model: nn.Module, data: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Settings, Extractor]:
+    """Check arguments of `decompose` without running the model: kinds, ranges, ranks that the tensors allow.
+
+    Returns all arguments, the settings and an extractor of the model. Raises ValueError naming the argument, and
+    TypeError for one that `decompose` does not have.
+    """
+    signature = inspect.signature(decompose)
+    signature.bind(model, data, **arguments)
+    check_model(model)
+    chosen = {name: each.default for name, each in signature.parameters.items()} | dict(arguments)
+    check_kinds(chosen)
+    if chosen["device"] is not None:
+        check_device(chosen["device"])
+    settings = resolve(chosen, count_rows(data))
+    check_whole("n_restarts", chosen["n_restarts"])
+    extractor = Extractor(model, *(chosen[name] for name in ("divergence", "reference", "params", "positions")))
+    dtype_of_sums(settings.dtype, extractor.parameters)
+    if settings.rank not in (None, "auto"):
+        resolve_ranks(settings.rank, {name: p.shape for name, p in extractor.parameters.items()})
+    return chosen, settings, extractor
+
+
 def plan(model: nn.Module, data: Any, **arguments: Any) -> Run:
     """Return the run that `decompose` would train with these arguments, before its first step."""
-    chosen = {name: each.default for name, each in inspect.signature(decompose).parameters.items()} | arguments
-    settings = resolve(chosen, count_rows(data))
-    extractor = Extractor(model, *(chosen[name] for name in ("divergence", "reference", "params", "positions")))
+    chosen, settings, extractor = checked(model, data, arguments)
     device = next(model.parameters()).device
     return Run(settings, extractor, data, device, chosen["n_restarts"], chosen["memory"], Decomposition)
 
 
 def estimate(model: nn.Module, data: Any, **arguments: Any) -> Estimate:
-    """Take a few steps of the run that `decompose` would train with these arguments, and return its cost."""
-    run = plan(model, data, **arguments)
+    """Take a few steps of the run that `decompose` would train with these arguments, and return its cost.
+
+    Raises ValueError for invalid arguments, as `decompose` does.
+    """
+    checked(model, data, arguments)
+    home, device = next(model.parameters()).device, arguments.get("device")
+    model.to(home if device is None else device)
+    try:
+        return _measured(plan(model, data, **arguments))
+    finally:
+        model.to(home)
+
+
+def _measured(run: Run) -> Estimate:
     run.check()
     before = memory_now() if run.device.type == "cpu" else torch.cuda.memory_allocated(run.device)
     before -= sum(p.nbytes for p in run.decomposition.parameters()) * 3  # parameters and moments exist already

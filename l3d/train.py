@@ -7,7 +7,7 @@ loss ─ Adam, decoder to unit norm ─► next step;   every so often: restart 
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,20 +17,23 @@ from torch import Tensor, nn
 
 from l3d.api import Decomposition
 from l3d.callbacks import Callback, ProgressBar
-from l3d.data.arguments import check_whole
+from l3d.data.arguments import check_device, check_whole
 from l3d.data.batches import count_rows
+from l3d.distributed.signals import Terminated, awaiting
 from l3d.gradients.chunks import Chunks
-from l3d.gradients.divergence import Divergence
+from l3d.gradients.divergence import Divergence, default_note
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Gradients
 from l3d.gradients.fixed import NotFiniteRowsError, check_fixed, refuse_sharded
-from l3d.gradients.model import Params
+from l3d.gradients.model import Params, check_model
+from l3d.storage.files import WriteError
 from l3d.storage.lock import release
+from l3d.storage.progress import advised
 from l3d.training.checkpoints import restore, save
 from l3d.training.checks import check_finite, naming_step, not_finite
 from l3d.training.options import GradientCache, GradientOptions, Memory, Preset, documented, older_names
 from l3d.training.run import Run
-from l3d.training.settings import resolve
+from l3d.training.settings import check_kinds, resolve
 
 
 def turn(run: Run, gradients: Gradients | Chunks) -> bool:
@@ -49,20 +52,28 @@ def train(
     checkpoint_every: int = sys.maxsize,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train to the last step; `callbacks` are told of each row of the history, `checkpoint` saves the run."""
+    """Train to the last step; `callbacks` are told of each row of the history, `checkpoint` saves the run.
+
+    Ctrl-C and SIGTERM end it after the step being taken, which is saved: raises KeyboardInterrupt or SystemExit.
+    """
     settings, started = run.settings, time.perf_counter() - run.seconds
-    while run.step < settings.steps:
-        with naming_step(run.step):
-            gradients = run.gradients(run.step)  # of the divergence, per sample: as factors, G_s = Σ_t dy ⊗ x
-            recorded = turn(run, gradients)
-        if recorded:
-            for callback in callbacks:
-                callback.on_step(run.step, run.recorder.latest())
-        if run.step % checkpoint_every == 0 or run.step == settings.steps:
-            run.seconds = time.perf_counter() - started
-            with naming_step(run.step - 1):
-                check_finite(run.decomposition)
-            checkpoint()
+    asked = False
+    with awaiting() as stop:
+        while run.step < settings.steps and not asked:
+            with naming_step(run.step):
+                gradients = run.gradients(run.step)  # of the divergence, per sample: as factors, G_s = Σ_t dy ⊗ x
+                recorded = turn(run, gradients)
+            if recorded:
+                for callback in callbacks:
+                    callback.on_step(run.step, run.recorder.latest())
+            asked = stop.asked(run.group)
+            if asked or run.step % checkpoint_every == 0 or run.step == settings.steps:
+                run.seconds = time.perf_counter() - started
+                with naming_step(run.step - 1):
+                    check_finite(run.decomposition)
+                checkpoint()
+        if stop.asked(run.group):  # also one that came during the last save; no process leaves before it is done
+            raise stop.error()
 
 
 @older_names
@@ -76,7 +87,7 @@ def decompose(
     rank: Any = None,
     k: float = 0.1,
     params: Params = None,
-    divergence: str | Divergence = "mse",
+    divergence: str | Divergence | None = None,
     reference: str | Tensor = "sample",
     positions: str | int = "all",
     preset: str | Preset = "default",
@@ -121,31 +132,25 @@ def decompose(
     it, on the CPU, and the others their shares of it.
 
     Raises ValueError for arguments out of range, with one line that names them; nothing is written then. A NaN or
-    infinity met during training raises ValueError naming the tensor and the step; the last checkpoint stays.
+    infinity met during training raises ValueError naming the tensor and the step; the last checkpoint stays. Ctrl-C and
+    SIGTERM finish the step and save it in `out`, then raise KeyboardInterrupt, or SystemExit with status 143; a full
+    disk raises OSError. All say in one line how to go on.
 
     >>> d = decompose(nn.Linear(4, 3), torch.randn(64, 4), 2, rank=1, steps=5, callbacks=[])
     >>> sorted(d.subnetwork(0))
     ['bias', 'weight']
     """
+    check_model(model)
+    check_kinds(locals())
     settings = resolve(locals(), count_rows(data))
     every = max(1, settings.steps // 10) if checkpoint_every is None else checkpoint_every
     every = check_whole("checkpoint_every", every)
     n_restarts = check_whole("n_restarts", n_restarts)
-    if existing not in ("refuse", "overwrite", "resume"):
-        raise ValueError(f"existing: expected refuse, overwrite or resume, got {existing!r}")
-    if existing == "resume" and out is None:
-        raise ValueError("existing: 'resume' needs the run folder as out, got none")
     cache = GradientCache(cache) if isinstance(cache, (str, Path)) else cache
-    for name, value, kind in (("cache", cache, GradientCache), ("memory", memory, Memory)):
-        if not (value is None or isinstance(value, kind)):
-            raise ValueError(f"{name}: expected l3d.{kind.__name__}, got {value!r}")
-    first = next(model.parameters(), None)
-    if first is None:
-        raise ValueError("model: has no parameters to decompose")
     check_fixed(model)
     refuse_sharded(model, "decompose")
-    home, folder = first.device, None
-    target = home if device is None else torch.device(device)
+    home, folder = next(model.parameters()).device, None
+    target = home if device is None else check_device(device)
     model.to(target)
     try:
         extractor = Extractor(model, divergence, reference, params, positions)
@@ -163,6 +168,8 @@ def decompose(
             run.fill_probe()
             for callback in told:
                 callback.on_start(run.settings.as_dict())
+                if divergence is None:
+                    callback.on_note(default_note(str(run.settings.divergence)))
             train(run, told, every, *([partial(save, run, folder)] if folder is not None else []))
             if run.cache is not None:
                 for callback in told:
@@ -172,10 +179,13 @@ def decompose(
             best.save(folder.path)
     except NotFiniteRowsError as error:
         raise ValueError(not_finite(data) or str(error)) from error
+    except (WriteError, KeyboardInterrupt, Terminated) as stop:
+        raise (stop if folder is None else advised(stop, folder.path)) from None
     finally:
         model.to(home)
         if folder is not None and run.is_first():
-            release(folder.path)
+            with suppress(OSError):  # on a disk that turned read-only; other processes see that this one has ended
+                release(folder.path)
     for callback in told:
         callback.on_end({name: values[-1] for name, values in best.history.items() if values})
     return best

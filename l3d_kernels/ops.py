@@ -12,6 +12,10 @@ an embedding). All floating tensors of a call have one dtype and one device. `ba
 
 Every op raises ValueError where shapes, dtypes or devices do not fit each other, and RuntimeError where
 backend="triton" cannot be met. The code under "Torch:" is the op's definition, as in `l3d_kernels.reference`.
+
+Derivatives: in plain torch any number of times, but for `sparse_decode` and `softmax_mean`; through Triton kernels
+once, and asked twice they raise. Under torch.func's transforms (grad, vmap, jvp) and in forward mode "auto" and "torch"
+run the definition, which forms V and G whole. backend="triton" works under vmap and grad and is refused under jvp.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor
 from l3d_kernels import checks, cpu
 from l3d_kernels.registry import implementation
 from l3d_kernels.sparse import SparseCoefficients
+from l3d_kernels.transforms import transformed
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -74,7 +79,7 @@ def project_tiled(
     checks.check_projection(x, dy, left, right)
     if not x.is_floating_point():
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}; use project for indices")
-    if x.requires_grad or dy.requires_grad:
+    if (x.requires_grad or dy.requires_grad) and not transformed():
         raise ValueError("x, dy: project_tiled has no gradient to them; detach them, or use project")
     return implementation(cpu.project_tiled, backend, dy)(x, dy, left, right)
 
@@ -96,7 +101,7 @@ def project_at(
     Torch: `project(x, dy, left, right)[kept.rows, kept.columns]`
     """
     checks.check_projection(x, dy, left, right)
-    checks.check_kept(kept.shape, dy.shape[0], left)
+    checks.check_kept(kept, left, dy.shape[0], values=False)
     return implementation(cpu.project_at, backend, dy)(x, dy, left, right, kept)
 
 
@@ -133,11 +138,11 @@ def project_topk(
     Torch: `batch_topk(base + project(x, dy, left, right), n)`
     """
     checks.check_projection(x, dy, left, right)
-    shape = (dy.shape[0], left.shape[0])
-    if base is not None and (base.shape != shape or base.dtype != dy.dtype):
-        raise ValueError(f"base: expected shape {list(shape)} and {dy.dtype}, got {list(base.shape)} and {base.dtype}")
-    checks.check_count(n, shape[0] * shape[1], f"S*K = {shape[0] * shape[1]}")
-    if x.requires_grad or dy.requires_grad or (base is not None and base.requires_grad):
+    if base is not None:
+        checks.check_base(base, dy, left)
+    size = dy.shape[0] * left.shape[0]
+    n = checks.check_count(n, size, f"S*K = {size}")
+    if (x.requires_grad or dy.requires_grad or (base is not None and base.requires_grad)) and not transformed():
         raise ValueError("x, dy, base: project_topk has no gradient to them; detach them")
     return implementation(cpu.project_topk, backend, dy)(x, dy, left, right, n, base)
 
@@ -162,10 +167,11 @@ def batch_topk(
     (tensor([ 3., -4.]), tensor([0, 1]), tensor([0, 1]), tensor(3.))
     """
     checks.check_matrix(coefficients)
+    n_groups = checks.integer("n_groups", n_groups)
     if n_groups < 1 or coefficients.shape[1] % n_groups:
         raise ValueError(f"n_groups: expected a divisor of the {coefficients.shape[1]} columns, got {n_groups}")
     size = coefficients.numel() // n_groups
-    checks.check_count(n, size, f"S*K = {size}")
+    n = checks.check_count(n, size, f"S*K = {size}")
     return implementation(cpu.batch_topk, backend, coefficients)(coefficients, n, n_groups)
 
 
@@ -190,9 +196,11 @@ def batch_topk_over_ranks(
     flat index; `threshold` is that of all ranks together. The values are differentiable in `coefficients`.
     """
     checks.check_matrix(coefficients)
+    checks.check_functions(total=total, earlier=earlier)
+    run = implementation(cpu.batch_topk_over_ranks, backend, coefficients)
     size = int(total(torch.tensor(coefficients.numel(), device=coefficients.device)))
-    checks.check_count(n, size, f"{size} entries of all ranks")
-    return implementation(cpu.batch_topk_over_ranks, backend, coefficients)(coefficients, n, total, earlier)
+    n = checks.check_count(n, size, f"{size} entries of all ranks")
+    return run(coefficients, n, total, earlier)
 
 
 def batch_topk_over_columns(
@@ -211,9 +219,14 @@ def batch_topk_over_columns(
     `coefficients`. It runs in plain torch on every device.
     """
     checks.check_matrix(coefficients)
-    size = int(gather(torch.tensor([coefficients.numel()], device=coefficients.device)).sum())
-    checks.check_count(n, size, f"{size} entries of all ranks")
-    return cpu.batch_topk_over_columns(coefficients, n, rank, gather)
+    checks.check_functions(gather=gather)
+    run = implementation(cpu.batch_topk_over_columns, "torch", coefficients)
+    sizes = gather(torch.tensor([coefficients.numel()], device=coefficients.device))
+    rank, size = checks.integer("rank", rank), int(sizes.sum())
+    if not 0 <= rank < len(sizes):
+        raise ValueError(f"rank: expected 0 <= rank < {len(sizes)}, got {rank}")
+    n = checks.check_count(n, size, f"{size} entries of all ranks")
+    return run(coefficients, n, rank, gather)
 
 
 # --- energies and reconstructions -------------------------------------------------------------------------------
@@ -241,7 +254,7 @@ def gram_energy(
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
     checks.check_factors(left, right)
-    checks.check_kept(kept.shape, kept.shape[0], left)
+    checks.check_kept(kept, left)
     return implementation(cpu.gram_energy, backend, left)(kept, left, right)
 
 
@@ -255,7 +268,7 @@ def gram_energy_coactive(
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
     checks.check_factors(left, right)
-    checks.check_kept(kept.shape, kept.shape[0], left)
+    checks.check_kept(kept, left)
     return implementation(cpu.gram_energy_coactive, backend, left)(kept, left, right)
 
 
@@ -282,7 +295,7 @@ def reconstruct(
     Torch: `einsum("sk,kro,kri->soi", kept.dense(), left, right)`
     """
     checks.check_factors(left, right)
-    checks.check_kept(kept.shape, kept.shape[0], left)
+    checks.check_kept(kept, left)
     return implementation(cpu.reconstruct, backend, left)(kept, left, right)
 
 
@@ -302,7 +315,7 @@ def squared_residual_norm(
     Torch: `(grad - reconstruct(kept, left, right)).square().sum((1, 2))`
     """
     checks.check_dense(grad, left, right)
-    checks.check_kept(kept.shape, grad.shape[0], left)
+    checks.check_kept(kept, left, grad.shape[0])
     return implementation(cpu.squared_residual_norm, backend, grad)(kept, left, right, grad)
 
 
@@ -341,7 +354,7 @@ def softmax_mean(
     """Average the rows of a linear head under its softmax: μ_s = Σ_v softmax_v(hidden_s . weight_v + bias_v) weight_v.
 
     The gradient of KL(softmax(reference) ‖ softmax(logits)) at the head's input is μ less the reference's μ. One pass
-    over the vocabulary; no [S, V] array is formed. Raises ValueError where hidden needs a gradient: not differentiable.
+    over the vocabulary; no [S, V] array is formed. Raises ValueError where a tensor needs a gradient.
 
     Torch: `(hidden @ weight.mT + bias).softmax(-1) @ weight`
 
@@ -349,7 +362,12 @@ def softmax_mean(
     tensor([[0.5000, 1.5000]])
     """
     checks.check_head(hidden, weight, bias)
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("hidden: softmax_mean is not differentiable; detach it")
+    run = implementation(cpu.softmax_mean, backend, hidden)
+    if transformed():  # by its definition it is differentiable
+        return run(hidden, weight, bias)
+    if torch.is_grad_enabled():
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(f"{name}: softmax_mean is not differentiable; detach it")
     with torch.no_grad():
-        return implementation(cpu.softmax_mean, backend, hidden)(hidden, weight, bias)
+        return run(hidden, weight, bias)

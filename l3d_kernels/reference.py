@@ -1,6 +1,7 @@
 """Define every op by its formula, in a few einsums that a reader can check against it: the specification.
 
 The kernels and `l3d_kernels.cpu` compute the same values and gradients; tests hold both to these functions in float64.
+Under torch.func's transforms and in forward mode these functions run.
 Any floating dtype and any device; V [K, O, I] and G [S, O, I] are formed whole, so sizes must be small. Letters as in
 `l3d_kernels.ops`.
 """
@@ -65,7 +66,7 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     for block, index in zip(magnitude.chunk(n_groups, 1), flat_index.chunk(n_groups, 1), strict=True):
         order = block.flatten().argsort(descending=True, stable=True)[:n]
         kept.append(index.flatten()[order])
-        thresholds.append(block.flatten()[order[-1]] if n else block.new_tensor(torch.inf))
+        thresholds.append(block.flatten()[order][-1] if n else block.new_tensor(torch.inf))
     flat = torch.cat(kept).sort().values
     rows, columns = flat // max(1, K), flat % max(1, K)
     threshold = thresholds[0] if n_groups == 1 else torch.stack(thresholds)
@@ -94,8 +95,8 @@ def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
     """‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st') = Σ_o Σ_i G_s[o, i]²: [S]."""
-    n_inputs = x.shape[2] if x.is_floating_point() else int(x.max()) + 1 if x.numel() else 1
-    return gradients(x, dy, n_inputs).square().sum((1, 2))
+    same = x @ x.mT if x.is_floating_point() else (x[:, :, None] == x[:, None, :]).to(dy.dtype)
+    return einsum("stu,sto,suo->s", same.repeat_interleave(len(dy) // max(1, len(x)), 0), dy, dy)
 
 
 def reconstruct(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: 
     """out_a = Σ_j values[a, j] weight[indices[a, j]]: [A, D]; by row_offsets, code a owns offsets[a]:offsets[a + 1]."""
     if row_offsets is None:
         return einsum("ak,akd->ad", values, weight[indices])
-    code = torch.arange(len(row_offsets) - 1, device=weight.device).repeat_interleave(row_offsets.diff())
-    owned = torch.nn.functional.one_hot(code, len(row_offsets) - 1).to(weight.dtype)  # [N, A]
-    return einsum("na,n,nd->ad", owned, values, weight[indices])
+    code = torch.searchsorted(row_offsets, torch.arange(len(indices), device=weight.device), right=True) - 1  # [N]
+    rows = values[:, None] * weight[indices]
+    return weight.new_zeros(len(row_offsets) - 1, weight.shape[1]).index_add(0, code, rows)
 
 
 def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 The choice is made per call, from the device and dtype of the tensors. "auto" takes the Triton kernel on a GPU, unless
 the table of paths names plain torch as the faster; elsewhere it takes plain torch. An explicit request that cannot be
-met raises an error; no call falls back silently.
+met raises an error; no call falls back silently. Under a transform of torch.func, and in forward mode, "auto" and
+"torch" take the op's definition, which torch can transform at every size.
 
 Nothing here imports `l3d_kernels.kernels` with a statement: the first call that wants it imports it by name, and it
 adds its ops to the table.
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from l3d_kernels import reference
+from l3d_kernels.transforms import forward_mode, transformed
 
 BACKENDS = ("auto", "torch", "triton")
 DEVICES = ("cuda", "meta")  # where "auto" takes kernels; torch calls AMD's GPUs "cuda" too, "meta" has shapes only
@@ -62,10 +66,12 @@ def implementation(twin: Implementation, backend: str, tensor: Tensor) -> Implem
     """Return the function that runs an op for `tensor`'s device and dtype: its kernel, or `twin`, its plain torch.
 
     The kernel is the one registered under the name of `twin`. Raises ValueError for an unknown backend, RuntimeError
-    where backend="triton" cannot be met.
+    where backend="triton" cannot be met, or where a transform cannot be.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if transformed() and (backend != "triton" or not hasattr(reference, twin.__name__)):
+        return _definition(twin.__name__)
     if backend == "torch" or (backend == "auto" and tensor.device.type not in DEVICES):
         return twin
     missing = load_kernels()
@@ -81,9 +87,19 @@ def implementation(twin: Implementation, backend: str, tensor: Tensor) -> Implem
     return kernel
 
 
+def _definition(op: str) -> Any:
+    """Return an op's definition, for a call under a transform; raise RuntimeError for an op that has none."""
+    defined = getattr(reference, op, None)
+    if defined is None:
+        raise RuntimeError(f"{op}: cannot run under torch.func or in forward mode, for it waits for other processes")
+    return defined
+
+
 def _why_not(op: str, has_kernel: bool, tensor: Tensor) -> str:
     """Return why the Triton kernel of an op cannot run on a tensor, and what would help; "" where it can."""
     kind = tensor.device.type
+    if has_kernel and forward_mode():
+        return f"the kernels of {op} have no forward-mode derivative (torch.func.jvp); take it by torch.func.grad"
     if not has_kernel:
         return f"no Triton kernel for {op} in this version"
     if kind == "cpu" and not interpreted():

@@ -38,7 +38,7 @@ def top_contexts(impacts: Tensor, n: int, tokens: Tensor | None = None) -> Conte
 
 def _merge_shared_prefixes(impacts: Tensor, tokens: Tensor) -> Tensor:
     """Average the impacts of positions with the same tokens up to there: the first gets the mean, the others −inf."""
-    code = torch.zeros(len(tokens), dtype=torch.int64)
+    code = torch.zeros(len(tokens), dtype=torch.int64, device="cpu")
     codes = []
     for column in tokens.cpu().to(torch.int64).unbind(1):  # a rolling 64-bit hash of the prefix; overflow wraps
         code = (code ^ (column + 0x9E3779B9)) * 6364136223846793005 + 1442695040888963407
@@ -48,7 +48,8 @@ def _merge_shared_prefixes(impacts: Tensor, tokens: Tensor) -> Tensor:
     flat = torch.stack(codes, 1).flatten()[real]
     _, group, count = flat.unique(return_inverse=True, return_counts=True)
     mean = values.new_zeros(len(count), values.shape[1]).index_add_(0, group, values[real]) / count[:, None]
-    first = torch.full((len(count),), len(flat)).scatter_reduce_(0, group, torch.arange(len(flat)), "amin")
+    places = torch.arange(len(flat), device="cpu")
+    first = torch.full((len(count),), len(flat), device="cpu").scatter_reduce_(0, group, places, "amin")
     out = torch.full_like(values, -torch.inf)
     out[real[first]] = mean
     return out.view(impacts.shape)

@@ -38,7 +38,7 @@ def _redraw(model: nn.Module, params: Params, seed: int) -> dict[str, Tensor]:
     moves = {}
     for name, parameter in select_parameters(model, params).items():
         values = parameter.detach()
-        drawn = torch.randn(values.shape, generator=generator).to(values)
+        drawn = torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu").to(values)
         spread = values.std(correction=0) if values.numel() > 1 else values.abs().sum()
         moves[name] = values.mean() + spread * drawn - values
     return moves

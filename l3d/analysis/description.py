@@ -125,18 +125,20 @@ def _by_row_and_position(by_sample: Tensor, source: ShownRows, length: int) -> t
     rows hold different numbers of samples.
     """
     mask = source.mask() if length > 1 else None
-    last = torch.full((source.count,), length - 1)
+    last = torch.full((source.count,), length - 1, device="cpu")
     if mask is not None and mask.shape == (source.count, length):
-        last = (mask * torch.arange(length)).amax(1)
+        last = (mask * torch.arange(length, device="cpu")).amax(1)
         if len(by_sample) == int(mask.sum()) != source.count:
             padded = by_sample.new_full((source.count * length, by_sample.shape[1]), -torch.inf)
             padded[mask.flatten()] = by_sample
-            return padded.unflatten(0, mask.shape), torch.arange(length).expand(mask.shape)
+            return padded.unflatten(0, mask.shape), torch.arange(length, device="cpu").expand(mask.shape)
     if len(by_sample) % source.count:
         raise ValueError(f"data: expected rows of one length, got {len(by_sample)} samples in {source.count} rows")
     impacts = by_sample.unflatten(0, (source.count, -1))
     n_positions = impacts.shape[1]
-    return impacts, last[:, None] if n_positions == 1 else torch.arange(n_positions).expand(source.count, -1)
+    if n_positions == 1:
+        return impacts, last[:, None]
+    return impacts, torch.arange(n_positions, device="cpu").expand(source.count, -1)
 
 
 @torch.no_grad()
@@ -175,4 +177,4 @@ def _at_positions(output: Tensor, positions: Tensor) -> Tensor:
     """Select each row's position from a language model's output [m, T, V]; return other outputs unchanged."""
     if output.ndim < 3:
         return output
-    return output.flatten(1, -2)[torch.arange(len(output)), positions.to(output.device)]
+    return output.flatten(1, -2)[torch.arange(len(output), device="cpu"), positions.to(output.device)]

@@ -100,12 +100,11 @@ def evaluate(
     Batch top-k selects within each batch, so the batch size changes the figures a little. Raises ValueError for
     arguments out of range, and for data whose gradients are all zero.
     """
-    refuse_sharded(model, "evaluate")
     decomposition = _widened(decomposition)
     settings = decomposition.settings
     total_residual = total_norm = 0.0
     n_samples = n_kept = 0
-    counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64)
+    counts = torch.zeros(decomposition.n_subnetworks, dtype=torch.int64, device="cpu")
     k = check_fraction("k", settings.get("k", 0.1) if k is None else k)
     if selection not in SELECTIONS:
         raise ValueError(f"selection: expected one of {', '.join(SELECTIONS)}, got {selection!r}")
@@ -125,7 +124,7 @@ def evaluate(
     return Evaluation(
         error=total_residual / total_norm,
         kept_per_sample=n_kept / n_samples,
-        activation_rate=counts / n_samples,
+        activation_rate=counts.float() / n_samples,
         dead_fraction=float((counts == 0).float().mean()),
         n_samples=n_samples // len(seeds),
     )
@@ -281,6 +280,7 @@ def extractor_of(
     Raises ValueError for a setting that was not saved, and if the model's parameters have other shapes or, unless
     `any_weights`, other values than the decomposed ones.
     """
+    refuse_sharded(model, "evaluation")
     settings = decomposition.settings
     divergence = settings.get("divergence", "mse") if divergence is None else divergence
     reference = settings.get("reference", "sample") if reference is None else reference

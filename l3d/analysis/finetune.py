@@ -101,7 +101,7 @@ def finetune(
     home = next(iter(weights.values()))
     if lr is None:
         lr = LR * float(torch.stack([w.detach().double().square().sum() for w in weights.values()]).sum().sqrt())
-    deltas = torch.zeros(len(chosen), device=home.device, requires_grad=True)
+    deltas = torch.zeros(len(chosen), dtype=torch.float32, device=home.device, requires_grad=True)
     optimizer = torch.optim.Adam([deltas], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = Batches(data, batch_size, seed)

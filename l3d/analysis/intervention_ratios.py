@@ -18,13 +18,13 @@ from l3d.analysis.intervention import decomposed, shifted
 from l3d.data.arguments import check_whole
 from l3d.data.batch import join, to_device, without_label
 from l3d.data.batches import count_rows, in_order, mix, take
-from l3d.decomposition.directions import Directions
+from l3d.decomposition.directions import FLOAT32_CPU, Directions
 from l3d.decomposition.objective import n_kept
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.gradients.divergence import Divergence, kl, mse
 from l3d.gradients.extract import Extractor
 from l3d.gradients.fixed import check_fixed
-from l3d.gradients.model import Params, model_output
+from l3d.gradients.model import Params, check_model, model_output
 from l3d.gradients.samples import Samples, padding_mask
 
 # Default δ, as fractions of the norm of the decomposed weights. They are small because a decomposition is local. On
@@ -122,6 +122,7 @@ def intervention_ratios(
     float16, where rounding leaves most weights unchanged by a small step.
     Raises ValueError if no subnetwork can be measured, and for arguments out of range.
     """
+    check_model(model)
     for name, value in (("n_rows", n_rows), ("n_samples", n_samples), ("min_active", min_active)):
         check_whole(name, value)
     narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
@@ -149,12 +150,14 @@ def intervention_ratios(
             "raise n_rows, or lower min_active"
         )
     change = Change(model, pool, kl if extractor.is_kl else mse)
-    results = torch.zeros(4, len(live), len(deltas), dtype=torch.float64)
+    results = torch.zeros(4, len(live), len(deltas), dtype=torch.float64, device="cpu")
     for i, index in enumerate(live.tolist()):
         generator = torch.Generator().manual_seed(mix(seed, 8, index))
         kept = pool.kept[:, index]
         every = (where.nonzero()[:, 0] for where in (kept, ~kept))
-        active, rest = (each[torch.randperm(len(each), generator=generator)[:n_samples]] for each in every)
+        active, rest = (
+            each[torch.randperm(len(each), generator=generator, device="cpu")[:n_samples]] for each in every
+        )
         change.select(torch.cat([active, rest]))
         own = {name: v for name, v in decomposition.subnetwork(index).items() if name in chosen}
         for j, direction in enumerate((own, alike(own, decomposition, generator))):
@@ -163,14 +166,15 @@ def intervention_ratios(
                 results[2 * j, i, column] = changes[: len(active)].mean()
                 results[2 * j + 1, i, column] = changes[len(active) :].mean()
     rates = counts[live].double() / len(pool.kept)
-    return InterventionRatios(torch.tensor(list(deltas), dtype=torch.float64), live, rates, *results)
+    return InterventionRatios(torch.tensor(list(deltas), dtype=torch.float64, device="cpu"), live, rates, *results)
 
 
 @torch.no_grad()
 def alike(direction: Mapping[str, Tensor], decomposition: Subnetworks, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw a random direction of the decomposition's ranks, with `direction`'s norm in each of its tensors."""
     shapes = {name: decomposition.shapes[name] for name in direction}
-    drawn = Directions(shapes, decomposition.ranks, 1, generator).tensors(0)
+    wide = torch.promote_types(next(iter(direction.values())).dtype, torch.float32)  # rounding would add ranks
+    drawn = Directions(shapes, decomposition.ranks, 1, generator, factory=FLOAT32_CPU).to(wide).tensors(0)
     return {name: v.to(direction[name]) * (direction[name].norm() / v.norm()) for name, v in drawn.items()}
 
 
@@ -194,7 +198,7 @@ def fill_pool(decomposition: Subnetworks, extractor: Extractor, data: Any, n_row
         gradients = extractor(batch, torch.Generator().manual_seed(mix(seed, 7, i))).to(like)
         coefficients = decomposition.encode(gradients)
         entries = lk.batch_topk(coefficients, n_kept(k, *coefficients.shape))
-        kept = torch.zeros(coefficients.shape, dtype=torch.bool)
+        kept = torch.zeros(coefficients.shape, dtype=torch.bool, device="cpu")
         kept[entries.rows.cpu(), entries.columns.cpu()] = True
         rows = without_label(batch)
         output = model_output(model, rows)

@@ -88,7 +88,7 @@ def thumbnails(images: Tensor, view: View) -> list[str]:
     if view.mean is not None or view.std is not None:
         for values, undo in ((view.std, torch.mul), (view.mean, torch.add)):
             if values is not None:
-                x = undo(x, torch.tensor(values)[:, None, None])
+                x = undo(x, torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None])
     elif x.min() < 0 or x.max() > 1:
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
         x = (x - low) / (high - low).clamp_min(1e-12)

@@ -16,8 +16,11 @@ from l3d.cli.output import print_estimate, write_results
 from l3d.cli.parser import read_settings
 from l3d.data.batches import count_rows, take
 from l3d.data.sources import Data
+from l3d.distributed.signals import Terminated
 from l3d.distributed.watch import is_first, together
 from l3d.storage import run_folder
+from l3d.storage.files import WriteError
+from l3d.storage.progress import advised, interrupted
 
 
 def decompose(settings: Settings) -> None:
@@ -44,7 +47,7 @@ def toy(settings: Settings) -> None:
 
 def resume(settings: Settings) -> None:
     """Go on with an interrupted run from its last checkpoint."""
-    run, target = jobs.find_run(settings)
+    run, target = jobs.find_run(settings, finished=False)
     job = jobs.reload(run, {})
     copied = target != run and is_first()
     if copied:
@@ -112,7 +115,7 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
     existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     try:
         with log_to(job.settings.get("log"), out) if is_first() else Callback() as log:
-            with together(lambda command: run_folder.interrupted(out, command)), ProgressBar() as bar:
+            with together(lambda command: interrupted(out, command)), ProgressBar() as bar:
                 told = [bar, Callback() if resume else jobs.ConfigWriter(job), log]
                 own = jobs.arguments(job.settings)
                 d = l3d.decompose(job.model, job.data, **own, out=out, existing=existing, callbacks=told)
@@ -122,8 +125,8 @@ def _train(job: Job, out: Path, overwrite: bool = False, resume: bool = False) -
             metrics = jobs.evaluate_run(d, job, data) | jobs.costs(d, job.model)
             log.on_end(metrics)
         write_results(out, metrics, _describe(d, job, data, metrics))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(run_folder.interrupted(out)) from None
+    except (WriteError, KeyboardInterrupt, Terminated) as stop:
+        raise advised(stop, out) from None
 
 
 def _estimate(job: Job) -> None:

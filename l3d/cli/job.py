@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,14 @@ from l3d.callbacks import Callback
 from l3d.cli import options
 from l3d.cli.output import environment, peak_memory
 from l3d.cli.parser import read_settings
+from l3d.data.arguments import check_device, check_folder
 from l3d.data.batches import count_rows
 from l3d.data.sources import Data, absolute, absolute_files, load_data, load_function, load_model, take_rows
 from l3d.distributed.watch import is_first
 from l3d.gradients.divergence import Divergence
 from l3d.storage import run_folder
 from l3d.storage.files import check_links
+from l3d.storage.progress import check_finished
 from l3d.training.options import PRESETS
 
 Settings = dict[str, Any]
@@ -40,20 +43,24 @@ class Job(NamedTuple):
     toy: toys.Toy | None
 
 
-def find_run(settings: Settings, reloads: bool = True) -> tuple[Path, Path]:
+def find_run(settings: Settings, reloads: bool = True, finished: bool = True) -> tuple[Path, Path]:
     """Return the run folder and the one to write into: the same, or a copy to be made in --out.
 
-    reloads: whether its model and data are needed, which a folder made from Python does not name.
+    reloads: whether its model and data are needed, which a folder made from Python does not name. finished: whether its
+    decomposition is needed, which an interrupted run does not have.
     """
     run = Path(settings["run"])
     check_links(run)
+    if finished:
+        check_finished(run)
     if reloads or not (run / "decomposition.json").is_file():
         run_folder.read_command(run)
     if settings["out"] is None:
         return run, run
+    out = check_folder("--out", settings["out"])
     if is_first():  # of several processes it alone copies, and the others may come later
-        run_folder.check_copy(run, Path(settings["out"]))
-    return run, Path(settings["out"])
+        run_folder.check_copy(run, out)
+    return run, out
 
 
 def reload(run: Path, changes: Settings) -> Job:
@@ -136,8 +143,8 @@ def _move(model: nn.Module, device: str | None) -> nn.Module:
     if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun: a GPU for each
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        return model.to(check_device(device, "--device"))
+    except RuntimeError as error:
         raise ValueError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
@@ -187,11 +194,18 @@ class ConfigWriter(Callback):
     """Writes a command's settings into the run folder once it is open."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.folder = job, Path()
 
     def on_folder(self, folder: Path) -> None:
         """Write config.yaml."""
+        self.folder = folder
         run_folder.write_config(folder, self.job.command, self.job.settings)
+
+    def on_start(self, settings: Mapping[str, Any]) -> None:
+        """Write it again with the divergence that was left to the model's outputs."""
+        if self.job.settings.get("divergence") is None:
+            self.job.settings["divergence"] = settings["divergence"]
+            run_folder.write_config(self.folder, self.job.command, self.job.settings)
 
 
 def named(model: nn.Module, spec: str) -> nn.Module:
@@ -228,9 +242,14 @@ def evaluate_run(d: l3d.Decomposition, job: Job, data: Data, any_weights: bool =
     return figures
 
 
+def folder_of(out: str | None, default: str) -> Path:
+    """Return the folder that --out names, or the default where it is not given. Raises ValueError for none."""
+    return Path(default) if out is None else check_folder("--out", out)
+
+
 def take_out(settings: Settings, default: str, check: bool = True) -> tuple[Path, bool]:
     """Take the run folder to make, and whether it may be replaced, out of the settings."""
-    out, overwrite = Path(settings.pop("out") or default), settings.pop("overwrite")
+    out, overwrite = folder_of(settings.pop("out"), default), settings.pop("overwrite")
     if check and not overwrite:
         run_folder.check_new(
             out, "; choose another, or pass --overwrite"

@@ -11,7 +11,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
+from jsonargparse.typing import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+    restricted_string_type,
+)
 
 from l3d.training.options import (
     GradientCache,
@@ -26,6 +32,7 @@ from l3d.training.options import (
 )
 
 POSITIONAL = {"positional": True}
+Whole = restricted_number_type("Whole", int, (">=", -(2**63)))  # int itself would read 1:30 as 90
 
 
 class Option(NamedTuple):
@@ -192,7 +199,7 @@ def _checked_type(hint: Any, least: int | None) -> Any:
     if hint is float:
         return PositiveFloat
     if hint is int:
-        return int if least is None else PositiveInt if least == 1 else NonNegativeInt
+        return Whole if least is None else PositiveInt if least == 1 else NonNegativeInt
     if hint is Path or get_origin(hint) is Literal or not get_args(hint):
         return hint
     parts = tuple(_checked_type(part, least) for part in get_args(hint))
@@ -214,7 +221,7 @@ def placed(options: Iterable[Option], default: str) -> list[Option]:
     return [each._replace(help=f"{each.help} Default: {default}.") if each.name == "out" else each for each in options]
 
 
-DIVERGENCE = restricted_string_type("Divergence", "mse|kl|mse_published|python:[^:]+:[^:]+")
+DIVERGENCE = restricted_string_type("Divergence", "mse|kl|mse_published|python:[^:]+:[^:]+") | None
 LEARNED = tuple(each._replace(type=DIVERGENCE) if each.name == "divergence" else each for each in options_of(Learning))
 TRAINING, MACHINE = options_of(Training), options_of(Machine)
 CHOSEN_GRADIENTS = options_of(GradientOptions, "gradients.")

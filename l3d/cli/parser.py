@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Iterable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,9 +15,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from l3d.cli import options
-from l3d.cli.options import Option, options_of, placed
+from l3d.cli.options import Option, Whole, options_of, placed
 from l3d.storage.schema import one_line
-from l3d.storage.yaml_text import parse_yaml, read_yaml
+from l3d.storage.yaml_text import MOST_BYTES, in_words, load_yaml
 
 _LOADER = "l3d-yaml"
 _SLICE = re.compile(r"-?\d*:-?\d*")
@@ -196,8 +195,30 @@ class _Help(DefaultHelpFormatter):
         return action.help or ""
 
 
+class _Parser(ArgumentParser):
+    """A parser whose configuration files are UTF-8 on every machine, and read as `load_yaml` reads."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check a file and parse what it holds. Raises ValueError, naming the file, where it is no list of options."""
+        try:
+            if Path(path).stat().st_size > MOST_BYTES:
+                raise yaml.YAMLError(f"larger than {MOST_BYTES:,} bytes")
+            text = Path(path).read_text(encoding="utf-8-sig")
+            found = load_yaml(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected text in UTF-8 ({error.reason} at byte {error.start})") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{path}: Problems parsing config: {in_words(error)}") from error
+        strange = [key for key in found if not isinstance(key, str)] if isinstance(found, dict) else []
+        if strange or not isinstance(found, dict):
+            kinds = {type(None): "nothing", str: "a text", list: "a list"}
+            got = f"the name {strange[0]!r}" if strange else kinds.get(type(found), repr(found))
+            raise ValueError(f"{path}: expected lines such as 'steps: 500', got {got}")
+        return self.parse_string(text, str(path), *args, **kwargs)
+
+
 _new_parser = partial(
-    ArgumentParser, prog="l3d", formatter_class=_Help, exit_on_error=False, parser_mode=_LOADER, default_env=False
+    _Parser, prog="l3d", formatter_class=_Help, exit_on_error=False, parser_mode=_LOADER, default_env=False
 )
 
 
@@ -211,19 +232,7 @@ def read_settings(command: str, run: Path) -> dict[str, Any]:
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """Understand a command line. Raises argparse.ArgumentError, or ValueError for a --config that cannot be read."""
     arguments = ["--dry_run" if argument == "--dry-run" else argument for argument in arguments]
-    for before, argument in pairwise(["", *arguments]):
-        given = (
-            argument if before == "--config" else argument.removeprefix("--config=") if "--config=" in argument else ""
-        )
-        if given and Path(given).is_file():
-            try:
-                found = read_yaml(Path(given))
-            except ValueError as error:
-                raise ValueError(f"Problems parsing config {error}") from error
-            if not isinstance(found, dict):
-                raise ValueError(f"{given}: expected options by name, got {type(found).__name__}")
     parsed = _parser().parse_args(arguments).as_dict()
     parsed[parsed["command"]].pop("config", None)
     return _plain(parsed)
@@ -242,7 +251,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parser() -> ArgumentParser:
-    jsonargparse.set_loader(_LOADER, _load_yaml, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader(_LOADER, _load_value, exceptions=(yaml.YAMLError,))
     parser = _new_parser(usage="l3d COMMAND ...", description=_DESCRIPTION, epilog=_EPILOG)
     added = parser.add_subcommands(dest="command", required=True, title="commands")
     for name, command in COMMANDS.items():
@@ -267,13 +276,16 @@ def _add(group: Any, added: Iterable[Option]) -> None:
             group.add_argument(name, type=kind, default=option.default, metavar=option.values, help=text)
 
 
-def _load_yaml(text: str) -> Any:
-    """Read a value as YAML, except for what YAML would mistake: slices (10:20 is 620 to it) and signs."""
+def _load_value(text: str) -> Any:
+    """Read an option's value as YAML, except for what YAML would mistake: slices (-200: is a mapping to it), globs."""
     stripped = text.strip()
     if _SLICE.fullmatch(stripped):
         return stripped
-    parse_yaml(text)  # refuses what would surprise
-    value = jsonargparse.get_loader("yaml")(text)
+    value = load_yaml(text)
+    if isinstance(value, dict) and value and all(each is None for each in value.values()):
+        words = [word.strip() for word in stripped.strip("{}").split(",")]
+        if stripped.rstrip(":") in value or words == list(value):  # 'model.layers:' and '{a,b}' are texts
+            return text
     return text if value is None and stripped not in ("null", "~", "") else value
 
 
@@ -282,6 +294,8 @@ def explain(error: argparse.ArgumentError) -> str:
     message = str(error).removeprefix("argument command: ")
     if message.startswith('expected "command" to be one of'):
         return f"expected one of {', '.join(COMMANDS)}"
+    if message.startswith("Unexpected config:"):
+        return f"--config: expected a YAML file, got {message.partition(':')[2].strip()!r}"
     missing = re.search(r"arguments are required: (?:\w+\.)?(\w+)$", message)
     if missing:
         return f"{missing[1].upper()} is required"
@@ -304,5 +318,5 @@ def _expected(name: str) -> str | None:
         return None
     kinds = [kind for kind in get_args(found.type) if kind is not type(None)]
     kind = kinds[0] if len(kinds) == 1 and type(None) in get_args(found.type) else found.type
-    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", int: "a whole number"}
+    numbers = {PositiveInt: "a whole number above 0", NonNegativeInt: "a whole number from 0", Whole: "a whole number"}
     return {**numbers, PositiveFloat: "a number above 0"}.get(kind, found.values)

@@ -69,9 +69,10 @@ def toy_suite(settings: Settings) -> None:
 def sweep(settings: Settings) -> None:
     """Decompose one model over every combination of some settings."""
     from l3d.analysis.controls import redrawn
+    from l3d.estimate import checked
     from l3d.studies.sweep import Point, points, run_sweep, write_results
 
-    out = Path(settings.pop("out") or "runs/sweep")
+    out = jobs.folder_of(settings.pop("out"), "runs/sweep")
     over, random_weights = settings.pop("over"), settings.pop("random_weights")
     if not over:
         raise ValueError("--over: expected at least one list, as --over.k '[.05,.1]'")
@@ -89,8 +90,18 @@ def sweep(settings: Settings) -> None:
     base = {name: value for name, value in given.items() if name not in over}
     names = [option.name for option in options.DECOMPOSE] + ["gradients", "replacement"]
 
+    def chosen_by(point: Point) -> Settings:
+        return {name: job.settings[name] for name in names if name in job.settings} | point.values
+
+    for point in runs:  # before the first run, not at the one whose turn it would be
+        try:
+            checked(job.model, job.data, jobs.arguments(chosen_by(point)))
+        except ValueError as error:
+            prefix = "over." if str(error).partition(":")[0] in point.values else ""
+            raise ValueError(f"{prefix}{error}") from error
+
     def train(folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
-        chosen = {name: job.settings[name] for name in names if name in job.settings} | point.values
+        chosen = chosen_by(point)
         check_free(folder)
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)  # what was cut off before its first checkpoint
@@ -114,6 +125,10 @@ def sweep(settings: Settings) -> None:
     print((out / "table.md").read_text(encoding="utf-8"))
     for path in paths:
         print(f"written: {path}")
+    n_failed = sum(bool(each.failure) for each in found)
+    if n_failed:
+        why = f"{out / 'table.md'} says why, and the same command tries them again"
+        raise ValueError(f"{n_failed} of {len(found)} runs failed; {why}")
 
 
 def intervene(settings: Settings) -> None:
@@ -160,7 +175,7 @@ def paper(settings: Settings) -> None:
     from l3d.studies.paper import MARK, check_name, write_figures
 
     name = check_name(settings["name"])
-    out = Path(settings["out"] or f"runs/paper-{name}")
+    out = jobs.folder_of(settings["out"], f"runs/paper-{name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not settings["overwrite"]:
             raise ValueError(f"--out: {out} exists and is not an empty folder")

@@ -1,11 +1,15 @@
-"""Check arguments that are a count or a fraction, and warn a caller."""
+"""Check arguments that are a count, a fraction, a device or a folder, and warn a caller."""
 
 import operator
+import os
+import stat
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> int:
@@ -45,6 +49,48 @@ def check_index(index: int, n_subnetworks: int) -> None:
     """
     if not 0 <= index < n_subnetworks:
         raise ValueError(f"index: expected 0 <= index < {n_subnetworks}, got {index}")
+
+
+def check_device(value: Any, name: str = "device") -> torch.device:
+    """Return a device that is there and can hold values. Raises ValueError for anything else.
+
+    >>> check_device("cpu")
+    device(type='cpu')
+    """
+    reason = ""
+    if isinstance(value, (str, int, torch.device)) and not isinstance(value, bool):
+        try:
+            device = torch.device(value)
+            reason = "it holds no values"
+            if device.type != "meta":
+                torch.empty(0, device=device)
+                return device
+        except Exception as error:  # each kind of device has its own way to say that it is not there
+            reason = str(error).partition("\n")[0] if reason else ""
+    shown = value if isinstance(value, str) and value else repr(value)
+    because = f" ({reason})" if reason else ""
+    raise ValueError(f"{name}: {shown} cannot be used{because}; expected cpu, or a GPU that is there: cuda, cuda:1, ..")
+
+
+def check_folder(name: str, value: Any) -> Path:
+    """Return the path of a folder, which need not exist yet.
+
+    Raises ValueError for what is no path, is empty, lies below a file, or cannot be looked up.
+    """
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        raise ValueError(f"{name}: expected the path of a folder, got {value!r}")
+    path = Path(value)
+    for at in (path, *path.parents):
+        try:
+            found = os.stat(at)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ValueError(f"{name}: {path} cannot be used ({error.strerror})") from error
+        if at != path and not stat.S_ISDIR(found.st_mode):
+            raise ValueError(f"{name}: {path} lies below {at}, which is a file; name another folder")
+        break
+    return path
 
 
 def warn(message: str) -> None:

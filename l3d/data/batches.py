@@ -37,11 +37,11 @@ class Batches:
         self.n_rows = count_rows(data)
         if self.n_rows == 0:
             raise ValueError("data: expected at least one sample, got none")
-        if self.n_rows is None and (not isinstance(data, Iterable) or isinstance(data, str)):
-            raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
+        if self.n_rows is None:
+            check_iterable(data)
         self.per_epoch = None if self.n_rows is None else batches_per_epoch(self.n_rows, batch_size)
         self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
         self._stream: Iterator[Any] | None = None
         self._streamed = 0
         self._first: Any = None  # first batch of a stream, fetched by `peek`
@@ -68,7 +68,7 @@ class Batches:
         if epoch != self._epoch:
             assert self.n_rows is not None
             generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._order = torch.randperm(self.n_rows, generator=generator)
+            self._order = torch.randperm(self.n_rows, generator=generator, device="cpu")
             self._epoch = epoch
         return take(self.data, self._order[index * self.batch_size : (index + 1) * self.batch_size])
 
@@ -105,18 +105,24 @@ def batches_per_epoch(n_rows: int, batch_size: int) -> int:
 def count_rows(data: Any) -> int | None:
     """Return how many rows a tensor, a mapping of tensors or a Dataset has; None for an iterable of batches.
 
-    Raises ValueError for a numpy array, for a mapping whose values are not tensors of one length, and for a tuple of
-    two tensors of one length, which may mean two batches, or rows with labels or contrasts.
+    Raises ValueError for a numpy array, for a sparse tensor or a single number, for a mapping whose values are not
+    tensors of one length, and for a tuple of tensors of one length that may mean batches, or rows with labels or
+    contrasts: of two, or of more that are not alike.
     """
-    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(each, Tensor) and each.ndim for each in data)
-    if pair and len(data[0]) == len(data[1]):
-        raise ValueError(
-            "data: a tuple of two tensors would be two batches; pass torch.utils.data.TensorDataset(x, y) for rows "
-            "that are pairs, x alone for rows, or a list for batches"
-        )
+    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(each, Tensor) and each.ndim for each in data):
+        alike = len({(each.shape[1:], each.dtype) for each in data}) == 1 and len(data) > 2
+        if len({len(each) for each in data}) == 1 and not alike:
+            count = "two" if len(data) == 2 else str(len(data))
+            raise ValueError(
+                f"data: a tuple of {count} tensors would be {count} batches; pass torch.utils.data.TensorDataset(x, y) "
+                "for rows that are pairs, x alone for rows, or a list for batches"
+            )
     if isinstance(data, np.ndarray):
         raise ValueError("data: got a numpy array; pass torch.from_numpy(array)")
     if isinstance(data, Tensor):
+        if data.ndim == 0 or data.layout != torch.strided:
+            got = "a single number" if data.ndim == 0 else f"a tensor of layout {data.layout}; pass data.to_dense()"
+            raise ValueError(f"data: expected an ordinary tensor with a row for each sample, got {got}")
         return len(data)
     if isinstance(data, Mapping):
         lengths = {len(value) if isinstance(value, Tensor) and value.ndim else None for value in data.values()}
@@ -135,7 +141,9 @@ def take(data: Any, rows: Tensor | Sequence[int]) -> Any:
     if isinstance(data, Mapping):
         return {key: take(value, rows) for key, value in data.items()}
     try:
-        return default_collate([data[int(row)] for row in rows])
+        found = [data[int(row)] for row in rows]
+        with torch.device("cpu"):  # a batch is moved to the model's device, whatever torch's default is
+            return default_collate(found)
     except RuntimeError as error:
         raise ValueError(
             f"data: rows differ in shape; pad them to one shape and mark the padding in an attention_mask ({error})"
@@ -161,8 +169,15 @@ def in_order(data: Any, batch_size: int) -> Iterator[Any]:
         yield take(data, range(start, stop))
 
 
+def check_iterable(data: Any) -> None:
+    """Raise ValueError for data that yield no batches: numbers, texts, models."""
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise ValueError(f"data: expected a tensor, Dataset, DataLoader or iterable, got {type(data).__name__}")
+
+
 def _stream_in_order(data: Any) -> Iterator[Any]:
     """Yield an iterable's batches once; a last batch of a single row is joined to the batch before."""
+    check_iterable(data)
     held: list[Any] = []  # the last two batches
     for batch in data:
         held.append(batch)

@@ -75,11 +75,11 @@ def _height_and_width(size: Any) -> tuple[int, int]:
 def _per_channel(name: str, values: list[float] | None, channels: int, default: float) -> Tensor:
     """Return one number per channel as a tensor [C, 1, 1]; raises ValueError if their number differs."""
     if values is None:
-        return torch.full((channels, 1, 1), default)
+        return torch.full((channels, 1, 1), default, dtype=torch.float32, device="cpu")
     try:
-        channel = torch.tensor(values, dtype=torch.float32)
+        channel = torch.tensor(values, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError):
-        channel = torch.empty(0)
+        channel = torch.empty(0, device="cpu")
     if channel.shape != (channels,):
         raise ValueError(f"{name}: expected {channels} numbers, one per channel, got {values!r}")
     return channel[:, None, None]

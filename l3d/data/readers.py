@@ -88,11 +88,11 @@ def token_rows(
     if not rows:
         raise ValueError(f"length: none of the {n_texts} texts fills a row of {length} tokens")
     rows = rows[:max_rows]
-    sizes = torch.tensor([len(row) for row in rows])
-    filled = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows], dtype=torch.int64)
+    sizes = torch.tensor([len(row) for row in rows], device="cpu")
+    filled = torch.tensor([row + [row[-1]] * (length - len(row)) for row in rows], dtype=torch.int64, device="cpu")
     if (sizes == length).all():
         return filled
-    return TokenRows(filled, (torch.arange(length) < sizes[:, None]).to(torch.int64))
+    return TokenRows(filled, (torch.arange(length, device="cpu") < sizes[:, None]).to(torch.int64))
 
 
 def _encode(encoder: Any, texts: Iterable[Any]) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ def ranks_from_gradients(gradients: Gradients, share: float = SHARE, most: int =
     check_fraction("share", share)
     check_whole("most", most)
     count = min(SAMPLES, gradients.n_samples)
-    some = gradients.select(torch.arange(count) * gradients.n_samples // count)
+    some = gradients.select(torch.arange(count, device="cpu") * gradients.n_samples // count)
     some = some.to(torch.empty(0, dtype=torch.promote_types(some.dtype, torch.float32), device=some.device))
     ranks: dict[str, int | list[int]] = {}
     for name, shape in some.shapes.items():

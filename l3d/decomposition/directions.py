@@ -12,6 +12,7 @@ import fnmatch
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,12 +30,21 @@ DEFAULT_RANK = 8
 Rank = int | Mapping[str, int | Sequence[int]]
 
 
+Factory = Mapping[str, Any]  # dtype and device of new tensors, where they are not torch's defaults
+TORCH_DEFAULTS: Factory = MappingProxyType({})
+FLOAT32_CPU: Factory = {"dtype": torch.float32, "device": "cpu"}  # for draws, which no default of torch's may change
+
+
+def _empty(factory: Factory, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, **factory))
+
+
 class Whole(nn.Module):
     """A vector (or scalar) per subnetwork: [K, P]."""
 
-    def __init__(self, n_subnetworks: int, shape: torch.Size) -> None:
+    def __init__(self, n_subnetworks: int, shape: torch.Size, factory: Factory) -> None:
         super().__init__()
-        self.vector = nn.Parameter(torch.empty(n_subnetworks, shape.numel()))
+        self.vector = _empty(factory, n_subnetworks, shape.numel())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Read as matrices of one column: left [K, 1, P], right [K, 1, 1]."""
@@ -44,10 +54,10 @@ class Whole(nn.Module):
 class LowRank(nn.Module):
     """A matrix of rank R per subnetwork: left [K, R, O], right [K, R, I]."""
 
-    def __init__(self, n_subnetworks: int, shape: torch.Size, rank: int) -> None:
+    def __init__(self, n_subnetworks: int, shape: torch.Size, rank: int, factory: Factory) -> None:
         super().__init__()
-        self.left = nn.Parameter(torch.empty(n_subnetworks, rank, shape[0]))
-        self.right = nn.Parameter(torch.empty(n_subnetworks, rank, shape[1]))
+        self.left = _empty(factory, n_subnetworks, rank, shape[0])
+        self.right = _empty(factory, n_subnetworks, rank, shape[1])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (left [K, R, O], right [K, R, I])."""
@@ -57,12 +67,10 @@ class LowRank(nn.Module):
 class Tucker(nn.Module):
     """A tensor of order n >= 3 per subnetwork: core [K, r1..rn] and one factor [K, r_i, d_i] per mode."""
 
-    def __init__(self, n_subnetworks: int, shape: torch.Size, ranks: Sequence[int]) -> None:
+    def __init__(self, n_subnetworks: int, shape: torch.Size, ranks: Sequence[int], factory: Factory) -> None:
         super().__init__()
-        self.core = nn.Parameter(torch.empty(n_subnetworks, *ranks))
-        self.modes = nn.ParameterList(
-            nn.Parameter(torch.empty(n_subnetworks, r, d)) for r, d in zip(ranks, shape, strict=True)
-        )
+        self.core = _empty(factory, n_subnetworks, *ranks)
+        self.modes = nn.ParameterList(_empty(factory, n_subnetworks, r, d) for r, d in zip(ranks, shape, strict=True))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Contract all but the first mode into `right`: (left [K, r1, d0], right [K, r1, rest])."""
@@ -74,6 +82,14 @@ class Tucker(nn.Module):
 
 
 Piece = Whole | LowRank | Tucker
+
+
+def _piece(n_subnetworks: int, shape: torch.Size, ranks: tuple[int, ...], factory: Factory) -> Piece:
+    if not ranks:
+        return Whole(n_subnetworks, shape, factory)
+    if len(shape) == 2:
+        return LowRank(n_subnetworks, shape, ranks[0], factory)
+    return Tucker(n_subnetworks, shape, ranks, factory)
 
 
 def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
@@ -88,7 +104,7 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
     Raises ValueError for a rank that a tensor does not allow, naming it.
     """
     resolved: dict[str, tuple[int, ...]] = {}
-    if not isinstance(rank, (int, Mapping)):
+    if not isinstance(rank, (int, Mapping)) or isinstance(rank, bool):
         raise ValueError(f"rank: expected a whole number or {{glob: number or numbers}}, got {rank!r}")
     patterns = {"*": rank} if isinstance(rank, int) else dict(rank)
     literal = {
@@ -97,8 +113,10 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
     at = {pattern: i for i, pattern in enumerate(patterns)}
     globs = [pattern for pattern in patterns if pattern not in literal]
     for pattern, wanted in patterns.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"rank: expected texts as patterns of names, got {pattern!r}")
         numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
+        if not numbers or not all(type(number) is int and number >= 1 for number in numbers):
             raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
         if pattern not in literal and not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
@@ -150,6 +168,7 @@ class Directions(nn.Module):
         n_subnetworks: K.
         generator: draws the start.
         columns: which of the K to hold, where others hold the rest; they start as they would among all.
+        factory: dtype and device, such as `FLOAT32_CPU`; on "meta" no start is drawn.
     """
 
     def __init__(
@@ -159,30 +178,30 @@ class Directions(nn.Module):
         n_subnetworks: int,
         generator: torch.Generator | None = None,
         columns: slice | None = None,
+        factory: Factory = TORCH_DEFAULTS,
     ) -> None:
         super().__init__()
         self.shapes, self._ranks = dict(shapes), dict(ranks)
         self.n_subnetworks = n_subnetworks if columns is None else columns.stop - columns.start
         self.pieces = nn.ModuleList()
-        for name, shape in shapes.items():
-            if not ranks[name]:
-                self.pieces.append(Whole(self.n_subnetworks, shape))
-            elif len(shape) == 2:
-                self.pieces.append(LowRank(self.n_subnetworks, shape, ranks[name][0]))
-            else:
-                self.pieces.append(Tucker(self.n_subnetworks, shape, ranks[name]))
-        if all(parameter.is_meta for parameter in self.parameters()):
-            return  # still to be filled; without values a start is only slow
+        norms: list[Tensor] = []
         with torch.no_grad():
-            for parameter in self.parameters():
-                if columns is None:
+            for name, shape in shapes.items():
+                piece = _piece(self.n_subnetworks, shape, ranks[name], factory)
+                self.pieces.append(piece)
+                if all(parameter.is_meta for parameter in piece.parameters()):
+                    continue  # still to be filled
+                # one tensor's start at a time is made for all, so that a share is what it would be among all
+                whole = piece if columns is None else _piece(n_subnetworks, shape, ranks[name], factory)
+                for parameter in whole.parameters():
                     parameter.normal_(generator=generator)
-                else:  # one tensor's start at a time is drawn for all
-                    whole = torch.empty(n_subnetworks, *parameter.shape[1:]).normal_(generator=generator)
-                    parameter.copy_(whole[columns])
-            for piece in self.pieces:  # every tensor starts with the same share of the norm
-                _rescale([piece], _squared_norm(piece))
-        self.normalize_()
+                _rescale([whole], _squared_norm(whole))  # every tensor starts with the same share of the norm
+                norms.append(_squared_norm(whole))
+                if columns is not None:
+                    for parameter, drawn in zip(piece.parameters(), whole.parameters(), strict=True):
+                        parameter.copy_(drawn[columns])
+            if norms:
+                _rescale(self.pieces, torch.stack(norms).sum(0)[slice(None) if columns is None else columns])
 
     def items(self) -> list[tuple[str, Piece]]:
         """Pair every parameter's name with its piece."""

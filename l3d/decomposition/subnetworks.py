@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import l3d_kernels as lk
 from l3d.data.arguments import check_fraction
 from l3d.decomposition.costs import Plan
-from l3d.decomposition.directions import Directions, Rank, resolve_ranks
+from l3d.decomposition.directions import TORCH_DEFAULTS, Directions, Factory, Rank, resolve_ranks
 from l3d.decomposition.objective import objective
 from l3d.decomposition.project import project
 from l3d.distributed.process_group import ProcessGroup
@@ -37,6 +37,7 @@ class Subnetworks(nn.Module):
             k, batch_size and seed from it.
         generator: draws the start; the encoder starts as a copy of the decoder.
         columns: which of the K to hold, where other processes hold the rest.
+        factory: dtype and device of the tensors, where they are not torch's defaults.
 
     Attributes:
         encoder, decoder: `Directions`, whose tensors are Parameters; the decoder's norms are one after training.
@@ -56,6 +57,7 @@ class Subnetworks(nn.Module):
         settings: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
         columns: slice | None = None,
+        factory: Factory = TORCH_DEFAULTS,
     ) -> None:
         super().__init__()
         if n_subnetworks < 1:
@@ -63,8 +65,8 @@ class Subnetworks(nn.Module):
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.ranks = resolve_ranks(rank, self.shapes)
         self.settings: dict[str, Any] = dict(settings or {})
-        self.decoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns)
-        self.encoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns)
+        self.decoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns, factory)
+        self.encoder = Directions(self.shapes, self.ranks, n_subnetworks, generator, columns, factory)
         self.encoder.load_state_dict(self.decoder.state_dict())
         self.history: dict[str, list[float]] = {}
         self.timing: dict[str, float] = {}
@@ -86,8 +88,7 @@ class Subnetworks(nn.Module):
         `ranks` are resolved ones, as the attribute holds them.
         """
         rank = {exact_pattern(name): each[0] if len(each) == 1 else each for name, each in ranks.items() if each}
-        with torch.device("meta"):  # no start is drawn
-            decomposition = cls(shapes, n_subnetworks, rank, settings)
+        decomposition = cls(shapes, n_subnetworks, rank, settings, factory={"device": "meta"})  # no start is drawn
         return decomposition.to_empty(device=like.device).to(like.dtype)
 
     @classmethod
@@ -118,7 +119,7 @@ class Subnetworks(nn.Module):
         """Return all subnetworks, of which every process holds a share, on the first one's CPU; None on the others."""
         whole = None
         if group.rank == 0:
-            like = torch.empty(0, dtype=next(self.parameters()).dtype)
+            like = torch.empty(0, dtype=next(self.parameters()).dtype, device="cpu")
             whole = self.empty(self.shapes, n_subnetworks, self.ranks, self.settings, like)
             whole.base_model = self.base_model
         for name, parameter in self.named_parameters():

@@ -3,7 +3,8 @@
 When a rank dies, the others are waiting for it in a collective operation. With gloo the operation soon raises. With
 NCCL, or if a process hangs, nothing happens before a timeout of hours. torchrun sends SIGTERM, which Python cannot
 handle while it waits inside a library. So one thread increments a heartbeat in torch.distributed's store and reads the
-others', and another receives signals; either prints how to resume and ends the process.
+others', and another receives signals; either prints how to resume and ends the process. After SIGTERM it first waits:
+if no process has ended, training finishes its step and saves it (`l3d.distributed.signals`).
 """
 
 import os
@@ -20,9 +21,11 @@ import torch.distributed as dist
 
 from l3d.distributed import process_group as processes
 from l3d.distributed.process_group import ProcessGroup
+from l3d.distributed.signals import leave_to_thread
 
 BEAT = 1.0  # seconds between heartbeats
 SILENCE = 20.0  # seconds without a heartbeat after which a rank counts as dead
+GRACE = 20.0  # seconds after SIGTERM to finish a step in; torchrun kills after 30
 STATUS = 3  # the exit status of a process that ends because another has
 
 
@@ -50,7 +53,7 @@ def together(advice: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
-    """While the block runs, print `advice()` and exit when another process has ended or SIGTERM arrives.
+    """While the block runs, print `advice()` and exit when another process has ended, or `GRACE` seconds after SIGTERM.
 
     A collective operation that fails, which is how gloo reports a dead process, ends this process too.
     """
@@ -63,9 +66,9 @@ def watching(group: ProcessGroup, advice: Callable[[], str]) -> Iterator[None]:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     # an empty handler: the thread reads the signal from the socket
-    terminate = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    terminate = signal.signal(signal.SIGTERM, leave_to_thread)
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_answer_signals, args=(receiver, end), daemon=True).start()
+    threading.Thread(target=_answer_signals, args=(receiver, done, end), daemon=True).start()
     beating = threading.Thread(target=_beat, args=(group, done, end), daemon=True)
     beating.start()
     try:
@@ -90,10 +93,10 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     )
 
 
-def _answer_signals(receiver: socket.socket, end: Callable[[str, int], None]) -> None:
-    """Read signal numbers from the socket, one byte each, and end the process on SIGTERM."""
+def _answer_signals(receiver: socket.socket, done: threading.Event, end: Callable[[str, int], None]) -> None:
+    """Read signal numbers from the socket, one byte each, and end the process after SIGTERM unless `done` is set."""
     while received := receiver.recv(1):
-        if received[0] == signal.SIGTERM:
+        if received[0] == signal.SIGTERM and not done.wait(GRACE):
             end("received SIGTERM, which torchrun sends when another process has ended", STATUS)
 
 

@@ -6,7 +6,8 @@ f(output [S, ...], reference [S, ...]) -> [S].
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ REFERENCES = ("sample", "mean", "uniform", "pair")
 
 def resolve_divergence(divergence: str | Divergence) -> Divergence:
     """Return the divergence with this name, or the callable of two arguments. Raises ValueError for anything else."""
+    if isinstance(divergence, type):  # torch.nn.MSELoss: called, it would make an instance of the output
+        raise ValueError(f"divergence: expected a function of (output, reference), got the class {divergence.__name__}")
     if callable(divergence):
         try:
             inspect.signature(divergence).bind("output", "reference")
@@ -70,6 +73,23 @@ def resolve_divergence(divergence: str | Divergence) -> Divergence:
     if not isinstance(divergence, str) or divergence not in BY_NAME:
         raise ValueError(f"divergence: expected {', '.join(BY_NAME)} or a callable, got {divergence!r}")
     return BY_NAME[divergence]
+
+
+def default_divergence(raw: Any) -> str:
+    """Return the divergence that None means for what a model returned: "kl" for `.logits` [B, T, V], V > 1, else "mse".
+
+    >>> default_divergence({"logits": torch.zeros(2, 3, 5)}), default_divergence(torch.zeros(2, 3, 5))
+    ('kl', 'mse')
+    """
+    by_key = isinstance(raw, Mapping) and "logits" in raw
+    logits = raw["logits"] if by_key else getattr(raw, "logits", None)
+    is_logits = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[2] > 1  # one entry has no distribution
+    return "kl" if is_logits else "mse"
+
+
+def default_note(name: str) -> str:
+    """Say in one line which divergence was chosen by `default_divergence`."""
+    return f"divergence: {name}, as the model's outputs have {'' if name == 'kl' else 'no '}.logits [B, T, V]"
 
 
 def check_reference(reference: str | Tensor) -> str | Tensor:
@@ -121,8 +141,8 @@ def reference_outputs(
                 "reference: 'sample' needs at least two samples in a batch, got 1; "
                 "use a larger batch, or 'mean', 'uniform' or a tensor"
             )
-        shift = torch.randint(1, n_samples, (n_samples,), generator=generator)
-        index = (torch.arange(n_samples) + shift) % n_samples  # never the sample itself
+        shift = torch.randint(1, n_samples, (n_samples,), generator=generator, device="cpu")
+        index = (torch.arange(n_samples, device="cpu") + shift) % n_samples  # never the sample itself
         return outputs[index.to(outputs.device)]
     if reference == "mean":
         if is_kl:

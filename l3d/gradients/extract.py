@@ -47,7 +47,7 @@ from l3d.gradients.samples import BatchPart, OwnRows, Samples, check_same_paddin
 def extract_gradients(
     model: nn.Module,
     inputs: Any,
-    divergence: str | div.Divergence = "mse",
+    divergence: str | div.Divergence | None = None,
     reference: str | Tensor = "sample",
     params: Params = None,
     positions: str | int = "all",
@@ -60,7 +60,8 @@ def extract_gradients(
         inputs: a batch of B rows: a tensor, or a mapping (passed as keyword arguments). Of a tuple such as (input,
             label) the first entry is used, except that reference="pair" takes (inputs, contrast inputs). If a mapping
             holds an `attention_mask` [B, T], positions where it is 0 are not samples, nor references of samples.
-        divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S].
+        divergence: "mse", "mse_published", "kl", or a callable f(output [S, ...], reference [S, ...]) -> [S]; None is
+            "kl" if the model's outputs have `.logits` [B, T, V], as language models' do, else "mse".
         reference: "sample", "mean", "uniform", "pair", or a tensor of outputs [S, ...] or [B, positions, ...], or one
             output for all samples.
         params: glob, list of globs, or None for all parameters.
@@ -86,7 +87,7 @@ class Extractor:
     def __init__(
         self,
         model: nn.Module,
-        divergence: str | div.Divergence = "mse",
+        divergence: str | div.Divergence | None = None,
         reference: str | Tensor = "sample",
         params: Params = None,
         positions: str | int = "all",
@@ -94,12 +95,13 @@ class Extractor:
         check_fixed(model)
         forget(model)
         self.model = model
-        self.divergence = div.resolve_divergence(divergence)
-        self.is_kl = self.divergence is div.kl
+        chosen = div.resolve_divergence("mse" if divergence is None else divergence)
         self.reference = div.check_reference(reference)
         if not (positions in ("all", "last") or (type(positions) is int and positions > 0)):
             raise ValueError(f"positions: expected 'all', 'last' or a positive number, got {positions!r}")
-        self.positions = None if self.divergence in (div.mse, div.mse_published) else positions
+        self._asked_positions = positions
+        self._use(chosen)
+        self._undecided = divergence is None  # until the model has been run once
         self._whole = whole_weights if is_sharded(model) else nullcontext
         with self._whole(model):
             self.parameters = select_parameters(model, params)
@@ -110,6 +112,18 @@ class Extractor:
         self.exponent = 0  # gradients are of 2^exponent times the divergence, to lie well inside their dtype's range
         self.rows_stay = False  # whether the last batch's graph alone shows that its rows are independent
         self.graph_bytes = 0  # about what the last batch's graph held
+
+    def _use(self, divergence: div.Divergence) -> None:
+        self.divergence, self.is_kl = divergence, divergence is div.kl
+        self.positions = None if divergence in (div.mse, div.mse_published) else self._asked_positions
+
+    def _run(self, inputs: Any) -> Tensor:
+        """Run the model; the first output decides on the divergence where none was asked for."""
+        return run_fixed(self.model, inputs, self._decide if self._undecided else None)
+
+    def _decide(self, raw: Any) -> None:
+        self._undecided = False
+        self._use(div.BY_NAME[div.default_divergence(raw)])
 
     def __call__(
         self, inputs: Any, generator: torch.Generator | None = None, batch_part: BatchPart | None = None
@@ -221,7 +235,7 @@ class Extractor:
     def outputs(self, inputs: Any, generator: torch.Generator | None, batch_part: BatchPart | None) -> Tensor:
         """Return only the samples' outputs, for some rows of a larger batch: [s, ...]."""
         inputs = without_label(inputs)
-        output = run_fixed(self.model, inputs)
+        output = self._run(inputs)
         mask = padding_mask(inputs, self.model)
         return Samples(output, self.positions, self.is_kl, generator, mask, batch_part).gather(output)
 
@@ -250,7 +264,7 @@ class Extractor:
         """Run the model once, with autograd recording the uses of the chosen parameters."""
         if self._batches == 0:
             check_tokens(self.model, inputs)
-        output = run_fixed(self.model, inputs)
+        output = self._run(inputs)
         if output.ndim == 0 or output.shape[0] == 0:
             raise ValueError(f"data: expected at least one sample, got an output of shape {list(output.shape)}")
         if self._batches == 0:

@@ -177,7 +177,7 @@ class Gradients:
         """Return ‖g_s‖² over all parameters together: [S]; in float64 where the gradients' dtype could not hold it."""
         gradients, e = self.in_range()
         norms = gradients.squared_norm_in_range(backend)
-        return norms if e == 0 else torch.ldexp(norms.double(), torch.tensor(-2 * e))
+        return norms if e == 0 else torch.ldexp(norms.double(), torch.tensor(-2 * e, device="cpu"))
 
     def squared_norm_in_range(self, backend: str = "auto") -> Tensor:
         """Return what `squared_norm` does, without a look at the gradients' size: for those whose exponent is 0."""

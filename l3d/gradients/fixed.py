@@ -9,7 +9,7 @@ import copy
 import operator
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from l3d.data.arguments import warn
 from l3d.data.batch import describe, rows_in, rows_of, tensors_of
-from l3d.gradients.model import model_output
+from l3d.gradients.model import call_model, check_model, model_output, output_tensor
 
 _calm: WeakIdKeyDictionary = WeakIdKeyDictionary()  # models whose forward pass was seen to assign no attribute
 
@@ -28,13 +28,17 @@ class NotFiniteRowsError(ValueError):
     """Some rows of a batch hold NaN or infinity."""
 
 
-def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
+def run_fixed(model: nn.Module, inputs: Any, look: Callable[[Any], None] | None = None) -> Tensor:
     """Run the model's forward pass and check that it is a fixed function; return its output tensor.
+
+    look: is called with what the model returned, of which the output tensor may be a part.
 
     Raises ValueError if the pass draws random numbers, changes a parameter or buffer in place, fails on the inputs'
     shape or type, or gives an output that is not finite. The random state is restored in every case, and so are
     attributes, buffers and containers of the model that the pass assigned anew or filled.
     """
+    if isinstance(inputs, Tensor) and inputs.layout != torch.strided and not inputs.is_nested:
+        raise ValueError(f"data: expected an ordinary tensor, got one of layout {inputs.layout}; pass data.to_dense()")
     states = _random_states(model)
     noted = [] if model in _calm else _note(model)
     tensors = [(name, t, t._version) for name, t in (*model.named_parameters(), *model.named_buffers())]
@@ -42,7 +46,8 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
         with warnings.catch_warnings():
             # reentrant checkpointing without a differentiable input drops its parameters' gradients
             warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
-            output = model_output(model, inputs)
+            raw = call_model(model, inputs)
+            output = output_tensor(raw)
         drawn = not all(map(torch.equal, states, _random_states(model)))
     except torch.OutOfMemoryError:
         raise
@@ -75,6 +80,8 @@ def run_fixed(model: nn.Module, inputs: Any) -> Tensor:
             raise ValueError(f"model: its forward pass changed {name!r} in place, so it is not a fixed function")
     if not torch.isfinite(output).all():
         raise _not_finite(model, inputs)
+    if look is not None:
+        look(raw)
     return output
 
 
@@ -134,7 +141,7 @@ def differ(a: Tensor, b: Tensor) -> bool:
         return True
     dtype = torch.bfloat16 if torch.is_autocast_enabled(a.device.type) or not a.is_floating_point() else a.dtype
     tolerance = min(0.03, 1000 * torch.finfo(dtype).eps)
-    return bool((a.double() - b.double()).norm() > tolerance * b.double().norm())
+    return bool((a - b).abs().max() > tolerance * b.abs().max()) if a.numel() else False
 
 
 def check_repeats(model: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -188,9 +195,9 @@ def check_fixed(model: nn.Module) -> None:
     So for dropout or batch norm in training mode, for embeddings with max_norm, and for weights that are not there yet
     (lazy modules, the meta device), one flat tensor (FullyShardedDataParallel), or cached.
     """
+    check_model(model)
     check_evaluating(model)
-    if parametrize._cache_enabled:
-        raise ValueError("model: parametrize.cached() is on, so computed weights stay as they are; leave that block")
+    refuse_cached()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"model: {name!r} has no shape yet (a lazy module); run one batch through the model first")
@@ -238,7 +245,8 @@ def disturbed(parameters: Iterable[Tensor]) -> Iterator[None]:
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
         for parameter, values in kept:
-            noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(values)
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(values.shape, generator=generator, dtype=torch.float32, device="cpu").to(values)
             parameter.data.add_(noise * (10 * values.abs().mean() + 1))
         torch.clear_autocast_cache()  # torch.autocast caches casted copies of the weights
         yield
@@ -330,5 +338,6 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
     """Raise ValueError if a model's weights are split over processes, which only `extract_gradients` takes."""
+    check_model(model)
     if is_sharded(model):
         raise ValueError(f"model: {what} does not take weights that are split over processes; extract_gradients does")

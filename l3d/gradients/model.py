@@ -15,6 +15,21 @@ from torch import Tensor, nn
 Params = str | Sequence[str] | None
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError, with what to pass instead, for a model that is no module, and for one without parameters."""
+    if not isinstance(model, nn.Module):
+        got, advice = type(model).__name__, "a module"
+        if isinstance(model, type):
+            got, advice = f"the class {model.__name__}", f"an instance, {model.__name__}(..)"
+        elif isinstance(model, Mapping):
+            advice = "the module itself, after its load_state_dict"
+        elif callable(model):
+            advice = "the module whose parameters it uses"
+        raise ValueError(f"model: expected a torch.nn.Module, got {got}; pass {advice}")
+    if next(model.parameters(), None) is None:
+        raise ValueError("model: has no parameters to decompose")
+
+
 def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Parameter]:
     """Return the parameters whose names match a glob or a list of globs, or all (None), in the model's order.
 
@@ -22,9 +37,13 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
     out. Raises ValueError for a pattern that matches nothing, listing near matches, for a parameter that is not
     floating-point, and for two parameters in the same memory.
     """
+    check_model(model)
     every = list(model.named_parameters(remove_duplicate=False))
-    if not every:
-        raise ValueError("model: has no parameters")
+    listed = params if isinstance(params, (list, tuple)) else None
+    strange = [type(each).__name__ for each in listed or () if not isinstance(each, str)]
+    if strange or not (listed is not None or params is None or isinstance(params, str)):
+        got = f"a list that holds {strange[0]}" if strange else type(params).__name__
+        raise ValueError(f"params: expected a pattern of names or a list of such texts, got {got}")
     patterns = ["*"] if params is None else [params] if isinstance(params, str) else list(params)
     if not patterns:
         raise ValueError("params: expected at least one pattern, got an empty list; use None for all parameters")
@@ -54,10 +73,18 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
 def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     """Run the model on a tensor, or on a mapping of keyword arguments, and return its output tensor or `.logits`.
 
+    Raises ValueError as `call_model` and `output_tensor` do.
+    """
+    return output_tensor(call_model(model, inputs))
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Run the model on a tensor, or on a mapping of keyword arguments, and return whatever it returns.
+
     The model gets copies, since some models change their inputs in place (a first nn.ReLU(inplace=True)). torch's fast
     path for attention is off: torch takes it only without autograd, and its values at padding differ.
 
-    Raises ValueError for keys that the model does not take or needs, and for an output that is no tensor.
+    Raises ValueError for keys that the model does not take or needs.
     """
     inputs, fast = _copied(inputs), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -65,9 +92,13 @@ def model_output(model: Callable[..., Any], inputs: Any) -> Tensor:
     compiles = "torch._dynamo" in sys.modules
     try:
         with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-            output = _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
+            return _called_by_keys(model, inputs) if isinstance(inputs, Mapping) else model(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """Return what a model returned if it is a tensor, or its logits. Raises ValueError for anything else."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     output = getattr(output, "logits", output)

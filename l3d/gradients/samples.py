@@ -99,15 +99,16 @@ class Samples:
     ) -> Tensor:
         """Choose each row's positions, in increasing order: int64 [B, P] on the CPU."""
         if positions == "all":
-            return torch.arange(self.n_positions).expand(self.n_rows, -1)
+            return torch.arange(self.n_positions, device="cpu").expand(self.n_rows, -1)
         if positions == "last":
-            last = torch.full((self.n_rows, 1), self.n_positions - 1)
-            return last if real is None else (torch.arange(self.n_positions) * real).amax(1, keepdim=True)
+            last = torch.full((self.n_rows, 1), self.n_positions - 1, device="cpu")
+            return last if real is None else (torch.arange(self.n_positions, device="cpu") * real).amax(1, keepdim=True)
         assert isinstance(positions, int)
         if positions > self.n_positions:
             raise ValueError(f"positions: expected at most the output's {self.n_positions}, got {positions}")
         start, n_rows = (0, self.n_rows) if part is None else part[:2]
-        draws = torch.rand(n_rows, self.n_positions, generator=generator)[start : start + self.n_rows]
+        draws = torch.rand(n_rows, self.n_positions, generator=generator, dtype=torch.float32, device="cpu")
+        draws = draws[start : start + self.n_rows]
         if real is not None:
             draws += ~real  # draws are below 1, so padding comes last
         return draws.argsort(1)[:, :positions].sort(1).values

@@ -14,7 +14,7 @@ def shuffled(gradients: Gradients, generator: torch.Generator | None = None) -> 
     """
 
     def permuted(part: Part) -> Part:
-        order = torch.randperm(gradients.n_samples, generator=generator).to(gradients.device)
+        order = torch.randperm(gradients.n_samples, generator=generator, device="cpu").to(gradients.device)
         return Dense(part.grad[order]) if isinstance(part, Dense) else part._replace(dy=part.dy[order])
 
     return gradients.changed(permuted)

@@ -87,7 +87,8 @@ def acts_on(described: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
         counts = Counter(place["predicted"] for place in places if "predicted" in place)
         return [entry_name(described, entry) for entry, _ in counts.most_common(2)]
     if kind == "point" and places:
-        points = torch.tensor([described["rows"][str(place["row"])]["point"] for place in places]).abs().mean(0)
+        entries = [described["rows"][str(place["row"])]["point"] for place in places]
+        points = torch.tensor(entries, dtype=torch.float32, device="cpu").abs().mean(0)
         order = points.argsort(descending=True).tolist()
         return [f"input {i}" for i in order if points[i] >= 0.5 * points.max() > 0][:2]
     return []

@@ -1,28 +1,90 @@
-"""Write files atomically: a reader finds the complete old file or the complete new one. Read JSON within bounds."""
+"""Write files atomically: a reader finds the complete old file or the complete new one, also after a power cut.
+
+JSON is read within bounds, and a folder's links are kept within it.
+"""
 
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from l3d.storage.schema import check, one_line
 
 
+class WriteError(OSError):
+    """A file cannot be written; the message is one line that names it and the reason, such as a full disk."""
+
+    advised = False  # whether the message says how to go on with the run
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move that file to `path` if the block raises nothing, else delete it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def naming(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a WriteError that names the file or folder `path`."""
     try:
-        yield partial
-        os.replace(partial, path)
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # [(source, target, reason), ..]
+            reason = str(error.args[0][0][-1])
+        raise WriteError(f"{path}: cannot be written: {reason}") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk holds a file's content, or the names in a folder."""
+    if path.is_dir() and os.name != "posix":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path], flushed: bool = True) -> Iterator[list[Path]]:
+    """Yield temporary paths beside `paths`, which are in one folder; move those files there if the block succeeds.
+
+    They are moved in the order of `paths`, once all are complete. If anything fails, the temporary files are deleted.
+    flushed: flush the files before they are moved, and the folder after. Raises WriteError, which names the file.
+    """
+    partials = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
+    try:
+        with naming(paths[0]):
+            yield partials
+        for partial, path in zip(partials if flushed else (), paths, strict=False):
+            with naming(path):
+                flush(partial)
+        for partial, path in zip(partials, paths, strict=True):
+            with naming(path):
+                os.replace(partial, path)
+        if flushed:
+            with naming(paths[-1]):
+                flush(paths[-1].parent)
+    finally:
+        for partial in partials:
+            with suppress(OSError):  # the disk has failed: the first error tells
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path, flushed: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move that file to `path` if the block succeeds: see `replacing_all`."""
+    with replacing_all([path], flushed) as (partial,):
+        yield partial
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether a file is a temporary one, which a killed process has left."""
+    return re.fullmatch(r"\..+\.\d+\.partial", path.name) is not None
 
 
 def replace_text(path: Path, text: str) -> Path:
@@ -122,6 +184,7 @@ def create_text(path: Path, text: str) -> bool:
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        flush(partial)
         try:
             os.link(partial, path)
         except FileExistsError:

@@ -13,7 +13,7 @@ from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.store import save
 
 SCHEME = "hf://"
-FILES = ("decomposition.json", "decomposition.safetensors", "README.md")
+FILES = ("decomposition.json", "decomposition.safetensors", "manifest.json", "README.md")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 

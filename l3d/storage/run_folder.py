@@ -1,7 +1,8 @@
 """Read and write a run folder: checkpoints, config.yaml (settings), metrics.json (figures) and subnetworks.json.
 
 subnetworks.json describes what each subnetwork does, see `l3d.analysis.description`. Every file is written under a
-temporary name and then renamed, so a reader finds the complete old file or the complete new one.
+temporary name and then renamed, so a reader finds the complete old file or the complete new one. The last two
+checkpoints are kept, each with a manifest of its files' SHA-256: where the last one is damaged, the one before is read.
 """
 
 from __future__ import annotations
@@ -9,28 +10,45 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from l3d.data.arguments import warn
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage import schema
 from l3d.storage.card import CARD, is_card
-from l3d.storage.files import beginning, check_links, read_json, remove, replace_text
+from l3d.storage.files import (
+    WriteError,
+    beginning,
+    check_links,
+    flush,
+    is_leftover,
+    naming,
+    read_json,
+    remove,
+    replace_text,
+)
 from l3d.storage.lock import LOCK, check_free, claim, release
-from l3d.storage.store import FORMAT, load, read_tensors, to_json, write, write_tensors
+from l3d.storage.manifest import FORMAT as MANIFEST_FORMAT
+from l3d.storage.manifest import MANIFEST, check
+from l3d.storage.progress import CONFIG, checkpoints
+from l3d.storage.store import FORMAT, read, read_tensors, tensor_bytes, to_json, write
+from l3d.storage.yaml_text import read_yaml
 
-CONFIG = "config.yaml"
 METRICS = "metrics.json"
 SUBNETWORKS = "subnetworks.json"
 COLUMNS = "columns.json"  # columns of the user's own in the report's table
 REPORT = "report.html"
 INTERVENTIONS = "interventions.json"
 SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
+_CHECKPOINT = re.compile(r"step\d+(\.partial|\.damaged)?")
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,16 @@ class RunFolder:
         folder = Path(path)
         check_free(folder)
         _check_usable(folder, overwrite, resume)
-        folder.mkdir(parents=True, exist_ok=True)
-        claim(folder)
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            claim(folder)
         try:
             _check_usable(folder, overwrite, resume)  # since then another process may have been and gone
-            if overwrite and not resume and _holds_files(folder):
-                _remove_run(folder)
+            with naming(folder):
+                if overwrite and not resume and holds_files(folder):
+                    _remove_run(folder)
+                for each in filter(is_leftover, folder.iterdir()):
+                    each.unlink()
         except BaseException:
             release(folder)
             raise
@@ -62,37 +84,106 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, in the order of their steps."""
-        return sorted((self.path / "checkpoints").glob("step*[0-9]"))
+        return checkpoints(self.path)
 
     def save_checkpoint(
         self, step: int, decomposition: Subnetworks, optimizer: Mapping[str, Tensor], state: Any
     ) -> None:
-        """Write a checkpoint: decomposition, optimizer tensors and state; then delete the older ones."""
-        old = self.checkpoints()
-        target = self.path / "checkpoints" / f"step{step:09d}"
+        """Write a checkpoint: decomposition, optimizer tensors and state; then delete all but it and the one before.
+
+        It is on the disk, whole, before it gets its name and before another is deleted. Raises WriteError.
+        """
+        if not self.path.is_dir():
+            raise WriteError(f"{self.path}: cannot be written: the run folder has vanished")
+        home = self.path / "checkpoints"
+        target = home / f"step{step:09d}"
         partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write(decomposition, partial)
-        write_tensors(partial / "optimizer.safetensors", dict(optimizer))
-        replace_text(partial / "state.json", to_json({"step": step, **state}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        for path in old:
-            if path != target:
-                shutil.rmtree(path)
+        others = {"optimizer.safetensors": lambda: tensor_bytes(optimizer)}
+        others["state.json"] = lambda: to_json({"step": step, **state}).encode()
+        try:
+            with naming(target):
+                if not home.is_dir():
+                    home.mkdir()
+                    flush(self.path)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                write(decomposition, partial, others)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(partial, target)
+                flush(home)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._delete_older(target)
+
+    def whole_checkpoint(self) -> Path | None:
+        """Return the last checkpoint whose files are what its manifest lists; None if there is no checkpoint.
+
+        Warns of later ones, which are damaged. Raises ValueError if all are.
+        """
+        damaged: list[str] = []
+        for path in reversed(self.checkpoints()):
+            reason = _damage(path)
+            if reason is None:
+                for each in damaged:
+                    warn(f"{each}; going on from the checkpoint before, {path}")
+                return path
+            damaged.append(reason)
+        if damaged:
+            raise ValueError(f"{damaged[0]}, and no older checkpoint is whole; start again with existing='overwrite'")
+        return None
 
     def load_checkpoint(
-        self, columns: slice | None = None
-    ) -> tuple[Subnetworks, dict[str, Tensor], dict[str, Any]] | None:
-        """Read the last checkpoint, (decomposition, optimizer tensors, state); None if there is none.
+        self, path: Path, columns: slice | None = None
+    ) -> tuple[Subnetworks, dict[str, Tensor], dict[str, Any]]:
+        """Read a checkpoint that has been checked: (decomposition, optimizer tensors, state).
 
         columns: read this slice of the subnetworks only.
         """
-        found = self.checkpoints()
-        if not found:
-            return None
-        optimizer = read_tensors(found[-1] / "optimizer.safetensors", columns)
-        return load(found[-1], Subnetworks, columns), optimizer, read_json(found[-1] / "state.json", schema.STATE)
+        optimizer = read_tensors(path / "optimizer.safetensors", columns)
+        return read(path, Subnetworks, columns), optimizer, read_json(path / "state.json", schema.STATE)
+
+    def go_on_from(self, path: Path) -> None:
+        """Rename checkpoints later than `path`, which are damaged, and delete what a killed process has left.
+
+        The next checkpoint that is written deletes the damaged ones.
+        """
+        damaged = []
+        for each in self.checkpoints():
+            if each > path:
+                damaged.append(each.with_name(f"{each.name}.damaged"))
+                with naming(each):
+                    shutil.rmtree(damaged[-1], ignore_errors=True)
+                    each.rename(damaged[-1])
+        self._delete_older(path, damaged)
+
+    def _delete_older(self, last: Path, damaged: Sequence[Path] = ()) -> None:
+        """Delete all checkpoints, also partial ones, but the last, the one before and some that are damaged."""
+        kept = {last, *damaged, *[path for path in self.checkpoints() if path < last][-1:]}
+        for path in last.parent.iterdir():
+            if path not in kept and _CHECKPOINT.fullmatch(path.name):
+                with suppress(OSError):  # nothing is lost by one too many
+                    if path.suffix != ".partial":  # half deleted, it must not look complete
+                        path = path.rename(path.with_name(f"{path.name}.partial"))
+                    shutil.rmtree(path)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Say which file of a checkpoint is damaged; None if all are what the manifest lists."""
+    if (checkpoint / MANIFEST).exists():
+        found = check(checkpoint)
+        return None if found is None else f"{found}: damaged: its SHA-256 is not the one in {MANIFEST}"
+    try:
+        RunFolder(checkpoint.parents[1]).load_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        return str(error)
+    warn(f"{checkpoint}: has no {MANIFEST}, so a damaged file may go unnoticed")
+    return None
+
+
+def holds_files(folder: Path) -> bool:
+    """Tell whether a folder exists and holds more than what a killed process leaves before its first file."""
+    return folder.exists() and any(each.name != LOCK and not is_leftover(each) for each in folder.iterdir())
 
 
 def _check_usable(folder: Path, overwrite: bool, resume: bool) -> None:
@@ -101,39 +192,28 @@ def _check_usable(folder: Path, overwrite: bool, resume: bool) -> None:
         raise FileNotFoundError(f"out: nothing to resume in {folder}; it holds no checkpoints")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; name a folder")
-    if not _holds_files(folder):
+    if not holds_files(folder):
         return
     if not (overwrite or resume):
         raise ValueError(f"out: {folder} is not empty; choose another folder or pass existing='overwrite'")
     check_links(folder)
-    if not resume and not _is_run(folder):
-        raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
-
-
-def _holds_files(folder: Path) -> bool:
-    return folder.exists() and any(each.name != LOCK for each in folder.iterdir())
-
-
-def _is_run(folder: Path) -> bool:
     is_run = FORMAT in beginning(folder / "decomposition.json") or beginning(folder / CONFIG).startswith("# l3d ")
-    return is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
+    is_run = is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
+    if not resume and not is_run:
+        raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
 
 
 def _remove_run(folder: Path) -> None:
     """Delete the files that a run wrote into a folder, and no others."""
+    for name in ("checkpoints", "tensorboard", "wandb"):
+        remove(folder / name)
     files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, COLUMNS, REPORT)
-    for name in (
-        "checkpoints",
-        "tensorboard",
-        "wandb",
-        *files,
-        INTERVENTIONS,
-        "interventions.svg",
-        "interventions.png",
-    ):
+    for name in (*files, INTERVENTIONS, "interventions.svg", "interventions.png"):
         remove(folder / name)
     if is_card(folder / CARD):
         remove(folder / CARD)
+    if MANIFEST_FORMAT in beginning(folder / MANIFEST):
+        remove(folder / MANIFEST)
 
 
 def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
@@ -150,8 +230,6 @@ def read_command(run: Path) -> str:
 
     Raises FileNotFoundError for a missing folder, ValueError for one that l3d did not make.
     """
-    from l3d.storage.yaml_text import read_yaml
-
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder")
     check_links(run)
@@ -228,22 +306,9 @@ def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str
     return {**described, "subnetworks": renewed}
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint that was written last; None if there is none yet."""
-    return max((run / "checkpoints").glob("step*[0-9]"), key=lambda path: path.stat().st_mtime, default=None)
-
-
-def interrupted(run: Path, command: str = "l3d resume") -> str:
-    """Return a message that says how to resume an interrupted run."""
-    last = last_checkpoint(run)
-    if last is None:
-        return f"interrupted, before the first checkpoint in {run}"
-    return f"interrupted; last checkpoint: {last}; resume with: {command} {run}"
-
-
 def check_new(out: Path, advice: str = "") -> None:
     """Raise ValueError, which ends with `advice`, unless `out` is a new or empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or holds_files(out)):
         raise ValueError(f"--out: {out} exists and is not an empty folder{advice}")
 
 
@@ -255,10 +320,15 @@ def check_copy(run: Path, out: Path) -> None:
 
 
 def copy_run(run: Path, out: Path) -> None:
-    """Copy a run folder, without its lock, to `out`; `out` must pass `check_copy`."""
+    """Copy a run folder, without its lock, to `out`; `out` must pass `check_copy`. Raises WriteError."""
     check_copy(run, out)
     check_links(run)
-    shutil.copytree(run, out, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+    try:
+        with naming(out):
+            shutil.copytree(run, out, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+    except WriteError:
+        shutil.rmtree(out, ignore_errors=True)  # half a copy is worth nothing
+        raise
 
 
 def _finite(value: Any) -> Any:

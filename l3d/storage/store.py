@@ -1,13 +1,13 @@
 """Save and load decompositions: safetensors for tensors, json for all else; loading executes no code.
 
 A decomposition is two files in a folder. decomposition.safetensors holds tensors named "encoder.NAME.left", ..;
-decomposition.json holds shapes, ranks, settings and history. Every file is written under a temporary name and then
-renamed, so an interrupted write leaves the old file.
+decomposition.json holds shapes, ranks, settings and history; manifest.json holds the SHA-256 of both. Every file is
+written under a temporary name and then renamed, so an interrupted write leaves the old file.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from l3d.data.arguments import warn
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.card import write_card
-from l3d.storage.files import read_json, replace_text, replacing
+from l3d.storage.files import naming, read_json, replacing
+from l3d.storage.manifest import DECOMPOSITION, MANIFEST, check, write_files
+from l3d.storage.progress import check_finished, how_to_go_on, last_checkpoint
 from l3d.storage.schema import check_decomposition, one_line
 
 FORMAT = "l3d-decomposition-1"
@@ -33,13 +36,18 @@ def save(decomposition: Subnetworks, path: str | Path) -> None:
     """Write a decomposition and its model card (README.md) into a folder, which is made if missing.
 
     A README.md that l3d did not write is kept. Raises ValueError, before anything is written, for settings that json
-    cannot hold.
+    cannot hold, and WriteError, an OSError of one line, where the disk is full or fails; the old files are then whole.
     """
     write_card(Path(path), write(decomposition, Path(path)))
 
 
-def write(decomposition: Subnetworks, folder: Path) -> dict[str, Any]:
-    """Write a decomposition's two files, and return the content of the json file."""
+def write(
+    decomposition: Subnetworks, folder: Path, others: Mapping[str, Callable[[], bytes]] | None = None
+) -> dict[str, Any]:
+    """Write a decomposition's two files and the manifest, and return the content of the json file.
+
+    others: contents of more files for the manifest, as `write_files` takes them.
+    """
     header = {
         "format": FORMAT,
         "base_model": decomposition.base_model,
@@ -52,20 +60,35 @@ def write(decomposition: Subnetworks, folder: Path) -> dict[str, Any]:
         "threshold": decomposition.threshold if math.isfinite(decomposition.threshold) else None,
         "restart_errors": [error if math.isfinite(error) else None for error in decomposition.restart_errors],
     }
-    text = to_json(header)  # raises before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "decomposition.safetensors", _named(decomposition))
-    replace_text(folder / "decomposition.json", text)
+    text = to_json(header).encode()  # raises before anything is written
+    own = {"decomposition.safetensors": lambda: tensor_bytes(_named(decomposition)), "decomposition.json": lambda: text}
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_files(folder, {**own, **(others or {})})
     return header
 
 
 def load(path: str | Path, build: type[Built], columns: slice | None = None) -> Built:
     """Read a decomposition from a folder; with `columns`, a slice of its subnetworks only.
 
-    build: the class of the result, `Subnetworks` or a subclass. Raises FileNotFoundError if a file is missing, and
-    ValueError if the files are damaged or have another format.
+    build: the class of the result, `Subnetworks` or a subclass. Warns of a folder without a manifest. Raises
+    FileNotFoundError if a file is missing or the folder's run is unfinished, and ValueError if the files are damaged or
+    have another format.
     """
     folder = Path(path)
+    check_finished(folder)
+    if not (folder / MANIFEST).exists():
+        if all((folder / name).is_file() for name in DECOMPOSITION):
+            warn(f"{folder}: has no {MANIFEST}, so a damaged file may go unnoticed; save it again to write one")
+    elif (damaged := check(folder, DECOMPOSITION)) is not None and damaged.exists():
+        advice = "take it from a copy, or delete the manifest if you meant to change it"
+        advice = advice if last_checkpoint(folder) is None else how_to_go_on(folder)
+        raise ValueError(f"{damaged}: damaged: its SHA-256 is not the one in {MANIFEST}; {advice}")
+    return read(folder, build, columns)
+
+
+def read(folder: Path, build: type[Built], columns: slice | None = None) -> Built:
+    """Read a decomposition as `load` does, from a folder that has been checked."""
     where = folder / "decomposition.json"
     header = read_json(where)
     if header.get("format") != FORMAT:
@@ -147,7 +170,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically, readable under the usual file permissions."""
     with replacing(path) as partial:
         # safetensors' own save_file makes the file readable by its owner only
-        partial.write_bytes(to_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
+        partial.write_bytes(tensor_bytes(tensors))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a safetensors file."""
+    return to_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
 
 
 def read_tensors(path: Path, rows: slice | None = None) -> dict[str, Tensor]:

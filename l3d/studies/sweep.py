@@ -11,7 +11,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import statistics
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +22,8 @@ from l3d.analysis.consistency import consistency
 from l3d.api import load
 from l3d.data.arguments import check_fraction, check_whole
 from l3d.storage.files import check_links, read_json, replace_text
-from l3d.storage.run_folder import METRICS, last_checkpoint, read_metrics, write_metrics
+from l3d.storage.progress import last_checkpoint
+from l3d.storage.run_folder import METRICS, read_metrics, write_metrics
 from l3d.storage.schema import SWEEP
 from l3d.storage.store import to_json
 from l3d.studies.recovery_suite import short
@@ -46,11 +49,12 @@ class Point(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A finished run's figures."""
+    """A run's figures, or why it failed."""
 
     point: Point
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # empty where the run failed
     alike: float | None  # mean matched |cos| with the runs that differ in the seed alone; None without any
+    failure: str = ""  # why the run failed, in one line
 
 
 Train = Callable[[Path, Point, bool], Mapping[str, Any]]  # (folder, point, resume) -> metrics
@@ -85,23 +89,31 @@ def run_sweep(
     """Run the points that are not finished, and return the figures of all.
 
     Finished runs (with metrics) in `out`/runs are kept, and an interrupted run resumes from its last checkpoint. So a
-    sweep may be extended by more values in the same folder. Raises ValueError if `out` holds a sweep with other
-    settings.
+    sweep may be extended by more values in the same folder. A run that fails leaves its reason in its record, and the
+    others go on. Raises ValueError if `out` holds a sweep with other settings.
     """
     check_base(out, base)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / BASE).is_file():
         replace_text(out / BASE, to_json({"base": dict(base), "runs": []}))
+    failures: dict[str, str] = {}  # by the run's name
     for i, point in enumerate(runs):
         folder = out / "runs" / point.name
         where = f"[{i + 1}/{len(runs)}] {point.name}"
         if (folder / METRICS).is_file():
             tell(f"{where}: kept")
             continue
-        metrics = train(folder, point, last_checkpoint(folder) is not None)
-        write_metrics(folder, metrics)
+        try:
+            metrics = train(folder, point, last_checkpoint(folder) is not None)
+            write_metrics(folder, metrics)
+        except Exception as error:  # the model and the data are the user's: they may raise anything
+            if os.environ.get("L3D_DEBUG", "") not in ("", "0"):
+                traceback.print_exc()
+            failures[point.name] = _one_line(error)
+            tell(f"{where}: failed: {failures[point.name]}")
+            continue
         tell(f"{where}: error {short(metrics['error'])}")
-    return records(out, runs)
+    return records(out, runs, failures)
 
 
 def check_base(out: Path, base: Mapping[str, Any]) -> None:
@@ -121,18 +133,31 @@ def check_base(out: Path, base: Mapping[str, Any]) -> None:
         raise ValueError(f"--out: {out} holds a sweep with other {', '.join(changed)}; choose a new folder")
 
 
-def records(out: Path, runs: Sequence[Point]) -> list[Record]:
-    """Read finished runs' figures, and measure the similarity of runs that differ in the seed alone."""
-    found = [Record(point, read_metrics(out / "runs" / point.name), None) for point in runs]
+def records(out: Path, runs: Sequence[Point], failures: Mapping[str, str] | None = None) -> list[Record]:
+    """Read finished runs' figures, and measure the similarity of runs that differ in the seed alone.
+
+    failures: reasons of runs that failed, by name; a run whose files cannot be read has failed too.
+    """
+    reasons = dict(failures or {})
+
+    def read(point: Point, reader: Callable[[Path], Any]) -> Any:
+        try:
+            return None if point.name in reasons else reader(out / "runs" / point.name)
+        except (ValueError, OSError) as error:
+            reasons[point.name] = _one_line(error)
+
+    found = [Record(point, read(point, read_metrics) or {}, None) for point in runs]
     alike: dict[str, float] = {}
     for group in _grouped(found):
-        loaded = [load(out / "runs" / each.point.name) for each in group]
-        pairs = [[0.0] * len(loaded) for _ in loaded]
-        for i, j in itertools.combinations(range(len(loaded)), 2):
-            pairs[i][j] = pairs[j][i] = consistency(loaded[i], loaded[j]).mean
-        if len(group) > 1:
-            alike |= {each.point.name: sum(row) / (len(group) - 1) for each, row in zip(group, pairs, strict=True)}
-    return [each._replace(alike=alike.get(each.point.name)) for each in found]
+        every = {each.point.name: read(each.point, load) for each in group}
+        loaded = {name: d for name, d in every.items() if d is not None}
+        pairs = {name: dict.fromkeys(loaded, 0.0) for name in loaded}
+        for first, second in itertools.combinations(loaded, 2):
+            pairs[first][second] = pairs[second][first] = consistency(loaded[first], loaded[second]).mean
+        if len(loaded) > 1:
+            alike |= {name: sum(row.values()) / (len(loaded) - 1) for name, row in pairs.items()}
+    names = [each.point.name for each in found]
+    return [each._replace(alike=alike.get(n), failure=reasons.get(n, "")) for n, each in zip(names, found, strict=True)]
 
 
 def to_markdown(found: Sequence[Record]) -> str:
@@ -140,14 +165,18 @@ def to_markdown(found: Sequence[Record]) -> str:
     names = [name for name in OVER if name in found[0].point.values and name != "seed"]
     columns = {"error": "error", "held_out_error": "held out", "kept_per_sample": "kept", "dead_fraction": "dead"}
     columns = {key: label for key, label in columns.items() if any(key in each.metrics for each in found)}
-    head = [*names, "weights", "runs", *columns.values(), "alike", "s"]
+    failed = ["failed"] * any(each.failure for each in found)
+    head = [*names, "weights", "runs", *columns.values(), "alike", "s", *failed]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for group in _grouped(found):
         point = group[0].point
         cells = [str(point.values[name]) for name in names]
-        cells += ["redrawn" if point.random_weights else "trained", str(len(group))]
+        n_done = sum(not each.failure for each in group)
+        count = str(n_done) if n_done == len(group) else f"{n_done} of {len(group)}"
+        cells += ["redrawn" if point.random_weights else "trained", count]
         figures = [{**each.metrics, "alike": each.alike} for each in group]
         cells += [_mean([each.get(key) for each in figures]) for key in (*columns, "alike", "seconds")]
+        cells += ["; ".join(_why(each) for each in group if each.failure)] * len(failed)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -158,6 +187,7 @@ def write_results(out: Path, base: Mapping[str, Any], found: Sequence[Record]) -
         {**each.point.values, "random_weights": each.point.random_weights, "folder": f"runs/{each.point.name}"}
         | {"alike": each.alike}
         | {key: value for key, value in each.metrics.items() if not isinstance(value, list)}
+        | ({"failure": each.failure} if each.failure else {})
         for each in found
     ]
     results = to_json({"base": dict(base), "runs": rows})
@@ -179,10 +209,10 @@ def error_against_kept(found: Sequence[Record]) -> Figure:
         lines: dict[str, list[tuple[float, float]]] = {}
         for group in _grouped(found):
             point = group[0].point
-            errors = [each.metrics["error"] for each in group if each.metrics["error"] is not None]
-            if not errors:
+            measured = [each.metrics for each in group if each.metrics.get("error") is not None]
+            if not measured:
                 continue
-            kept = group[0].metrics["kept_per_sample"]
+            errors, kept = [each["error"] for each in measured], measured[0]["kept_per_sample"]
             parts = {"n_subnetworks": "K", "rank": "rank"}
             label = ", ".join(f"{sign} {point.values[name]}" for name, sign in parts.items() if name in point.values)
             label = ", ".join(filter(None, [label, "redrawn weights" if point.random_weights else ""])) or "error"
@@ -208,6 +238,16 @@ def _grouped(found: Sequence[Record]) -> list[list[Record]]:
         values = {name: value for name, value in each.point.values.items() if name != "seed"}
         groups.setdefault(each.point._replace(values=values).name, []).append(each)
     return list(groups.values())
+
+
+def _why(each: Record) -> str:
+    """Say why a run failed, with its seed, as a cell of the table."""
+    seed = f"seed {each.point.values['seed']}: " if "seed" in each.point.values else ""
+    return seed + each.failure.replace("|", "\\|")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _mean(values: Sequence[float | None]) -> str:

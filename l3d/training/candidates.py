@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d.decomposition.costs import Plan
-from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
+from l3d.decomposition.directions import FLOAT32_CPU, Directions, LowRank, Tucker, Whole
 from l3d.decomposition.flat import by_factors, flattened, multiplied_out
 from l3d.decomposition.project import project
 from l3d.gradients.chunks import Chunks
@@ -108,7 +108,7 @@ def learn(
     matrices = {name: torch.Size(matrix_shape(s)) if len(s) > 2 else s for name, s in decoder.shapes.items()}
     # a Tucker product may have a larger first rank than its matrix has columns
     ranks = {name: tuple(min(r, *matrices[name]) for r in each[:1]) for name, each in decoder.ranks().items()}
-    new = Directions(matrices, ranks, n, generator).to(inverse)
+    new = Directions(matrices, ranks, n, generator, factory=FLOAT32_CPU).to(inverse)
     drawn = draw_samples(weights, n, generator).to(inverse.device)
     alone = nn.functional.one_hot(drawn, n_samples).mT.to(inverse)
     _set(new, list(new.parameters()), 1)
@@ -155,7 +155,9 @@ def _finished(found: Directions, decoder: Directions, generator: torch.Generator
             piece.left.mul_((norms[1] / norms[0]).sqrt())
             piece.right.mul_((norms[0] / norms[1]).sqrt())
     if found.shapes != decoder.shapes:
-        new = Directions(decoder.shapes, decoder.ranks(), found.n_subnetworks, generator).to(next(found.parameters()))
+        shapes, ranks = decoder.shapes, decoder.ranks()
+        new = Directions(shapes, ranks, found.n_subnetworks, generator, factory=FLOAT32_CPU)
+        new = new.to(next(found.parameters()))
         for (name, piece), (_, own) in zip(new.items(), found.items(), strict=True):
             parts: list[Tensor] = list(own.parameters())
             if isinstance(piece, Tucker):

@@ -35,11 +35,11 @@ def save(run: "Run", folder: RunFolder) -> None:
 
 
 def restore(run: "Run", folder: RunFolder) -> None:
-    """Continue from the last checkpoint, if there is one."""
-    found = folder.load_checkpoint(run.columns)
-    if found is None:
+    """Continue from the last checkpoint that is whole, if there is one; of several processes the first looks for it."""
+    path = folder.whole_checkpoint() if run.group is None else run.group.agreed(folder.whole_checkpoint)
+    if path is None:
         return
-    decomposition, tensors, state = found
+    decomposition, tensors, state = folder.load_checkpoint(path, run.columns)
     now, before = run.decomposition.settings, decomposition.settings
     changed = [name for name in now if json.dumps(now[name]) != json.dumps(before.get(name))]
     if decomposition.n_subnetworks != run.decomposition.n_subnetworks and "n_subnetworks" not in changed:
@@ -54,6 +54,8 @@ def restore(run: "Run", folder: RunFolder) -> None:
     last_kept, seconds = state["recorder"]["last_kept"], decomposition.timing.get("seconds")
     if len(last_kept) not in (0, run.settings.n_subnetworks * run.n_restarts) or seconds is None:
         raise ValueError("resume: the checkpoint holds the figures of another run")
+    if run.is_first():
+        folder.go_on_from(path)
     run.decomposition.load_state_dict(decomposition.state_dict())
     run.optimizer.load_state(tensors, state["optimizer"])
     run.recorder.load_state(state["recorder"], decomposition.history)

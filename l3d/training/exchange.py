@@ -116,7 +116,7 @@ def exchange(
     gram = decoder.gram()
     residual = samples.squared_norm() + ((values @ gram - 2 * overlaps) * values).sum(1)
 
-    order = torch.randperm(len(values), generator=generator).to(values.device)
+    order = torch.randperm(len(values), generator=generator, device="cpu").to(values.device)
     seen, unseen = order.tensor_split(2)
     left = Residuals.of(samples.select(seen), values[seen], decoder)
     new = learn(left, residual[seen], k, generator, how)

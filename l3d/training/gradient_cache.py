@@ -173,7 +173,7 @@ class Cache:
             if not create_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n"):
                 self.check()  # another run may have begun it since, with something else
             self.begun = True
-        with replacing(self._file(index)) as partial, partial.open("wb") as file:
+        with replacing(self._file(index), flushed=False) as partial, partial.open("wb") as file:
             file.write(pack(gradients, self._holds(index)))
             file.flush()
             os.fsync(file.fileno())

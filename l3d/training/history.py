@@ -116,7 +116,7 @@ class Recorder:
             raise ValueError("history: the checkpoint holds that of another run")
         self.history = history
         self.thresholds = [math.nan if threshold is None else threshold for threshold in state["thresholds"]]
-        self.last_kept = torch.tensor(state["last_kept"]) if state["last_kept"] else None
+        self.last_kept = torch.tensor(state["last_kept"], device="cpu") if state["last_kept"] else None
         self.errors, self.kept, self.count = state["pending"]
 
     def latest(self) -> dict[str, float]:

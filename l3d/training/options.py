@@ -60,10 +60,13 @@ class Learning:
     smaller tensor allows."""
     k: float = option(0.1, "FRACTION")
     """Fraction of a batch's coefficients (samples × subnetworks) that is kept: above 0, at most 1."""
-    divergence: Literal["mse", "kl", "mse_published"] = option("mse", "mse|kl|mse_published|python:MODULE:FUNCTION")
+    divergence: Literal["mse", "kl", "mse_published"] | None = option(
+        None, "mse|kl|mse_published|python:MODULE:FUNCTION"
+    )
     """What is differentiated. mse: for regression; kl: for classifiers and language models; mse_published: the
     divergence of the published toy code, whose gradient is not the MSE's (compare no errors across them);
-    or a function of (output [S, ...], reference [S, ...]) that returns [S], on the command line by its name."""
+    or a function of (output [S, ...], reference [S, ...]) that returns [S], on the command line by its name. null: kl
+    where the outputs have .logits [B, T, V], as language models' do, else mse."""
     reference: Literal["sample", "mean", "uniform", "pair"] = option("sample", "sample|mean|uniform|pair")
     """The output that each output is compared with: another random sample's, the batch's mean, the uniform one, or that
     of the row's own partner (data that yield pairs). In Python also a tensor: one output for all samples."""

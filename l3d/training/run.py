@@ -14,7 +14,7 @@ from l3d.data.batch import to_device, without_label
 from l3d.data.batches import Batches, mix
 from l3d.decomposition.choose_ranks import ranks_from_gradients
 from l3d.decomposition.costs import Plan
-from l3d.decomposition.directions import default_ranks
+from l3d.decomposition.directions import FLOAT32_CPU, default_ranks
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.ahead import Ahead
@@ -113,7 +113,8 @@ class Run:
         settings, shapes = self.settings, {name: p.shape for name, p in self.extractor.parameters.items()}
         starts = [torch.Generator().manual_seed(mix(settings.seed + i, 1)) for i in range(self.n_restarts)]
         own = settings.as_dict()
-        restarts = [build(shapes, settings.n_subnetworks, settings.rank, own, start, self.columns) for start in starts]
+        what = (shapes, settings.n_subnetworks, settings.rank, own)
+        restarts = [build(*what, start, self.columns, FLOAT32_CPU) for start in starts]
         dtype = dtype_of_sums(settings.dtype, self.extractor.parameters)
         return build.side_by_side(restarts).to(self.device, dtype)
 
@@ -197,6 +198,9 @@ class Run:
                     gradients, self.extractor.exponent = gradients.in_range()
                 self.stepper.objective(gradients, 1.0)
                 n_samples += gradients.n_samples
+        if self.settings.divergence is None:  # which the model's first output has decided
+            self.settings = replace(self.settings, divergence="kl" if self.extractor.is_kl else "mse")
+            self.decomposition.settings["divergence"] = self.settings.divergence
         if self.extractor.is_per_sample() and self.batches.per_epoch is not None:
             raise ValueError(
                 "reference: rows are shuffled in training, and a tensor with an output for every sample does not "

@@ -3,13 +3,25 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from l3d.data.arguments import check_fraction, check_whole
+from l3d.callbacks import Callback
+from l3d.data.arguments import check_folder, check_fraction, check_whole
 from l3d.data.batches import batches_per_epoch
-from l3d.training.options import PRESETS, GradientOptions, Learning, Machine, Preset, Replacement, Training
+from l3d.training.options import (
+    PRESETS,
+    GradientCache,
+    GradientOptions,
+    Learning,
+    Machine,
+    Memory,
+    Preset,
+    Replacement,
+    Training,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class Settings:
     n_subnetworks: int
     rank: Any  # int, or {glob: int or list}; None or "auto" until tensors or the first batch have been seen
     k: float
-    divergence: str  # "callable" where it is a function
+    divergence: str | None  # "callable" where it is a function; None until the first batch has been seen
     reference: str  # "tensor" where it is one
     params: Any
     positions: Any
@@ -71,21 +83,21 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     preset = plain["preset"]
     if not isinstance(preset, Preset):
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
         preset = PRESETS[preset]
     batch_size, n_subnetworks = (check_whole(name, plain[name]) for name in ("batch_size", "n_subnetworks"))
-    if not isinstance(plain["seed"], int):
+    if not _is_number(plain["seed"], int):
         raise ValueError(f"seed: expected a whole number, got {plain['seed']!r}")
     steps, warm_start, lr = plain["steps"], plain["warm_start"], plain["lr"]
     if steps is None and preset.epochs is not None and n_rows is not None:
         steps = preset.epochs * batches_per_epoch(n_rows, batch_size)
     steps = check_whole("steps", 2000 if steps is None else steps)
     warm_start = steps // 10 if warm_start is None else warm_start
-    if not (isinstance(warm_start, int) and 0 <= warm_start <= steps):
+    if not (_is_number(warm_start, int) and 0 <= warm_start <= steps):
         raise ValueError(f"warm_start: expected a number of steps in [0, {steps}], got {warm_start!r}")
     lr = preset.lr if lr is None else lr
-    if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
+    if not (_is_number(lr, (int, float)) and 0 < lr < math.inf):
         raise ValueError(f"lr: expected a positive number, got {lr!r}")
     dtype, gradients = plain["dtype"], plain["gradients"]
     if not (gradients is None or isinstance(gradients, GradientOptions)):
@@ -97,7 +109,7 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
         **recipe,
         n_subnetworks=n_subnetworks,
         k=check_fraction("k", plain["k"]),
-        divergence=plain["divergence"] if isinstance(plain["divergence"], str) else "callable",
+        divergence="callable" if callable(plain["divergence"]) else plain["divergence"],
         reference=plain["reference"] if isinstance(plain["reference"], str) else "tensor",
         preset=preset.name,
         steps=steps,
@@ -108,3 +120,29 @@ def resolve(chosen: Mapping[str, Any], n_rows: int | None) -> Settings:
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         gradients=gradients or GradientOptions(),
     )
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which is an int to Python
+
+
+def check_kinds(chosen: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument of `decompose` of the wrong kind, of those that `Settings` does not hold."""
+    existing, out, cache, callbacks = (chosen[name] for name in ("existing", "out", "cache", "callbacks"))
+    if existing not in ("refuse", "overwrite", "resume"):
+        raise ValueError(f"existing: expected refuse, overwrite or resume, got {existing!r}")
+    if existing == "resume" and out is None:
+        raise ValueError("existing: 'resume' needs the run folder as out, got none")
+    if not (cache is None or isinstance(cache, (GradientCache, str, Path))):
+        raise ValueError(f"cache: expected l3d.GradientCache, got {cache!r}")
+    if not (chosen["memory"] is None or isinstance(chosen["memory"], Memory)):
+        raise ValueError(f"memory: expected l3d.Memory, got {chosen['memory']!r}")
+    folder = cache.folder if isinstance(cache, GradientCache) else cache
+    for name, path in (("out", out), ("cache", folder)):
+        if path is not None:
+            check_folder(name, path)
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise ValueError(f"callbacks: expected a list, got {callbacks!r}; one alone goes into a list too")
+    for each in callbacks or ():
+        if not isinstance(each, Callback):
+            raise ValueError(f"callbacks: expected instances of l3d.callbacks.Callback or its kinds, got {each!r}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from l3d.decomposition.directions import Directions, LowRank, Tucker, Whole
+from l3d.decomposition.directions import FLOAT32_CPU, Directions, LowRank, Tucker, Whole
 from l3d.decomposition.low_rank import padded, singular, truncated
 from l3d.gradients.chunks import Chunks
 from l3d.gradients.factors import Gradients
@@ -24,7 +24,7 @@ def draw_samples(weights: Tensor, n: int, generator: Generator) -> Tensor:
     Negative and non-finite weights count as zero; if all are zero, every sample is equally likely.
     """
     if n == 0:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     weights = weights.detach().double().cpu().nan_to_num(0, 0, 0).clamp_min(0)
     if not weights.any():
         weights = torch.ones_like(weights)
@@ -46,7 +46,8 @@ def set_from_samples(
     selected = gradients.select(samples)
     wide = torch.promote_types(selected.dtype, torch.float32)  # the decompositions take nothing narrower
     chosen = selected.to(torch.empty(0, dtype=wide, device=selected.device))
-    start = Directions(first.shapes, first.ranks(), len(columns), generator).to(selected.device, wide)
+    start = Directions(first.shapes, first.ranks(), len(columns), generator, factory=FLOAT32_CPU)
+    start = start.to(selected.device, wide)
     norms = chosen.squared_norm().sqrt().clamp_min(torch.finfo(wide).tiny)
     for name, piece in start.items():
         parts = _low_rank(chosen, name, piece, norms)

@@ -2,7 +2,8 @@
 
 Results and gradients are those of the op's definition in `l3d_kernels.reference`, which tests hold them to; what is
 added here is speed and small memory: the cheaper of several paths by counted cost, temporaries cut into pieces,
-selection by numpy (ten times as fast as torch on a CPU) and hand-written backward passes.
+selection by numpy (ten times as fast as torch on a CPU) and hand-written backward passes. Those are plain torch, so
+that with create_graph=True they are differentiable again; the pieces then stay in memory.
 Any floating dtype and any device are taken, and nothing imports triton. Read `projection` first.
 """
 

@@ -25,7 +25,8 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
     n_inputs = right.shape[2]
     if rank == 1:
         return (left[:, 0] @ left[:, 0].mT) * (right[:, 0] @ right[:, 0].mT)
-    if (n_subnetworks + rank) * n_outputs * n_inputs < n_subnetworks * rank**2 * (n_inputs + n_outputs):
+    by_tiles = (n_subnetworks + rank) * n_outputs * n_inputs
+    if n_subnetworks == 0 or by_tiles < n_subnetworks * rank**2 * (n_inputs + n_outputs):
         return gram_by_tiles(left, right)
     return gram_by_factors(left, right)
 
@@ -57,7 +58,6 @@ class _GramByTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         both = d_out + d_out.mT
@@ -103,10 +103,9 @@ class _EnergyByTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients, left, right = ctx.saved_tensors
-        d_coefficients = torch.zeros_like(coefficients)
+        d_coefficients = d_out.new_zeros(coefficients.shape)  # batched where d_out is
 
         def d_v() -> Iterator[tuple[slice, Tensor]]:
             for piece in tiles_of(left, right):

@@ -36,13 +36,13 @@ def project(x: Tensor, dy: Tensor, left: Tensor, right: Tensor) -> Tensor:
     share = dy.shape[0] // n_sequences
     if n_positions == 1 and share == 1:
         products = along(x, right)[:, 0] * along(dy, left)[:, 0]
-        return products.view(-1, n_subnetworks, rank).sum(2)
+        return products.view(n_sequences, n_subnetworks, rank).sum(2)
     out = []
     for piece in pieces(n_sequences, share * n_positions * n_subnetworks * rank):
         x_right = along(x[piece], right)  # [b, T, K*R]
         dy_left = along(dy[piece.start * share : piece.stop * share], left)  # [s, T, K*R]
         products = (x_right[:, None] * dy_left.unflatten(0, (len(x_right), share))).sum(2)  # [b, p, K*R]
-        out.append(products.reshape(-1, n_subnetworks, rank).sum(2))
+        out.append(products.reshape(len(x_right) * share, n_subnetworks, rank).sum(2))
     return torch.cat(out)
 
 
@@ -56,6 +56,11 @@ def project_dense(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _ProjectDense.apply(grad, left, right)
 
 
+def _rows_of(flat: Tensor, piece: slice, like: Tensor) -> Tensor:
+    """View [K, o * I] as [K, o, I], with the I of `like`; torch cannot batch unflatten."""
+    return flat.view(flat.shape[0], piece.stop - piece.start, like.shape[2])
+
+
 class _ProjectDense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -67,16 +72,15 @@ class _ProjectDense(torch.autograd.Function):
         return grad.new_zeros(grad.shape[0], left.shape[0]) if out is None else out.mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         grad, left, right = ctx.saved_tensors
         cut = dense_pieces(grad, left)
-        d_grad = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
+        d_grad = d_out.new_empty(grad.shape) if ctx.needs_input_grad[0] else None  # batched where d_out is
         if d_grad is not None:
             for piece, _ in cut:
                 v = directions(left[:, :, piece], right)
                 d_grad[:, piece] = (d_out @ v.flatten(1)).view(-1, v.shape[1], grad.shape[2])
-        d_v = ((piece, (d_out.mT @ rows).unflatten(1, (-1, grad.shape[2]))) for piece, rows in cut)
+        d_v = ((piece, _rows_of(d_out.mT @ rows, piece, grad)) for piece, rows in cut)
         return d_grad, *to_factors(d_v, left, right)
 
 
@@ -100,11 +104,10 @@ class _ProjectTiled(torch.autograd.Function):
         return out.mT.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, Tensor, Tensor]:
         x, dy, left, right = ctx.saved_tensors
         grads = ((piece, outer(x, dy[:, :, piece]).flatten(1)) for piece in tiles_of(left, right, dy.shape[0]))
-        d_v = ((piece, (d_out.mT @ grad).unflatten(1, (-1, right.shape[2]))) for piece, grad in grads)
+        d_v = ((piece, _rows_of(d_out.mT @ grad, piece, right)) for piece, grad in grads)
         return None, None, *to_factors(d_v, left, right)
 
 

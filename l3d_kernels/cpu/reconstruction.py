@@ -3,6 +3,8 @@
 V is formed for a few rows of O at a time.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,5 +35,23 @@ def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor,
     coefficients, total = kept.dense(), grad.new_zeros(grad.shape[0])
     for piece, rows in dense_pieces(grad, left):
         v = directions(left[:, :, piece], right).flatten(1)
-        total = total + torch.linalg.vector_norm(torch.addmm(rows, coefficients, v, alpha=-1), dim=1).square()
+        total = total + _SquaredNorm.apply(torch.addmm(rows, coefficients, v, alpha=-1))
     return total
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """Square the norms of rows; torch's second derivative of a norm is NaN where a row is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(rows, dim=1)
+        ctx.save_for_backward(rows, norms)
+        return norms.square()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+        rows, norms = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return 2 * d_out[:, None] * rows
+        unit = (rows / norms[:, None]).masked_fill(norms[:, None] == 0, 0)  # with the bits of torch's own backward
+        return unit * (d_out * (2 * norms))[:, None]

@@ -1,5 +1,6 @@
 """Train in several processes as in one: same kept sets and losses, checkpoints for any number, a clean end."""
 
+import json
 import os
 import signal
 import socket
@@ -144,3 +145,31 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     assert last.startswith("l3d: rank 0: ")
     assert "last checkpoint: run/checkpoints/step0" in last
     assert last.endswith("-m l3d resume run")
+
+
+@pytest.mark.parametrize("number, status, ranks", [(signal.SIGTERM, 143, [0, 1]), (signal.SIGINT, 130, [1])])
+def test_a_signal_ends_all_after_the_same_step(number: int, status: int, ranks: list[int], tmp_path: Path) -> None:
+    """torchrun passes SIGTERM to all, Ctrl-C may reach one: all finish one step, the first saves it and says so."""
+    (tmp_path / "users.py").write_text(USER)
+    command = ["-m", "l3d", "decompose", "--model", "python:users:model", "--data", "python:users:data", "--rank", "1"]
+    command += ["--n_subnetworks", "4", "--steps", "100000", "--checkpoint_every", "1000000", "--out", "run"]
+    processes = start(2, command, tmp_path)
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "run" / "config.yaml").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        for rank in ranks:
+            processes[rank].send_signal(number)
+        outputs = [process.communicate(timeout=30)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [status, status], outputs
+    (last,) = (tmp_path / "run" / "checkpoints").iterdir()
+    line = f"l3d: interrupted; last checkpoint: run/checkpoints/{last.name}; resume with: l3d resume run"
+    assert outputs[0].strip().splitlines()[-1] == line
+    assert outputs[1] == ""
+    assert json.loads((last / "state.json").read_text())["step"] == int(last.name.removeprefix("step")) > 0
+    assert l3d.load(last).n_subnetworks == 4

@@ -174,9 +174,9 @@ def test_pairs_of_texts_isolate_a_behaviour(data_dir: Path, monkeypatch: pytest.
 # What a command takes besides, so that a test has time for it: few steps and rows.
 FEWER = {
     "toy": ["--steps", "10", "--evaluate_rows", "32", "--describe", "16"],
-    "decompose": ["--steps", "10", "--evaluate_rows", "64", "--describe", "16"],
-    "evaluate": ["--evaluate_rows", "64", "--describe", "16"],
-    "intervene": ["--rows", "32", "--samples", "4"],
+    "decompose": ["--steps", "10", "--evaluate_rows", "32", "--describe", "16"],
+    "evaluate": ["--evaluate_rows", "32", "--describe", "16"],
+    "intervene": ["--rows", "16", "--samples", "2"],
     "sweep": ["--steps", "10", "--evaluate_rows", "64"],
 }
 # Fewer images for the network that takes a twentieth of a second for one, and fewer subnetworks, each of which is moved

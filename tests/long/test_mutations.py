@@ -81,8 +81,10 @@ def load(folder: Path) -> tuple[list[str], Callable[[Path], str]]:
 
 
 def use(folder: Path) -> tuple[list[str], Callable[[Path], str]]:
-    """`l3d.load`, and whatever can be asked of a decomposition without its model."""
+    """`l3d.load` of a folder without checksums, and whatever can be asked of a decomposition without its model."""
     files, _ = load(folder)
+    (folder / "manifest.json").unlink(missing_ok=True)  # else none but whole files would come that far
+    files = [name for name in files if name != "manifest.json"]
     gradients = l3d.extract_gradients(network(), points()[:8])
 
     def act(damaged: Path) -> str:
@@ -194,6 +196,14 @@ def resume(folder: Path) -> tuple[list[str], Callable[[Path], str]]:
     return files, act
 
 
+def resume_older(folder: Path) -> tuple[list[str], Callable[[Path], str]]:
+    """A run that goes on from a checkpoint without checksums."""
+    files, act = resume(folder)
+    for path in folder.rglob("manifest.json"):
+        path.unlink()
+    return [file for file in files if Path(file).name != "manifest.json"], act
+
+
 def finished(folder: Path) -> list[str]:
     """Make a finished run from the command line, with everything in its folder."""
     (folder / "user.py").write_text(
@@ -235,7 +245,8 @@ def evaluate(folder: Path) -> tuple[list[str], Callable[[Path], str]]:
 
 
 KINDS: dict[Kind, int] = {
-    load: MANY, use: MANY, config: MANY, arrays: MANY, cache: MANY, resume: FEW, report: FEW, evaluate: FEW,
+    load: MANY, use: MANY, config: MANY, arrays: MANY, cache: MANY,
+    resume: FEW, resume_older: FEW, report: FEW, evaluate: FEW,
 }  # fmt: skip
 
 

@@ -166,16 +166,6 @@ def test_project_dense_differentiates_one_input_alone(only: str) -> None:
     assert_relative(grad, expected[OPS["project_dense"].leaves.index(only)], GRADIENTS)
 
 
-@pytest.mark.parametrize("name", ["project_dense", "project_tiled", "gram_by_tiles"])
-def test_second_derivatives_of_hand_written_backwards_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backward that is not itself differentiable says so, instead of returning zeros."""
-    monkeypatch.setattr(splitting, "CHUNK", 1)  # in one piece the backward of project_dense is autograd's
-    own, leaves = with_leaves(make(CASES["odd"]), OPS[name])
-    grads = torch.autograd.grad(run(name, own).square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grads[-1].sum().backward()
-
-
 @pytest.mark.parametrize(
     "sizes, route",
     [

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 import l3d
 from l3d.analysis.description import describe
 from l3d.storage.card import model_card
+from l3d.storage.hub import FILES
 from l3d.storage.identity import check_identity, fingerprint, identity
 
 import fake_hub
@@ -98,7 +99,9 @@ def test_the_identity_survives_saving(trained: l3d.Decomposition, tmp_path: Path
     header = json.loads((tmp_path / "decomposition.json").read_text())
     del header["base_model"]
     (tmp_path / "decomposition.json").write_text(json.dumps(header))
-    l3d.load(tmp_path).evaluate(network(1), DATA)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no manifest\.json"):
+        l3d.load(tmp_path).evaluate(network(1), DATA)
 
 
 def test_a_run_is_not_resumed_on_other_weights(tmp_path: Path) -> None:
@@ -130,7 +133,9 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         run("dataset", TensorDataset(DATA[1:]), existing="resume")
     for state in tmp_path.glob("rows/checkpoints/*/state.json"):
         state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "seen"}))
-    run("rows", DATA + 1, existing="resume")  # one of before these were told
+        state.with_name("manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no manifest\.json"):
+        run("rows", DATA + 1, existing="resume")  # one of before these were told
 
 
 def test_a_local_folder_is_named_without_its_path(tmp_path: Path) -> None:
@@ -221,6 +226,7 @@ attempt("gated", lambda: l3d.load("hf://me/gated"))
 attempt("of something else", lambda: l3d.load("hf://me/else"))
 attempt("cut short", lambda: l3d.load("hf://me/short"))
 attempt("damaged", lambda: l3d.load("hf://me/damaged"))
+attempt("older and damaged", lambda: l3d.load("hf://me/older"))
 attempt("no address", lambda: l3d.load("hf://me"))
 for name in ("none", "gated", "short"):
     command = ["decompose", "--model", f"hf:me/{name}", "--data", "text:texts.txt", "--out", f"run-{name}"]
@@ -253,12 +259,13 @@ def test_to_the_hub_and_back(trained: l3d.Decomposition, tmp_path: Path) -> None
         hub.files |= {"me/gated": dict(files), "me/else": {"model.bin": b"x"}, "me/short": dict(files)}
         hub.files["me/short"] |= {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": bytes(100)}
         hub.files["me/damaged"] = {**files, "decomposition.safetensors": files["decomposition.safetensors"][:-10]}
+        hub.files["me/older"] = {k: v for k, v in hub.files["me/damaged"].items() if k != "manifest.json"}
         hub.gated.add("me/gated")
         hub.cut_short |= {"model.safetensors"}
         answers, errors = run_script(tmp_path, trained, hub.endpoint)
         stored = hub.files["me/tms"]
     assert answers["push"].startswith(f"{hub.endpoint}/me/tms/commit/")
-    assert set(stored) - {".gitattributes"} == {"decomposition.json", "decomposition.safetensors", "README.md"}
+    assert set(stored) - {".gitattributes"} == set(files) == {*FILES}
     assert stored["decomposition.safetensors"] == files["decomposition.safetensors"]
     assert answers["pull"] == "pulled"
     for name, content in files.items():
@@ -270,7 +277,8 @@ def test_to_the_hub_and_back(trained: l3d.Decomposition, tmp_path: Path) -> None
         "no such repository": "hf://me/none: cannot be downloaded: 404",
         "gated": "hf://me/gated: cannot be downloaded: 403",
         "of something else": "hf://me/else: holds no decomposition.json",
-        "damaged": "not a valid safetensors file",
+        "damaged": "decomposition.safetensors: damaged: its SHA-256 is not the one in manifest.json",
+        "older and damaged": "not a valid safetensors file",
         "no address": "repo_id: expected USER/NAME",
     }.items():
         assert answers[step].startswith("ValueError: ")

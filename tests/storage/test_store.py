@@ -19,7 +19,8 @@ import l3d
 import l3d_kernels
 from l3d.api import Decomposition
 
-TENSORS, HEADER = "decomposition.safetensors", "decomposition.json"
+TENSORS, HEADER, MANIFEST = "decomposition.safetensors", "decomposition.json", "manifest.json"
+WRITTEN = {TENSORS, HEADER, MANIFEST, "README.md"}
 SHAPES = {
     "embed.weight": torch.Size([7, 4]),
     "h.0.weight": torch.Size([4, 4]),
@@ -277,13 +278,22 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*has no manifest")
 @pytest.mark.parametrize("damage, kind, message", BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_one_line_of_error(
     damage: Callable[[Path], Any], kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    """Each kind of damage raises ValueError or FileNotFoundError with one line that names the folder."""
+    """Each kind of damage raises ValueError or FileNotFoundError with one line that names the folder.
+
+    With a manifest, every damaged file is named as such; without one, as in older folders, what is wrong in it is told.
+    """
     make().save(tmp_path / "run")
     damage(tmp_path / "run")
+    with pytest.raises(kind, match=message if kind is FileNotFoundError else "damaged: its SHA-256 is not") as error:
+        l3d.load(tmp_path / "run")
+    assert str(tmp_path / "run") in str(error.value)
+    assert "\n" not in str(error.value)
+    (tmp_path / "run" / MANIFEST).unlink()
     with pytest.raises(kind, match=message) as error:
         l3d.load(tmp_path / "run")
     assert type(error.value) is kind
@@ -300,7 +310,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 # --- interrupted writes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_an_interrupted_write_leaves_the_old_file(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If moving a file into its place fails, the old one is whole, and no half-written file is left beside it."""
     make(seed=0).save(tmp_path)
@@ -317,9 +327,14 @@ def test_an_interrupted_write_leaves_the_old_file(at: int, tmp_path: Path, monke
     with pytest.raises(OSError, match="disk full"):
         make(seed=1).save(tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(after) == set(before) == {TENSORS, HEADER, "README.md"}
+    assert set(after) == set(before) == WRITTEN
     failed = Path(calls[-1]).name
     assert after[failed] == before[failed]
+    if at == 3:  # the new tensors with the old header
+        with pytest.raises(ValueError, match=rf"{TENSORS}: damaged|{HEADER}: damaged"):
+            l3d.load(tmp_path)
+    else:
+        assert_same(l3d.load(tmp_path), make(seed=int(at == 4)))
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +351,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
             patch.setattr(Path, writer, full)
             with pytest.raises(OSError, match="disk full"):
                 make(seed=0).save(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {TENSORS, HEADER, "README.md"}
+        assert {path.name for path in tmp_path.iterdir()} == WRITTEN
         assert_same(l3d.load(tmp_path), d)
 
 
@@ -346,7 +361,7 @@ def test_saving_again_replaces_both_files(tmp_path: Path) -> None:
     other = make({"w": torch.Size([3, 4])}, 2, seed=2)
     other.save(tmp_path)
     assert_same(l3d.load(tmp_path), other)
-    assert {path.name for path in tmp_path.iterdir()} == {TENSORS, HEADER, "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == WRITTEN
 
 
 def test_settings_that_json_cannot_hold_are_refused_before_writing(tmp_path: Path) -> None:

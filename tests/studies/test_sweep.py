@@ -111,6 +111,108 @@ def test_the_table_averages_over_seeds_and_compares_them(tmp_path: Path) -> None
     assert records(tmp_path / "s", runs) == found
 
 
+class Failing(Stub):
+    """Fails at some runs, each in its own way."""
+
+    def __init__(self, failures: Mapping[str, BaseException]) -> None:
+        super().__init__()
+        self.failures = failures
+
+    def __call__(self, folder: Path, point: Point, resume: bool) -> Mapping[str, Any]:
+        metrics = super().__call__(folder, point, resume)
+        if point.name in self.failures:
+            raise self.failures[point.name]
+        return metrics
+
+
+FAILURES = {
+    "k=0.1,seed=0": ValueError("step 3: gradients: NaN or infinity in those of 'w'"),
+    "k=0.1,seed=1": torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate 2 | 3 GiB"),
+    "k=0.2,seed=0": ZeroDivisionError(),
+    "k=0.3,seed=1": KeyError("a model's own"),
+}
+REASONS = {
+    "k=0.1,seed=0": "step 3: gradients: NaN or infinity in those of 'w'",
+    "k=0.1,seed=1": "CUDA out of memory. Tried to allocate 2 | 3 GiB",
+    "k=0.2,seed=0": "ZeroDivisionError",
+    "k=0.3,seed=1": '"a model\'s own"',
+}
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path: Path) -> None:
+    """Each row says in one line why its run failed; the others' figures are theirs, and the next call tries again."""
+    runs, said = points({"seed": [0, 1], "k": [0.1, 0.2, 0.3]}), list[str]()
+    found = run_sweep(tmp_path / "s", {}, runs, Failing(FAILURES), said.append)
+    assert {each.point.name: each.failure for each in found if each.failure} == REASONS
+    assert [line.partition("failed: ")[2] for line in said if "failed" in line] == list(REASONS.values())
+    assert [bool(each.metrics) for each in found] == [point.name not in FAILURES for point in runs]
+    head, _, *rows = to_markdown(found).splitlines()
+    assert head == "| k | weights | runs | error | kept | dead | alike | s | failed |"
+    assert rows == [
+        "| 0.1 | trained | 0 of 2 |  |  |  |  |  | seed 0: step 3: gradients: NaN or infinity in those of 'w'; "
+        r"seed 1: CUDA out of memory. Tried to allocate 2 \| 3 GiB |",
+        "| 0.2 | trained | 1 of 2 | .790 | 6 | 0 |  | 2 | seed 0: ZeroDivisionError |",
+        '| 0.3 | trained | 1 of 2 | .700 | 9 | 0 |  | 2 | seed 1: "a model\'s own" |',
+    ]
+    paths = write_results(tmp_path / "s", {}, found)
+    assert [path.name for path in paths] == ["sweep.json", "table.md", "error-kept.svg", "error-kept.png"]
+    written = {row["folder"]: row.get("failure") for row in json.loads(paths[0].read_text())["runs"]}
+    assert written == {f"runs/{point.name}": REASONS.get(point.name) for point in runs}
+    again = Stub()
+    assert not any(each.failure for each in run_sweep(tmp_path / "s", {}, runs, again))
+    assert [name for name, _ in again.asked] == list(FAILURES)
+
+
+def test_a_sweep_of_which_every_run_fails_has_a_table(tmp_path: Path) -> None:
+    runs = points(OVER)
+    found = run_sweep(tmp_path / "s", {}, runs, Failing({point.name: ValueError("no") for point in runs}))
+    write_results(tmp_path / "s", {}, found)
+    assert (tmp_path / "s" / "table.md").read_text().count("seed 0: no; seed 1: no") == 2
+
+
+@pytest.mark.parametrize("damage", ["metrics.json", "decomposition.json", "decomposition.safetensors"])
+def test_a_finished_run_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> None:
+    """The others are tabulated and compared."""
+    runs = points({"seed": [0, 1, 2]})
+    whole = run_sweep(tmp_path / "s", {}, runs, Stub())
+    (tmp_path / "s" / "runs" / "seed=1" / damage).write_bytes(b"{")
+    found = records(tmp_path / "s", runs)
+    assert [bool(each.failure) for each in found] == [False, True, False]
+    assert damage.partition(".")[0] in found[1].failure
+    assert found[0].metrics == whole[0].metrics
+    assert found[0].alike == found[2].alike != whole[0].alike
+
+
+def test_only_a_users_interruption_ends_a_sweep(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(tmp_path / "s", {}, points(OVER), Failing({"k=0.1,seed=1": KeyboardInterrupt()}))
+
+
+def test_the_command_says_that_runs_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2, with table and figures of the runs that did not fail; once nothing fails, status 0."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sweep", "--toy", "tms", "--steps", "12", "--n_restarts", "1", "--evaluate_rows", "64", "--out", "s"]
+    arguments += ["--over.k", "[.1,.3]", "--over.seed", "[0,1]"]
+    decompose = l3d.decompose
+
+    def failing(*data: Any, **chosen: Any) -> Decomposition:
+        if (chosen["k"], chosen["seed"]) in ((0.1, 1), (0.3, 0)):
+            raise RuntimeError("the model's\nown error")
+        return decompose(*data, **chosen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l3d.decompose", failing)
+        assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("l3d: error: 2 of 4 runs failed; s/table.md says why")
+    assert printed.out.count("seed 1: the model's own error") == printed.out.count("seed 0: the model's own error") == 1
+    assert {"table.md", "sweep.json", "error-kept.svg"} <= {path.name for path in Path("s").iterdir()}
+    assert main(arguments) == 0
+    assert "failed" not in Path("s/table.md").read_text()
+
+
 def test_the_command_sweeps_a_toy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

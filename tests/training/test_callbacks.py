@@ -48,9 +48,10 @@ def test_a_callback_is_told_the_settings_every_record_and_the_end() -> None:
     """In this order; the figures are the history's."""
     notes = Notes()
     d = train(callbacks=[notes])
-    assert [kind for kind, _ in notes.told] == ["start", *["step"] * 5, "end"]
+    assert [kind for kind, _ in notes.told] == ["start", "note", *["step"] * 5, "end"]
     assert notes.told[0][1] == d.settings
-    for i, (_, (step, figures)) in enumerate(notes.told[1:-1]):
+    assert notes.told[1][1] == "divergence: mse, as the model's outputs have no .logits [B, T, V]"
+    for i, (_, (step, figures)) in enumerate(notes.told[2:-1]):
         assert step == i + 1
         assert figures == {name: values[i] for name, values in d.history.items()}
     assert notes.told[-1][1] == notes.told[-2][1][1]
@@ -61,7 +62,7 @@ def test_a_callback_is_told_the_folder_first_and_the_choice_of_the_cache_last(tm
     notes = Notes()
     cache = l3d.GradientCache(tmp_path / "cache", reads="on")
     train(callbacks=[notes], out=tmp_path / "run", cache=cache)
-    assert [kind for kind, _ in notes.told] == ["folder", "start", *["step"] * 5, "note", "end"]
+    assert [kind for kind, _ in notes.told] == ["folder", "start", "note", *["step"] * 5, "note", "end"]
     assert notes.told[0][1] == tmp_path / "run"
     assert notes.told[-2][1].startswith("cache: ")
 
@@ -79,7 +80,7 @@ def test_the_end_of_a_run_that_failed_is_not_told() -> None:
     notes = Notes()
     with pytest.raises(RuntimeError, match="enough"):
         train(callbacks=[notes, Failing()])
-    assert [kind for kind, _ in notes.told] == ["start", "step"]
+    assert [kind for kind, _ in notes.told] == ["start", "note", "step"]
 
 
 def test_the_progress_bar_shows_figures_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def prove_layouts(output: Tensor, nodes: list[Node]) -> dict[Node, Layout]:
         return {node: found[0] for node, found in candidates.items() if found}
     edges = [GradientEdge(node, 0) for node in nodes]
     generator = torch.Generator(output.device).manual_seed(0)
-    base = torch.randn(output.shape, generator=generator, device=output.device).to(output)
+    base = torch.randn(output.shape, generator=generator, dtype=torch.float32, device=output.device).to(output)
 
     def at_nodes(grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient at every node from that at the output."""

@@ -206,12 +206,18 @@ def softmax_mean_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     return run(hidden, weight, bias).to(hidden.dtype)
 
 
+_softmax_mean = common.differentiable(
+    lambda hidden, weight, bias: softmax_mean_forward(hidden, weight, bias),
+    lambda needs, saved, d_out: [],  # there are no gradients: a transform that asks for one is told so
+)
+
+
 def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run `l3d_kernels.reference.softmax_mean` with Triton kernels."""
     hidden, weight = common.contiguous(hidden, weight)
     if bias is not None:
         bias = bias.to(hidden.dtype).contiguous()
-    return softmax_mean_forward(hidden, weight, bias)
+    return _softmax_mean(hidden, weight, bias)
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

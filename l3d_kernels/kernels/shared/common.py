@@ -154,9 +154,33 @@ def differentiable(
             gradient. It returns the gradients of the first inputs; the other inputs have none.
         save: takes (inputs, output) and returns the tensors to save for `gradients`; all inputs unless it is given.
 
-    The result passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient; second derivatives raise an
-    error.
+    The result passes gradcheck, torch.compile(fullgraph=True) and vmap of a gradient. Second derivatives raise
+    RuntimeError, and so does a gradient to an input that has none.
     """
+
+    def wanted(needs: Sequence[bool], saved: Sequence[Any], d_out: Tensor) -> tuple[Tensor, ...]:
+        """Compute the gradients that are needed; there is no silent zero for an input that has none."""
+        grads = gradients(needs, saved, d_out)
+        own = [grad for grad, need in zip(grads, needs, strict=False) if need]
+        if len(own) < sum(needs) or any(grad is None for grad in own):
+            raise RuntimeError("Triton kernels have no gradient to one of the inputs; detach it or use backend='torch'")
+        return tuple(own)  # type: ignore[arg-type]
+
+    class Once(torch.autograd.Function):
+        # torch's once_differentiable sees the upstream gradient only: where that is constant, as that of a sum, a
+        # second derivative by the saved tensors would vanish. A function of its own sees them all.
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(needs: Sequence[bool], d_out: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+            return wanted(needs, saved, d_out)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError("Triton kernels are once_differentiable; take second derivatives with backend='torch'")
 
     class Differentiable(torch.autograd.Function):
         generate_vmap_rule = True
@@ -169,12 +193,10 @@ def differentiable(
             ctx.save_for_backward(*save(inputs, output))
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            needs = ctx.needs_input_grad
-            grads = gradients(needs, ctx.saved_tensors, d_out)
-            own = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
-            return *own, *(None for _ in needs[len(own) :])
+            needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+            found = iter(Once.apply(needs, d_out, *saved) if torch.is_grad_enabled() else wanted(needs, saved, d_out))
+            return tuple(next(found) if need else None for need in needs)
 
     return Differentiable.apply
 
