@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.utils.data import Subset
 
 from l3d.analysis.png import encode_png
 from l3d.data.batch import without_label
+from l3d.data.readers import array_names, read_array
 
 THUMBNAIL = 64  # pixels along the longer side, at most
 MAX_POINT = 64  # numbers in a row that is shown as a point
@@ -117,8 +117,8 @@ def load_view(
     mean, std = arguments.get("mean"), arguments.get("std")
     scheme, _, target = (data_spec or "").partition(":")
     if scheme == "npz":
-        with np.load(Path(target).expanduser(), allow_pickle=False) as archive:
-            found = archive["classes"] if "classes" in archive.files else None
+        path = Path(target).expanduser()
+        found = read_array(path, "classes", kinds="USfiubc") if "classes" in array_names(path) else None
         classes = found.tolist() if found is not None and found.dtype.kind == "U" else None
     else:
         classes = getattr(data, "classes", None)

@@ -25,6 +25,7 @@ from l3d.data.sources import Data, absolute, absolute_files, load_data, load_fun
 from l3d.distributed.watch import is_first
 from l3d.gradients.divergence import Divergence
 from l3d.storage import run_folder
+from l3d.storage.files import check_links
 from l3d.storage.progress import check_finished
 from l3d.training.options import PRESETS
 
@@ -49,6 +50,7 @@ def find_run(settings: Settings, reloads: bool = True, finished: bool = True) ->
     decomposition is needed, which an interrupted run does not have.
     """
     run = Path(settings["run"])
+    check_links(run)
     if finished:
         check_finished(run)
     if reloads or not (run / "decomposition.json").is_file():

@@ -15,8 +15,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from l3d.cli import options
-from l3d.cli.config import in_words, load_yaml
 from l3d.cli.options import Option, Whole, options_of, placed
+from l3d.storage.schema import one_line
+from l3d.storage.yaml_text import MOST_BYTES, in_words, load_yaml
 
 _LOADER = "l3d-yaml"
 _SLICE = re.compile(r"-?\d*:-?\d*")
@@ -200,6 +201,8 @@ class _Parser(ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Check a file and parse what it holds. Raises ValueError, naming the file, where it is no list of options."""
         try:
+            if Path(path).stat().st_size > MOST_BYTES:
+                raise yaml.YAMLError(f"larger than {MOST_BYTES:,} bytes")
             text = Path(path).read_text(encoding="utf-8-sig")
             found = load_yaml(text)
         except UnicodeDecodeError as error:
@@ -225,7 +228,7 @@ def read_settings(command: str, run: Path) -> dict[str, Any]:
     try:
         return parse([command, "--config", str(path)])[command]
     except argparse.ArgumentError as error:
-        raise ValueError(f"{path}: {explain(error)}") from error
+        raise ValueError(f"{path}: {one_line(explain(error))}") from error
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:

@@ -5,12 +5,15 @@ Errors are ValueErrors that name the wrong argument; `l3d.data.sources` puts the
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -111,43 +114,116 @@ def _windows(ids: list[int], size: int, start: str, tails: bool) -> Iterator[lis
             yield window
 
 
-def read_array(path: Path, key: str | None, default: str = "images") -> np.ndarray:
+def read_array(path: Path, key: str | None, default: str = "images", kinds: str = "fiub") -> np.ndarray:
     """Read an array of numbers from an .npy file, or from an .npz file.
 
     Of an .npz file it is the array named `key`; without a key the one named `default`, else the only one. Pickled
-    arrays are refused. Raises FileNotFoundError for a missing file, ValueError for one that cannot be read.
+    arrays are refused, and sizes that the file cannot hold, before memory is asked for. kinds: of numpy's dtypes, by
+    their letters. Raises FileNotFoundError for a missing file, ValueError for one that cannot be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
     if path.suffix == ".npy":
-        array = _read(path.name, lambda: np.load(path, allow_pickle=False))
-        key = path.name
-    elif not zipfile.is_zipfile(path):
-        raise ValueError("not an .npz archive")
+        size, key = _size(path), path.name
+        with path.open("rb") as file:
+            array = _read(file, size, key)
     else:
-        with np.load(path, allow_pickle=False) as archive:
-            names = list(archive.files)
-            key = key or (default if default in names else names[0] if len(names) == 1 else None)
+        with _archive(path) as archive:
+            names = _names(archive)
+            key = key or (default if default in names else next(iter(names)) if len(names) == 1 else None)
             if key is None or key not in names:
                 problem = "which array?" if key is None else f"no array {key!r}"
-                raise ValueError(f"key: {problem} (the file holds: {', '.join(names) or 'none'})")
-            array = _read(key, lambda: archive[key])
-    if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "fiub":
+                raise ValueError(f"key: {problem} (the file holds: {', '.join(names)[:500] or 'none'})")
+            held = names[key].file_size
+            if held > 2 * path.stat().st_size + MARGIN:
+                raise ValueError(f"array {key!r} cannot be read: {held:,} bytes packed into few; save it unpacked")
+            if names[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"array {key!r} cannot be read: it is not compressed as numpy does it")
+            with _refusing(key), archive.open(names[key]) as member:
+                array = _read(member, held, key)
+    if array.ndim == 0 or array.dtype.kind not in kinds or (array.dtype.kind in "fiub" and array.itemsize > 8):
         raise ValueError(f"key: {key!r} is not an array of numbers with rows")
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def array_names(path: Path) -> list[str]:
     """List the names of an .npz file's arrays; an empty list for an .npy file, whose array has no name."""
     if path.suffix == ".npy":
         return []
-    with np.load(path, allow_pickle=False) as archive:
-        return list(archive.files)
+    with _archive(path) as archive:
+        return list(_names(archive))
 
 
-def _read(name: str, load: Callable[[], Any]) -> Any:
-    """Return load(); raises ValueError with the array's name if the file is damaged or holds pickled objects."""
+MARGIN = 200 * 2**20  # bytes; no file may make a reader hold more than twice its size and this
+_DIRECTORY = 8 * 2**20  # bytes of an archive's list of members, and of anything else that is read in one piece
+_LONGEST = 10_000  # characters of an .npy header, numpy's own limit
+
+
+class _InPieces(io.FileIO):
+    """A file of which no more than `_DIRECTORY` bytes are read at once: a list of members cannot fill the memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > _DIRECTORY:
+            raise ValueError("its list of members is too long")
+        return super().read(max(0, size))
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an .npz file."""
+    _size(path)
+    with _InPieces(path) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except Exception as error:  # zipfile raises what its parts do: BadZipFile, struct.error, ..
+            raise ValueError(f"not an .npz archive ({_line(error)})") from error
+        with archive:
+            yield archive
+
+
+def _names(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return an archive's members by the names of their arrays. Raises ValueError for a name that is there twice."""
+    members = archive.infolist()
+    found = {member.filename.removesuffix(".npy"): member for member in members}
+    if len(found) < len(members):
+        raise ValueError("not an .npz archive (two arrays have one name)")
+    return found
+
+
+def _read(file: IO[bytes], size: int, name: str) -> np.ndarray:
+    """Read one array of a file or member of `size` bytes. Raises ValueError with the array's name if that fails."""
+    with _refusing(name):
+        start = file.read(8)
+        width = {1: 2, 2: 4}.get(start[6] if len(start) == 8 else 0, 0)
+        if start[:6] != np.lib.format.MAGIC_PREFIX or not width:
+            raise ValueError("not an .npy array of version 1 or 2")
+        if (length := int.from_bytes(file.read(width), "little")) > _LONGEST:
+            raise ValueError(f"a header of {length:,} bytes")
+        file.seek(8)
+        header = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size - file.tell():
+            raise ValueError(f"{dtype} {list(shape)} is more than the file's {size:,} bytes")
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn whatever numpy and zipfile raise for a damaged array into a ValueError of one line."""
     try:
-        return load()
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"array {name!r} cannot be read: {error}") from error
+        yield
+    except Exception as error:  # the parser of a header alone has five classes of error
+        raise ValueError(f"array {name!r} cannot be read: {_line(error)}") from error
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    return path.stat().st_size
+
+
+def _line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]

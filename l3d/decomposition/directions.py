@@ -9,6 +9,7 @@ once the core and all modes but the first are contracted into `right`. Vectors a
 """
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
@@ -106,22 +107,28 @@ def resolve_ranks(rank: Rank, shapes: Mapping[str, torch.Size]) -> dict[str, tup
     if not isinstance(rank, (int, Mapping)) or isinstance(rank, bool):
         raise ValueError(f"rank: expected a whole number or {{glob: number or numbers}}, got {rank!r}")
     patterns = {"*": rank} if isinstance(rank, int) else dict(rank)
+    literal = {
+        exact_pattern(name): name for name in shapes
+    }  # of these each fits one name: time grows with their number
+    at = {pattern: i for i, pattern in enumerate(patterns)}
+    globs = [pattern for pattern in patterns if pattern not in literal]
     for pattern, wanted in patterns.items():
         if not isinstance(pattern, str):
             raise ValueError(f"rank: expected texts as patterns of names, got {pattern!r}")
         numbers = wanted if isinstance(wanted, (list, tuple)) else [wanted]
         if not numbers or not all(type(number) is int and number >= 1 for number in numbers):
             raise ValueError(f"rank: expected positive whole numbers for {pattern!r}, got {wanted!r}")
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
+        if pattern not in literal and not any(fnmatch.fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(f"rank: no decomposed parameter matches {pattern!r}; there are {', '.join(shapes)}")
     for name, shape in shapes.items():
         if len(shape) < 2:
             resolved[name] = ()
             continue
-        first = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), None)
-        if first is None:
+        fitting = [p for p in (exact_pattern(name),) if p in at]
+        fitting += itertools.islice((p for p in globs if fnmatch.fnmatchcase(name, p)), 1)
+        if not fitting:
             raise ValueError(f"rank: no pattern matches {name!r}; add one, or '*'")
-        resolved[name] = _ranks_of(name, shape, first)
+        resolved[name] = _ranks_of(name, shape, patterns[min(fitting, key=at.__getitem__)])
     return resolved
 
 

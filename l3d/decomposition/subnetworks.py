@@ -173,6 +173,8 @@ class Subnetworks(nn.Module):
     def figures(self) -> dict[str, float]:
         """Return the last row of the history, with `final_error` as error; without a dead_fraction not yet known."""
         row = {name: values[-1] for name, values in self.history.items() if values}
+        if any(isinstance(value, list) for value in row.values()):
+            return {}  # a checkpoint of several restarts, which are no one run
         if row.get("step", 0) < self.settings.get("replacement", {}).get("restart_every", 0):
             row.pop("dead_fraction", None)
         return row | ({"error": self.final_error} if row else {})
@@ -209,7 +211,8 @@ class Subnetworks(nn.Module):
         """Return those of the coefficients [S, K] that `code` keeps, where they are those of 2^exponent g_s."""
         if self.threshold != self.threshold:
             raise ValueError("threshold: not known before training; set decomposition.threshold, or use encode")
-        return above(coefficients, math.ldexp(self.threshold, exponent))
+        largest = torch.finfo(coefficients.dtype).max
+        return above(coefficients, min(math.ldexp(self.threshold, exponent), largest))
 
     @own_precision()
     def loss(self, gradients: Gradients, k: float | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from l3d.decomposition.subnetworks import mean_of_last
 from l3d.report import plots
 from l3d.report.table import common_prefix, make_table
-from l3d.storage.files import read_json, replace_text
+from l3d.storage.files import check_links, read_json, replace_text
 from l3d.storage.formats import duration, figure, percent, size
 from l3d.storage.run_folder import (
     COLUMNS,
@@ -35,6 +35,7 @@ from l3d.storage.run_folder import (
     read_subnetworks,
     write_subnetworks,
 )
+from l3d.storage.schema import check_subnetworks
 from l3d.storage.store import to_json
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def render_report(
     folder = Path(run_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run folder")
+    check_links(folder)
     metrics = read_metrics(folder)
     config, subject = _read_config(folder / CONFIG)
     d = load(folder)
@@ -106,13 +108,15 @@ def render_report(
     if described and len(described["subnetworks"]) != d.n_subnetworks:
         got = len(described["subnetworks"])
         raise ValueError(f"{folder / SUBNETWORKS}: expected {d.n_subnetworks} subnetworks, got {got}")
+    if described:
+        check_subnetworks(described, str(folder / SUBNETWORKS))
     ratios = read_ratios(folder)
     if described and ratios:
         each = enumerate(described["subnetworks"])
         measured = [seen | ({"intervention_ratio": ratios[k]} if k in ratios else {}) for k, seen in each]
         described = {**described, "subnetworks": measured}
     if rates is None and described:
-        known = [seen["activation_rate"] for seen in described["subnetworks"]]
+        known = [seen.get("activation_rate") for seen in described["subnetworks"]]
         rates = None if None in known else known
     own = _read_columns(folder) if columns is None else _checked_columns(columns, "columns")
     for name, values in own.items():
@@ -124,6 +128,9 @@ def render_report(
     table = make_table(d, rates, described, prefix, ratios)
     dead_after = d.settings.get("replacement", {}).get("restart_every", 0)
     history = {key: list(values) for key, values in d.history.items()}
+    if any(isinstance(values[-1], list) for values in history.values() if values):
+        history = {}  # that of a checkpoint of several restarts, which are no one run
+    drawn = bool(history.get("step")) and {"error", "kept_per_sample", "dead_fraction", "k"} <= history.keys()
     script, style = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     return render(
         _TEMPLATES / "report.html.j2",
@@ -136,7 +143,7 @@ def render_report(
         shapes=shapes,
         headlines=headlines(metrics or d.figures()),
         from_history=not metrics,
-        curve=plots.to_svg(plots.error_curve(history, dead_after), "curve-", css=True) if history.get("step") else None,
+        curve=plots.to_svg(plots.error_curve(history, dead_after), "curve-", css=True) if drawn else None,
         curve_summary=_curve_summary(history),
         rates=plots.to_svg(plots.activation_rates(rates), "rates-", css=True) if rates else None,
         n_dead=sum(rate == 0 for rate in rates or ()),
@@ -202,15 +209,11 @@ def headlines(figures: Mapping[str, Any]) -> list[Headline]:
 
 def _read_config(path: Path) -> tuple[str, str]:
     """Return config.yaml's text and the name of its toy or model; both are empty if there is no such file."""
-    import yaml
+    from l3d.storage.yaml_text import read_yaml
 
     if not path.is_file():
         return "", ""
-    try:
-        text = path.read_text(encoding="utf-8")
-        settings = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    settings, text = read_yaml(path), path.read_text(encoding="utf-8")
     named = settings if isinstance(settings, dict) else {}
     model = str(named.get("model") or "")  # "hf:folder/name", "python:package.module:factory"
     return text, str(named.get("name") or re.split("[:/]", model.rstrip("/"))[-1])
@@ -229,7 +232,7 @@ def _checked_columns(columns: Mapping[str, Any], where: str) -> dict[str, list[f
             str(name): [None if value is None or not math.isfinite(value) else float(value) for value in values]
             for name, values in columns.items()
         }
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}: expected {{header: list of numbers}} ({error})") from error
 
 

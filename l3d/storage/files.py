@@ -1,13 +1,21 @@
-"""Write files atomically: a reader finds the complete old file or the complete new one, also after a power cut."""
+"""Write files atomically: a reader finds the complete old file or the complete new one, also after a power cut.
+
+JSON is read within bounds, and a folder's links are kept within it.
+"""
 
 import json
+import math
 import os
 import re
 import shutil
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from l3d.storage.schema import check, one_line
 
 
 class WriteError(OSError):
@@ -107,14 +115,86 @@ def beginning(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")[:200] if path.is_file() else ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a json object. Raises FileNotFoundError or ValueError, with a message of one line."""
+MARGIN = 200 * 2**20  # bytes; no file may make a reader hold more than twice its size and this
+
+
+def read_json(path: Path, schema: Any = None) -> dict[str, Any]:
+    """Read a json object, and check it against a schema of `l3d.storage.schema` if one is given.
+
+    Raises FileNotFoundError or ValueError, with a message of one line: for a name given twice, and for numbers that are
+    not finite, too.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        content = path.read_bytes() if path.stat().st_size <= 8 * MARGIN else b""
+        held = (2 if content.isascii() else 8) * len(content) + 100 * (content.count(b"[") + content.count(b":"))
+        held += 200 * content.count(b"{") + 40 * content.count(b",")
+        if not content or held > len(content) + MARGIN:
+            raise ValueError("empty" if not path.stat().st_size else "it would fill the memory")
+        value = json.loads(content.decode(), **_STRICT)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({one_line(error)})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    if schema is not None:
+        check(value, schema, str(path))
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+_STRICT: dict[str, Any] = {"object_pairs_hook": _once, "parse_float": _finite, "parse_constant": _finite}
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError if a link in a folder, at any depth, leads out of it: nothing is read or deleted through it."""
+    home = os.path.realpath(folder)
+    for where, folders, names in os.walk(home):  # which follows no links
+        for name in [*folders, *names]:
+            path = os.path.join(where, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(home + os.sep):
+                shown = folder / os.path.relpath(path, home)
+                raise ValueError(f"{shown}: a link to {os.readlink(path)}, outside the folder; delete the link")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link but not what it leads to; or nothing, if there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def create_text(path: Path, text: str) -> bool:
+    """Write a new text file, whole from its first moment; return False, and write nothing, if there is one already."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: for a moment the file is there and empty
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        partial.unlink(missing_ok=True)

@@ -22,13 +22,25 @@ from torch import Tensor
 
 from l3d.data.arguments import warn
 from l3d.decomposition.subnetworks import Subnetworks
+from l3d.storage import schema
 from l3d.storage.card import CARD, is_card
-from l3d.storage.files import WriteError, beginning, flush, is_leftover, naming, read_json, replace_text
-from l3d.storage.lock import LOCK, check_free, claim
+from l3d.storage.files import (
+    WriteError,
+    beginning,
+    check_links,
+    flush,
+    is_leftover,
+    naming,
+    read_json,
+    remove,
+    replace_text,
+)
+from l3d.storage.lock import LOCK, check_free, claim, release
 from l3d.storage.manifest import FORMAT as MANIFEST_FORMAT
 from l3d.storage.manifest import MANIFEST, check
 from l3d.storage.progress import CONFIG, checkpoints
 from l3d.storage.store import FORMAT, read, read_tensors, tensor_bytes, to_json, write
+from l3d.storage.yaml_text import read_yaml
 
 METRICS = "metrics.json"
 SUBNETWORKS = "subnetworks.json"
@@ -54,19 +66,20 @@ class RunFolder:
         """
         folder = Path(path)
         check_free(folder)
-        if resume and not (folder / "checkpoints").is_dir():
-            raise FileNotFoundError(f"out: nothing to resume in {folder}; it holds no checkpoints")
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"out: {folder} is a file; name a folder")
-        if holds_files(folder) and not resume:
-            if not overwrite:
-                raise ValueError(f"out: {folder} is not empty; choose another folder or pass existing='overwrite'")
-            _remove_run(folder)
+        _check_usable(folder, overwrite, resume)
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
             claim(folder)
-            for each in filter(is_leftover, folder.iterdir()):
-                each.unlink()
+        try:
+            _check_usable(folder, overwrite, resume)  # since then another process may have been and gone
+            with naming(folder):
+                if overwrite and not resume and holds_files(folder):
+                    _remove_run(folder)
+                for each in filter(is_leftover, folder.iterdir()):
+                    each.unlink()
+        except BaseException:
+            release(folder)
+            raise
         return cls(folder)
 
     def checkpoints(self) -> list[Path]:
@@ -128,7 +141,7 @@ class RunFolder:
         columns: read this slice of the subnetworks only.
         """
         optimizer = read_tensors(path / "optimizer.safetensors", columns)
-        return read(path, Subnetworks, columns), optimizer, read_json(path / "state.json")
+        return read(path, Subnetworks, columns), optimizer, read_json(path / "state.json", schema.STATE)
 
     def go_on_from(self, path: Path) -> None:
         """Rename checkpoints later than `path`, which are damaged, and delete what a killed process has left.
@@ -173,21 +186,34 @@ def holds_files(folder: Path) -> bool:
     return folder.exists() and any(each.name != LOCK and not is_leftover(each) for each in folder.iterdir())
 
 
-def _remove_run(folder: Path) -> None:
-    """Delete the files that a run wrote into a folder, and no others. Raises ValueError for a folder without a run."""
+def _check_usable(folder: Path, overwrite: bool, resume: bool) -> None:
+    """Raise ValueError or FileNotFoundError, in one line, if a folder cannot become or go on with a run."""
+    if resume and not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"out: nothing to resume in {folder}; it holds no checkpoints")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file; name a folder")
+    if not holds_files(folder):
+        return
+    if not (overwrite or resume):
+        raise ValueError(f"out: {folder} is not empty; choose another folder or pass existing='overwrite'")
+    check_links(folder)
     is_run = FORMAT in beginning(folder / "decomposition.json") or beginning(folder / CONFIG).startswith("# l3d ")
     is_run = is_run or any((folder / "checkpoints").glob("step*/decomposition.json"))
-    if not is_run:
+    if not resume and not is_run:
         raise ValueError(f"out: {folder} holds no run of l3d, so overwrite deletes nothing; choose another folder")
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete the files that a run wrote into a folder, and no others."""
     for name in ("checkpoints", "tensorboard", "wandb"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove(folder / name)
     files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, COLUMNS, REPORT)
     for name in (*files, INTERVENTIONS, "interventions.svg", "interventions.png"):
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
     if is_card(folder / CARD):
-        (folder / CARD).unlink()
+        remove(folder / CARD)
     if MANIFEST_FORMAT in beginning(folder / MANIFEST):
-        (folder / MANIFEST).unlink()
+        remove(folder / MANIFEST)
 
 
 def write_config(run: Path, command: str, settings: Mapping[str, Any]) -> Path:
@@ -204,10 +230,9 @@ def read_command(run: Path) -> str:
 
     Raises FileNotFoundError for a missing folder, ValueError for one that l3d did not make.
     """
-    import yaml
-
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder")
+    check_links(run)
     path = run / CONFIG
     if not path.is_file():
         if (run / "decomposition.json").is_file() or (run / "checkpoints").is_dir():
@@ -216,10 +241,7 @@ def read_command(run: Path) -> str:
                 "l3d.load(RUN).evaluate, l3d.intervention_ratios, or l3d.decompose(.., existing='resume')"
             )
         raise ValueError(f"{run}: not a run folder of l3d: it has no {CONFIG}")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    settings = read_yaml(path)
     if isinstance(settings, dict) and "name" in settings:
         return "toy"
     if isinstance(settings, dict) and "model" in settings:
@@ -236,14 +258,7 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> Path:
 def read_metrics(run: Path) -> dict[str, Any]:
     """Read RUN/metrics.json; return an empty dict if it is missing. Raises ValueError for a damaged file."""
     path = run / METRICS
-    found = read_json(path) if path.is_file() else {}
-    rates = found.get("activation_rate", [])
-    if not isinstance(rates, list) or not all(isinstance(rate, (int, float)) for rate in rates):
-        raise ValueError(f"{path}: activation_rate: expected a list of numbers")
-    for name in ("error", "held_out_error", "kept_per_sample", "dead_fraction", "seconds"):
-        if not isinstance(found.get(name, 0.0), (int, float, type(None))):
-            raise ValueError(f"{path}: {name}: expected a number, got {found[name]!r}")
-    return found
+    return read_json(path, schema.METRICS) if path.is_file() else {}
 
 
 def write_subnetworks(run: Path, described: Mapping[str, Any]) -> Path:
@@ -261,7 +276,9 @@ def read_subnetworks(run: Path) -> dict[str, Any]:
         return {}
     found = read_json(path)
     if found.get("format") != SUBNETWORKS_FORMAT or not isinstance(found.get("subnetworks"), list):
-        raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {found.get('format')!r}")
+        got = schema.one_line(repr(found.get("format")))
+        raise ValueError(f"{path}: expected format {SUBNETWORKS_FORMAT!r}, got {got}")
+    schema.check(found, {"subnetworks": [{}]}, str(path))
     older = "outputs" if found.get("moved") == "output" else "tokens" if found.get("kind") == "text" else "classes"
     return {"entries": older, **found}  # older files name no entries
 
@@ -274,12 +291,10 @@ def read_ratios(run: Path) -> dict[int, float]:
     path = run / INTERVENTIONS
     if not path.is_file():
         return {}
-    found = read_json(path)
-    try:
-        pairs = zip(found["subnetworks"], found["ratio"], strict=True)
-        return {int(k): float(ratio) for k, ratio in pairs if ratio is not None}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of l3d intervene ({error})") from error
+    found = read_json(path, schema.INTERVENTIONS)
+    if len(found["subnetworks"]) != len(found["ratio"]):
+        raise ValueError(f"{path}: ratio: expected {len(found['subnetworks'])} numbers, got {len(found['ratio'])}")
+    return {k: ratio for k, ratio in zip(found["subnetworks"], found["ratio"], strict=True) if ratio is not None}
 
 
 def with_rates(described: Mapping[str, Any], rates: Sequence[float]) -> dict[str, Any]:
@@ -307,9 +322,10 @@ def check_copy(run: Path, out: Path) -> None:
 def copy_run(run: Path, out: Path) -> None:
     """Copy a run folder, without its lock, to `out`; `out` must pass `check_copy`. Raises WriteError."""
     check_copy(run, out)
+    check_links(run)
     try:
         with naming(out):
-            shutil.copytree(run, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+            shutil.copytree(run, out, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
     except WriteError:
         shutil.rmtree(out, ignore_errors=True)  # half a copy is worth nothing
         raise

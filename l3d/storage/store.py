@@ -23,8 +23,11 @@ from l3d.storage.card import write_card
 from l3d.storage.files import naming, read_json, replacing
 from l3d.storage.manifest import DECOMPOSITION, MANIFEST, check, write_files
 from l3d.storage.progress import check_finished, how_to_go_on, last_checkpoint
+from l3d.storage.schema import check_decomposition, one_line
 
 FORMAT = "l3d-decomposition-1"
+SIDES = ("encoder", "decoder")
+LONGEST_HEADER = 8 * 2**20  # bytes of a safetensors file's header: some 50,000 tensors
 
 Built = TypeVar("Built", bound=Subnetworks)
 
@@ -86,18 +89,20 @@ def load(path: str | Path, build: type[Built], columns: slice | None = None) -> 
 
 def read(folder: Path, build: type[Built], columns: slice | None = None) -> Built:
     """Read a decomposition as `load` does, from a folder that has been checked."""
-    header = read_json(folder / "decomposition.json")
+    where = folder / "decomposition.json"
+    header = read_json(where)
     if header.get("format") != FORMAT:
-        raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {header.get('format')!r}")
+        got = one_line(repr(header.get("format")))
+        raise ValueError(f"{folder}: expected a decomposition of format {FORMAT!r}, got {got}")
+    check_decomposition(header, f"{where}: damaged")
     tensors = read_tensors(folder / "decomposition.safetensors", columns)
     if columns is not None:
         header["n_subnetworks"] = columns.stop - columns.start
     try:
         return _assembled(header, tensors, build)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}: damaged: decomposition.safetensors does not belong to decomposition.json ({reason})"
+            f"{folder}: damaged: decomposition.safetensors does not belong to decomposition.json ({one_line(error)})"
         ) from error
 
 
@@ -105,13 +110,14 @@ def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor], build: 
     """Build a decomposition from its header and named tensors; any error means that the two do not belong together."""
     shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
     ranks = {name: tuple(each) for name, each in header["ranks"].items()}
-    if not tensors:
-        raise ValueError("the tensors differ from those that the header lists")
+    held = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if held != _listed(shapes, ranks, header["n_subnetworks"]):
+        raise ValueError("the tensors differ from those that the header lists")  # before memory is asked for
     like = next(iter(tensors.values()))
+    if any(tensor.dtype != like.dtype for tensor in tensors.values()) or not like.is_floating_point():
+        raise ValueError("the tensors are of several types, or hold whole numbers")
     decomposition = build.empty(shapes, header["n_subnetworks"], ranks, header["settings"], like)
     own = _named(decomposition)
-    if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
-        raise ValueError("the tensors differ from those that the header lists")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     decomposition.history, decomposition.timing = header["history"], header["timing"]
@@ -121,10 +127,28 @@ def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor], build: 
     return decomposition
 
 
+def _listed(
+    shapes: Mapping[str, torch.Size], ranks: Mapping[str, tuple[int, ...]], n_subnetworks: int
+) -> dict[str, list[int]]:
+    """Return the shapes of the tensors that `_named` returns, from a header alone."""
+    found: dict[str, list[int]] = {}
+    for name, shape in shapes.items():
+        each = ranks.get(name, ())
+        factors = {"vector": [shape.numel()]}
+        if len(shape) == 2:
+            factors = {"left": [*each, shape[0]], "right": [*each, shape[1]]}
+        elif each:
+            modes = zip(each, shape, strict=True)
+            factors = {"core": list(each), **{f"modes.{i}": list(mode) for i, mode in enumerate(modes)}}
+        for side in SIDES:
+            found |= {f"{side}.{name}.{factor}": [n_subnetworks, *tail] for factor, tail in factors.items()}
+    return found
+
+
 def _named(decomposition: Subnetworks) -> dict[str, Tensor]:
     """Return every tensor by side, parameter and factor, as in "encoder.W_in.weight.left"."""
     named = {}
-    for side in ("encoder", "decoder"):
+    for side in SIDES:
         for name, piece in getattr(decomposition, side).items():
             for factor, tensor in piece.named_parameters():
                 named[f"{side}.{name}.{factor}"] = tensor.detach()
@@ -159,8 +183,7 @@ def read_tensors(path: Path, rows: slice | None = None) -> dict[str, Tensor]:
 
     Raises FileNotFoundError or ValueError, with a message of one line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
+    check_header(path)
     try:
         if rows is None:
             return load_file(path)
@@ -171,5 +194,15 @@ def read_tensors(path: Path, rows: slice | None = None) -> dict[str, Tensor]:
                 shape = part.get_shape()
                 found[name] = part[rows] if shape and shape[0] > 1 else file.get_tensor(name)
             return found
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a valid safetensors file ({error})") from error
+    except (SafetensorError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: not a valid safetensors file ({one_line(error)})") from error
+
+
+def check_header(path: Path) -> None:
+    """Raise FileNotFoundError or ValueError unless a file can be a safetensors file whose names fit into memory."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a folder that l3d wrote")
+    with path.open("rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    if not 0 < length <= min(size - 8, LONGEST_HEADER):
+        raise ValueError(f"{path}: not a valid safetensors file (a header of {length:,} bytes, of {size:,} in all)")

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from l3d.analysis.consistency import consistency
 from l3d.api import load
 from l3d.data.arguments import check_fraction, check_whole
-from l3d.storage.files import replace_text
+from l3d.storage.files import check_links, read_json, replace_text
 from l3d.storage.progress import last_checkpoint
 from l3d.storage.run_folder import METRICS, read_metrics, write_metrics
+from l3d.storage.schema import SWEEP
 from l3d.storage.store import to_json
 from l3d.studies.recovery_suite import short
 
@@ -118,15 +119,16 @@ def run_sweep(
 def check_base(out: Path, base: Mapping[str, Any]) -> None:
     """Raise ValueError unless `out` is new, empty, or holds a sweep with the same settings."""
     path = out / BASE
+    check_links(out)
     if not path.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out: {out} exists and holds no sweep; choose a new folder")
         return
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))["base"]
-        changed = [name for name in {**old, **base} if json.dumps(old.get(name)) != json.dumps(base.get(name))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        old = read_json(path, SWEEP)["base"]
+    except ValueError as error:
         raise ValueError(f"{path}: not the settings of a sweep ({error})") from error
+    changed = [name for name in {**old, **base} if json.dumps(old.get(name)) != json.dumps(base.get(name))]
     if changed:
         raise ValueError(f"--out: {out} holds a sweep with other {', '.join(changed)}; choose a new folder")
 

@@ -62,6 +62,9 @@ def restore(run: "Run", folder: RunFolder) -> None:
         raise ValueError(
             "resume: the first batch's gradients differ from the interrupted run's; pass the same model and divergence"
         )
+    last_kept, seconds = state["recorder"]["last_kept"], decomposition.timing.get("seconds")
+    if len(last_kept) not in (0, run.settings.n_subnetworks * run.n_restarts) or seconds is None:
+        raise ValueError("resume: the checkpoint holds the figures of another run")
     if run.is_first():
         folder.go_on_from(path)
     for mine, saved in zip(run.decomposition.children(), decomposition.children(), strict=True):
@@ -71,7 +74,7 @@ def restore(run: "Run", folder: RunFolder) -> None:
     shift = run.extractor.exponent - state.get("exponent", run.extractor.exponent)  # that of another first micro-batch
     run.recorder.thresholds = [math.ldexp(threshold, shift) for threshold in run.recorder.thresholds]
     run.step = state["step"]
-    run.seconds = decomposition.timing["seconds"]
+    run.seconds = seconds
 
 
 def _seen(run: "Run") -> dict[str, Any]:

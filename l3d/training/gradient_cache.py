@@ -7,10 +7,13 @@ extracting against reading from the disk (not from memory that happens to hold t
 
 A store is a folder: cache.json says whose gradients these are (a hash of the model's tensors and of the data, and
 every choice that decides a gradient), batch-NNNNNN.safetensors holds one step's, each written whole and
-memory-mapped when read. Tensors that layers share (the input of q, k and v) are stored once. Where a gradient is
-smaller than its factors, as in convolutions, it is the gradient that is stored (`l3d.gradients.factors.compact`).
+memory-mapped when read. Each of these says whose gradients and which step's it holds, with a SHA-256 of all of that.
+A process checks a file's hash once, and again only if the file's size or time has changed since. Tensors that layers
+share (the input of q, k and v) are stored once. Where a gradient is smaller than its factors, as in convolutions, it is
+the gradient that is stored (`l3d.gradients.factors.compact`).
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -30,13 +33,15 @@ from l3d.data.batches import count_rows, take
 from l3d.distributed.process_group import ProcessGroup
 from l3d.gradients.extract import Extractor
 from l3d.gradients.factors import Dense, Gradients, Part, Place, Rows, place_of
-from l3d.storage.files import read_json, replace_text, replacing
+from l3d.storage.files import create_text, read_json, replacing
 from l3d.storage.identity import digest
+from l3d.storage.schema import one_line
+from l3d.storage.store import check_header
 from l3d.training.settings import Settings
 
 T = TypeVar("T")
 
-FORMAT = "l3d-gradients-2"
+FORMAT = "l3d-gradients-3"
 TRIALS = 3  # batches that extraction and reading are timed on, after one to warm up
 # What of the settings decides a batch's gradients; steps, K, rank, k and the optimiser's do not.
 DECIDING = ("divergence", "reference", "positions", "batch_size", "seed", "dtype")
@@ -70,7 +75,9 @@ class Cache:
         self.path, self.n_steps, self.extract, self.group = Path(path), n_steps, extract, group
         self.seconds = seconds
         self.identity = {"format": FORMAT, **identity}
+        self.run = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.reading: bool | None = {"on": True, "off": False, "auto": None}[reads]
+        self.begun = False  # whether this run has made cache.json, or found it to be its own before it wrote
         self.compared = False  # whether a stored batch was found to be what is extracted now
         self.extract_seconds: list[float] = []
         self.read_seconds: list[float] = []
@@ -135,6 +142,8 @@ class Cache:
         if not stored:
             self.write(index, gradients)
             self._stored(index)  # the others wait for the one that writes
+        elif _seen.get(self._file(index)) is None:
+            self.read(index)  # which checks its hash: that is not what is timed
         _drop_from_memory(self._file(index))
         reopened = time.perf_counter()
         again = self.read(index)
@@ -159,17 +168,23 @@ class Cache:
         """Store a step's gradients, the whole file or nothing."""
         if self.group is not None and self.group.rank > 0:
             return
-        if not (self.path / "cache.json").exists():
+        if not (self.begun and (self.path / "cache.json").exists()):
             self.path.mkdir(parents=True, exist_ok=True)
-            replace_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n")
+            if not create_text(self.path / "cache.json", json.dumps(self.identity, indent=1) + "\n"):
+                self.check()  # another run may have begun it since, with something else
+            self.begun = True
         with replacing(self._file(index), flushed=False) as partial, partial.open("wb") as file:
-            file.write(pack(gradients))
+            file.write(pack(gradients, self._holds(index)))
             file.flush()
             os.fsync(file.fileno())
+        _seen[self._file(index)] = _state(self._file(index))
 
     def read(self, index: int) -> Gradients:
-        """Map a stored step's gradients; raises ValueError for a damaged file."""
-        return unpack(self._file(index))
+        """Map a stored step's gradients; raises ValueError for a damaged file, and for one of another run or step."""
+        return unpack(self._file(index), self._holds(index))
+
+    def _holds(self, index: int) -> str:
+        return f"{self.run} {index}"
 
 
 def contents(model: nn.Module, extractor: Extractor, data: Any, settings: Settings, n_references: int) -> dict:
@@ -212,8 +227,20 @@ def check_same(gradients: Gradients, stored: Gradients, path: Path) -> None:
         raise ValueError(f"cache: {path} differs from the gradients extracted now; delete the store, it is stale")
 
 
-def pack(gradients: Gradients) -> bytes:
-    """Write gradients as a safetensors file; tensors that are the same one are written once."""
+_seen: dict[Path, tuple[int, int, int]] = {}  # files whose hash this process has checked, and their `_state` then
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does: its number on the disk, its size and its time in ns."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def pack(gradients: Gradients, holds: str = "") -> bytes:
+    """Write gradients as a safetensors file with a hash; tensors that are the same one are written once.
+
+    holds: whose gradients these are, and which step's.
+    """
     tensors: dict[str, Tensor] = {}
     names: dict[Place, str] = {}
 
@@ -231,15 +258,34 @@ def pack(gradients: Gradients) -> bytes:
     shapes = {name: list(shape) for name, shape in gradients.shapes.items()}
     dtype = str(gradients.dtype).removeprefix("torch.")
     header = {"parts": parts, "shapes": shapes, "n_samples": gradients.n_samples, "dtype": dtype}
-    return to_bytes(tensors, metadata={"gradients": json.dumps(header)})
+    written = {"gradients": json.dumps(header), "holds": holds}
+    return to_bytes(tensors, metadata={**written, "sha256": _hash(written, tensors)})
 
 
-def unpack(path: Path) -> Gradients:
-    """Map the gradients that `pack` wrote; raises ValueError for a damaged file."""
+def _hash(written: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the hash of a batch file's header and tensors, names, dtypes and shapes among it."""
+    return digest((tensors[name] for name in sorted(tensors)), "\n".join([*written.values(), *sorted(tensors)]))
+
+
+def unpack(path: Path, holds: str | None = None) -> Gradients:
+    """Map the gradients that `pack` wrote; raises ValueError for a damaged file, and for one that holds others.
+
+    holds: whose gradients are expected, and which step's; None for any.
+    """
     try:
+        before = _state(path)
+        check_header(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["gradients"])
+            found = file.metadata() or {}
+            written = {name: found[name] for name in ("gradients", "holds")}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _seen.get(path) != before:
+            if _hash(written, tensors) != found["sha256"]:
+                raise ValueError("its content does not have the hash that was written with it")
+            _seen[path] = before
+        if holds not in (None, written["holds"]):
+            raise ValueError("it holds the gradients of another run or step")
+        header = json.loads(written["gradients"])
 
         def part(kind: str, first: str, *more: Any) -> Part:
             return Dense(tensors[first]) if kind == "dense" else Rows(tensors[first], tensors[more[0]], more[1])
@@ -247,8 +293,12 @@ def unpack(path: Path) -> Gradients:
         parts = {name: [part(*each) for each in held] for name, held in header["parts"].items()}
         shapes = {name: torch.Size(shape) for name, shape in header["shapes"].items()}
         dtype = getattr(torch, header["dtype"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cache: {path} is damaged ({' '.join(str(error).split())}); delete it") from error
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{dtype!r} is no dtype")
+    except FileNotFoundError as error:
+        raise ValueError(f"cache: {path} is gone; keep the folder while a run uses it") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"cache: {path} is damaged ({one_line(error)}); delete it") from error
     return Gradients(parts, shapes, header["n_samples"], dtype, torch.device("cpu"))
 
 

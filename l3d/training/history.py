@@ -108,7 +108,12 @@ class Recorder:
         return {"thresholds": thresholds, "last_kept": last, "pending": [self.errors, self.kept, self.count]}
 
     def load_state(self, state: dict[str, Any], history: dict[str, list[Any]]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint. Raises ValueError for one of another number of restarts or with a column less."""
+        n = len(self.thresholds)
+        rows = [row for column in history.values() for row in column if isinstance(row, list)]
+        lengths = {len(state["thresholds"]), len(state["pending"][0]), *(len(row) for row in rows)}
+        if lengths != {n} or set(history) != set(COLUMNS) or (history["step"] and bool(rows) != (n > 1)):
+            raise ValueError("history: the checkpoint holds that of another run")
         self.history = history
         self.thresholds = [math.nan if threshold is None else threshold for threshold in state["thresholds"]]
         self.last_kept = torch.tensor(state["last_kept"], device="cpu") if state["last_kept"] else None

@@ -109,8 +109,11 @@ class RelativeAdam:
         return tensors, {"count": self.count}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        for name, own in self.state()[0].items():
+        """Continue from a checkpoint. Raises ValueError for the tensors of other parameters."""
+        every = self.state()[0]
+        if {name: own.shape for name, own in every.items()} != {name: held.shape for name, held in tensors.items()}:
+            raise ValueError("optimizer: the checkpoint holds other tensors than this run's parameters need")
+        for name, own in every.items():
             own.copy_(tensors[name])
         self.count = values["count"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from l3d.cli.config import load_yaml
 from l3d.cli.main import main
 from l3d.cli.parser import COMMANDS
+from l3d.storage.yaml_text import load_yaml
 
 from command_line import refusal
 

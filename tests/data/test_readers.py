@@ -1,5 +1,9 @@
 """Read texts as rows of tokens and images as a network's numbers; refuse what does not fit."""
 
+import io
+import tracemalloc
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from l3d.data.readers import token_rows
+from l3d.data.readers import read_array, token_rows
 from l3d.data.sources import load_data
 
 from helpers import Spelling
@@ -106,3 +110,94 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_data(f"npz:{tmp_path / name}.npz")
+
+
+# --- files that are not what they say ---------------------------------------------------------------------------
+
+LONG = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little")
+PREFIX = b"\x93NUMPY\x01\x00"
+
+
+def array_file(shape: str, kind: str = "<f8", body: bytes = bytes(64), start: bytes = PREFIX) -> bytes:
+    """An .npy file with any header."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return start + len(header).to_bytes(4 if start[6] > 1 else 2, "little") + header + body
+
+
+def archive_file(content: bytes, method: int = zipfile.ZIP_STORED, name: str = "a.npy", times: int = 1) -> bytes:
+    """An .npz file with one member, or several of one name."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", method) as archive:
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for _ in range(times):
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def many_members() -> bytes:
+    """An archive whose list of 400,000 members alone would fill hundreds of megabytes."""
+    entry = b"PK\x01\x02" + bytes(24) + (1).to_bytes(2, "little") + bytes(16) + b"a"
+    listed = entry * 400_000
+    return listed + b"PK\x05\x06" + bytes(4) + b"\xff" * 4 + len(listed).to_bytes(4, "little") + bytes(6)
+
+
+ZEROS = PREFIX + array_file("(300, 1000000)", "|u1", b"")[8:] + bytes(300_000_000)
+
+BOMBS: dict[str, tuple[str, bytes, str]] = {
+    "a huge shape": ("npy", array_file("(1000000000, 1000)"), r"float64 \[1000000000, 1000\] is more than the file"),
+    "a shape beyond 64 bits": ("npy", array_file("(4611686018427387904, 4)"), "is more than the file"),
+    "one row too many": ("npy", array_file("(9,)"), "is more than the file's"),
+    "a size below zero": ("npy", array_file("(-1, 4)"), "is more than the file"),
+    "a huge text": ("npy", array_file("(2,)", "<U9999999"), "is more than the file"),
+    "objects": ("npy", array_file("(2,)", "|O"), "Object arrays cannot be loaded when allow_pickle=False"),
+    "a long header": ("npy", LONG + bytes(99), "a header of 2,147,483,648 bytes"),
+    "a deep header": ("npy", array_file("(" * 500), "cannot be read"),
+    "a header that runs": ("npy", array_file("__import__('os').getpid()"), "cannot be read"),
+    "no array": ("npy", b"PK" * 40, "not an .npy array"),
+    "another version": ("npy", b"\x93NUMPY\x09\x00" + bytes(99), "not an .npy array of version 1 or 2"),
+    "nothing": ("npy", b"", "not an .npy array"),
+    "packed zeros": ("npz", archive_file(ZEROS, zipfile.ZIP_DEFLATED), "300,000,0.. bytes packed into few"),
+    "packed zeros of no array": ("npz", archive_file(bytes(300_000_000), zipfile.ZIP_DEFLATED, "a"), "packed into few"),
+    "packed by bzip2": ("npz", archive_file(bytes(10**6), zipfile.ZIP_BZIP2), "not compressed as numpy does it"),
+    "packed by lzma": ("npz", archive_file(bytes(10**6), zipfile.ZIP_LZMA), "not compressed as numpy does it"),
+    "a huge shape in an archive": ("npz", archive_file(array_file("(1000000000, 1000)")), "is more than the file's"),
+    "one name twice": ("npz", archive_file(array_file("(8,)"), times=2), "two arrays have one name"),
+    "many members": ("npz", many_members(), "its list of members is too long"),
+    "cut short": ("npz", archive_file(array_file("(8,)"))[:-30], "not an .npz archive"),
+    "no file": ("npz", b"", "not an .npz archive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix, content, message", BOMBS.values(), ids=BOMBS)
+def test_sizes_are_compared_with_the_file(suffix: str, content: bytes, message: str, tmp_path: Path) -> None:
+    """One line, before memory is asked for: at most twice the file and 200 MB of it, touched or not."""
+    (tmp_path / f"a.{suffix}").write_bytes(content)
+    tracemalloc.start()  # numpy's memory counts among Python's
+    try:
+        with pytest.raises(ValueError, match=message) as refusal:
+            load_data(f"npz:{tmp_path / 'a'}.{suffix}")
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 200 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert str(refusal.value).startswith(f"npz:{tmp_path / 'a'}.{suffix}: ")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">i8", "|b1", "<u2", "<f2"])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_arrays_of_any_numbers_are_read(suffix: str, kind: str, tmp_path: Path) -> None:
+    """Also those of the other byte order, in Fortran's order and packed."""
+    array = np.asfortranarray(np.arange(12).reshape(3, 4).astype(kind))
+    path = tmp_path / f"a.{suffix}"
+    np.save(path, array) if suffix == "npy" else np.savez_compressed(path, array)
+    assert read_array(path, None).tolist() == array.tolist()
+    assert read_array(path, None).dtype.isnative
+
+
+def test_an_array_that_was_packed_in_good_faith_is_read(tmp_path: Path) -> None:
+    """A mask of zeros and ones, a hundred times smaller in its file: 50 MB are within the margin."""
+    mask = np.zeros((50, 1_000_000), dtype=np.uint8)
+    mask[::7, ::1000] = 1
+    np.savez_compressed(tmp_path / "a.npz", mask)
+    assert (tmp_path / "a.npz").stat().st_size < 1_000_000
+    assert np.array_equal(read_array(tmp_path / "a.npz", None), mask)

@@ -1,5 +1,8 @@
 """Cache gradients: same bits read or extracted, what identifies a store, and the choice by measured times."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -231,3 +234,148 @@ def test_a_control_neither_reads_shuffled_gradients_for_others_nor_theirs_as_the
         for shuffle in (first, not first):
             gradients = l3d.GradientOptions(shuffle)
             assert same(train(steps=5, gradients=gradients), train(**store, gradients=gradients))
+
+
+# --- files of something else, and damaged ones ------------------------------------------------------------------
+
+
+def stored(folder: Path, identity: str = "one", reads: str = "on") -> Cache:
+    """A store of two batches of gradients, which are those of two batches of points; all of it written."""
+    each = [l3d.extract_gradients(mlp(), points(seed)[:8]) for seed in (0, 1)]
+    store = Cache(folder, {"data": identity}, 2, lambda step: each[step], reads)
+    for step in range(2):
+        store[step]
+    return store
+
+
+def forget() -> None:
+    """Start as a new process does: with no file whose hash is known."""
+    cache_module._seen.clear()
+
+
+def flipped(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+BATCH = "batch-000000.safetensors"
+
+OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a bit of the last tensor": (lambda c: flipped(c / BATCH, -1), "does not have the hash"),
+    "a bit in the middle": (lambda c: flipped(c / BATCH, (c / BATCH).stat().st_size // 2), ""),
+    "another step's file": (
+        lambda c: (c / BATCH).write_bytes((c / "batch-000001.safetensors").read_bytes()),
+        "holds the gradients of another run or step",
+    ),
+    "another run's file": (
+        lambda c: (c / BATCH).write_bytes((stored(c.with_name("d"), "two").path / BATCH).read_bytes()),
+        "holds the gradients of another run or step",
+    ),
+    "half of it": (lambda c: (c / BATCH).write_bytes((c / BATCH).read_bytes()[:-40]), ""),
+    "none": (lambda c: (c / BATCH).write_bytes(b""), "a header of 0 bytes"),
+    "a file without a hash": (
+        lambda c: (c / BATCH).write_bytes(save({"t0": torch.zeros(2)}, {"gradients": "{}", "holds": ""})),
+        "sha256",
+    ),
+    "tensors under other names": (
+        lambda c: (c / BATCH).write_bytes((c / BATCH).read_bytes().replace(b'"t0"', b'"tx"').replace(b'"t1"', b'"t0"')),
+        "does not have the hash",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage, message", OTHERS.values(), ids=OTHERS)
+def test_a_batch_of_anything_else_is_refused(damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    """Damaged, swapped or taken from another run: one line with the file's name, in a new process and in this one."""
+    store = stored(tmp_path / "c")
+    again = stored(tmp_path / "c")
+    damage(tmp_path / "c")
+    for reader in (store, again):
+        with pytest.raises(ValueError, match=rf"^cache: .*c/{BATCH} is damaged \(.*{message}.*\); delete it$"):
+            reader.read(0)
+        forget()
+
+
+def test_a_hash_is_checked_once_and_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process hashes each file that it did not write once; then its size and time tell, to the nanosecond."""
+    store = stored(tmp_path / "c")
+    hashed = []
+    original = cache_module._hash
+    monkeypatch.setattr(cache_module, "_hash", lambda *given: (hashed.append(1), original(*given))[1])
+    for _ in range(3):
+        store.read(0), store.read(1)
+    assert not hashed  # it wrote them
+    forget()
+    for _ in range(3):
+        store.read(0), store.read(1)
+    assert len(hashed) == 2
+    found = (tmp_path / "c" / BATCH).stat()
+    os.utime(tmp_path / "c" / BATCH, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    for _ in range(3):
+        store.read(0), store.read(1)
+    assert len(hashed) == 3
+
+
+BEGIN = """
+import sys, time
+from pathlib import Path
+import torch
+import l3d
+from small_models import mlp
+folder, seed, at = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+data = torch.randn(40, 4, generator=torch.Generator().manual_seed(seed))
+time.sleep(max(0, at - time.time()))
+try:
+    cache = l3d.GradientCache(folder, reads="on")
+    l3d.decompose(mlp(), data, 4, rank=2, k=0.3, steps=12, batch_size=8, callbacks=[], cache=cache).save(sys.argv[4])
+    print("trained")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (1, 1, 0)])
+def test_runs_that_start_at_once_do_not_mix(seeds: tuple[int, ...], tmp_path: Path) -> None:
+    """On one new folder runs of one data share it, and those of other data are refused or were first."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (Path(l3d.__file__).parents[1], tests / "support")))
+    folder, at = tmp_path / "c", str(time.time() + 3)
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEGIN, str(folder), str(seed), at, str(tmp_path / f"run{i}")],
+            env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True,
+        )
+        for i, seed in enumerate(seeds)
+    ]  # fmt: skip
+    answers = [process.communicate()[0].strip() for process in begun]
+    held = {seed for seed, answer in zip(seeds, answers, strict=True) if answer == "trained"}
+    assert len(held) == 1
+    for i, (seed, answer) in enumerate(zip(seeds, answers, strict=True)):
+        if seed in held:
+            assert answer == "trained"
+            assert same(
+                l3d.load(tmp_path / f"run{i}"),
+                train(data=points(seed), steps=12, cache=GradientCache(tmp_path / f"own{i}")),
+            )
+        else:
+            assert "holds gradients of another data" in answer
+
+
+def test_the_store_of_a_run_that_came_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another run makes its store between this one's look and its first batch, this one is refused then."""
+    look = Cache.check
+
+    def late(store: Cache) -> None:
+        look(store)
+        if not (tmp_path / "c").exists():
+            monkeypatch.setattr(Cache, "check", look)
+            stored(tmp_path / "c", "two")
+
+    monkeypatch.setattr(Cache, "check", late)
+    mine = Cache(tmp_path / "c", {"data": "one"}, 2, lambda step: l3d.extract_gradients(mlp(), points()[:8]), "on")
+    (tmp_path / "c" / BATCH).unlink()  # as if the other run had not come to its first batch yet
+    files = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    with pytest.raises(ValueError, match="holds gradients of another data"):
+        mine[0]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == files

@@ -1,12 +1,16 @@
-"""Read YAML without surprises: options in a configuration file, and values on the command line."""
+"""Read YAML without surprises: a run's config.yaml, other configuration files, and values on the command line."""
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
+MOST_BYTES = 2**20
+_DEEPEST = 100
 _MOST_ENTRIES = 100_000  # values in a configuration; aliases of aliases would make more than fit into memory
 
 
@@ -40,6 +44,11 @@ class _Loader(yaml.SafeLoader):
         advice = f"{node.value}: write {plain}, or '{node.value}' with quotes for a text"
         raise yaml.constructor.ConstructorError(None, None, advice, node.start_mark)
 
+    def refuse_tag(self, node: Any) -> Any:
+        """Refuse what is no text, number, list or mapping, as a configuration that is written again would lose it."""
+        advice = f"{node.tag.rpartition(':')[2]!r} is not read; write it as a plain value"
+        raise yaml.constructor.ConstructorError(None, None, advice, node.start_mark)
+
 
 _NUMBERS = {
     "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)",
@@ -50,6 +59,20 @@ _NUMBERS = {
 for _tag, _form in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_form})\Z"), list("-+.0123456789"))
 _Loader.add_constructor("!octal", _Loader.construct_octal)
+for _tag in ("binary", "timestamp", "set", "omap", "pairs"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse_tag)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file. Raises ValueError, with the file's name and one line, for what `load_yaml` refuses."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES:,} bytes")
+        return load_yaml(path.read_text(encoding="utf-8-sig"))
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(f"{path}: Problems parsing config: {in_words(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({in_words(error)})") from error
 
 
 def load_yaml(text: str) -> Any:
@@ -58,14 +81,27 @@ def load_yaml(text: str) -> Any:
     Raises YAMLError for what is no YAML, a key that is given twice, a number written like 010, a value that contains
     itself, and one that aliases make larger than any configuration.
     """
+    _check_depth(text)
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if _entries(node, {}) > _MOST_ENTRIES:
             raise yaml.YAMLError(f"more than {_MOST_ENTRIES} values")
         return None if node is None else loader.construct_document(node)
+    except (OverflowError, UnicodeError, ValueError) as error:  # a number of too many digits
+        raise error if isinstance(error, yaml.YAMLError) else yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
+
+
+def _check_depth(text: str) -> None:
+    """Raise YAMLError for lists in lists in lists ..; quickly, and without a call for each level."""
+    depth = 0
+    with suppress(yaml.MarkedYAMLError):  # the loader says it better
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise yaml.YAMLError("nested too deeply")
 
 
 def _entries(node: Any, known: dict[int, int]) -> int:
