@@ -178,7 +178,8 @@ def decompose(
         if folder is not None and run.is_first():
             best.save(folder.path)
     except NotFiniteRowsError as error:
-        raise ValueError(not_finite(data) or str(error)) from error
+        at, _, said = str(error).rpartition("data: ")  # at: "step 3: ", or nothing before the first
+        raise ValueError(at + (not_finite(data) or f"data: {said}")) from error
     except (WriteError, KeyboardInterrupt, Terminated) as stop:
         raise (stop if folder is None else advised(stop, folder.path)) from None
     finally:

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ NO_BROWSER = "no browser"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads
 os.environ.setdefault("MPLBACKEND", "Agg")
 # toys that a test run trains stay in the checkout, not in the user's cache
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job would ignore Ctrl-C, and the tests of it
 os.environ.setdefault("L3D_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "l3d"))
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on the CPU. Triton reads this when a kernel's module is imported,

@@ -40,7 +40,6 @@ from l3d.storage.manifest import FORMAT as MANIFEST_FORMAT
 from l3d.storage.manifest import MANIFEST, check
 from l3d.storage.progress import CONFIG, checkpoints
 from l3d.storage.store import FORMAT, read, read_tensors, tensor_bytes, to_json, write
-from l3d.storage.yaml_text import read_yaml
 
 METRICS = "metrics.json"
 SUBNETWORKS = "subnetworks.json"
@@ -241,6 +240,8 @@ def read_command(run: Path) -> str:
                 "l3d.load(RUN).evaluate, l3d.intervention_ratios, or l3d.decompose(.., existing='resume')"
             )
         raise ValueError(f"{run}: not a run folder of l3d: it has no {CONFIG}")
+    from l3d.storage.yaml_text import read_yaml  # imports yaml, which a decomposition does not need
+
     settings = read_yaml(path)
     if isinstance(settings, dict) and "name" in settings:
         return "toy"

@@ -36,8 +36,8 @@ def naming_step(step: int) -> Iterator[None]:
     """Put the step in front of the message of a ValueError."""
     try:
         yield
-    except NotFiniteRowsError:  # `decompose` says which row of the data that is
-        raise
+    except NotFiniteRowsError as error:  # `decompose` says which row of the data that is
+        raise NotFiniteRowsError(f"step {step}: {error}") from error
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
 

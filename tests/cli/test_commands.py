@@ -514,7 +514,7 @@ def test_a_toy_without_one_of_its_matrices_is_decomposed_all_the_same(
         ("config.yaml", {"model": None}, "model: expected a text, got None"),
         ("config.yaml", {"data": None}, "data: expected a text, got None"),
         ("metrics.json", {"error": "low"}, "error: expected a number, got 'low'"),
-        ("metrics.json", {"activation_rate": 5}, "activation_rate: expected a list of numbers"),
+        ("metrics.json", {"activation_rate": 5}, "activation_rate: expected a list of numbers, got 5"),
         ("metrics.json", {"activation_rate": [None] * 6}, "activation_rate: expected a list of numbers"),
     ],
 )

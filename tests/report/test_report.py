@@ -155,7 +155,7 @@ def test_without_metrics_the_last_training_step_is_shown(run):
     page = Page(write_report(run))
     history = l3d.load(run).history
     exact = [json.loads(at["value"]) for at in page.all("data")]
-    assert exact == [history[key][-1] for key in ("error", "kept_per_sample", "dead_fraction")]
+    assert exact == [history[key][-1] for key in ("error", "kept_per_sample")]  # dead ones are not known in few steps
     assert "Figures of the last training step" in page.text
     assert page.text.count("run") >= 1
 

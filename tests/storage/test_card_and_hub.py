@@ -173,7 +173,7 @@ def test_the_card_tells_what_was_decomposed(trained: l3d.Decomposition, tmp_path
         "| `0.bias` | [6] | whole |",
         "| divergence | mse |",
         "| k | 0.5 |",
-        "error of the last training batches",
+        "error over the last tenth of training",
     ):
         assert part in card
     trained.save(tmp_path)

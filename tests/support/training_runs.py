@@ -63,7 +63,7 @@ def train(model: nn.Module | None = None, data: Any = None, **changes: Any) -> D
 
 def assert_same_bits(a: Decomposition, b: Decomposition) -> None:
     """Assert that two runs agree in every tensor, the threshold and all of the history but the speed."""
-    ours, theirs = a.state_dict(), b.state_dict()
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert a.threshold == b.threshold
