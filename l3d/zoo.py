@@ -73,12 +73,11 @@ def resnet20(weights: str | None = None) -> nn.Module:
         return model
     if not Path(weights).is_file():
         raise FileNotFoundError(f"{weights}: no such file of weights")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from l3d.storage.store import read_tensors
 
     try:
-        model.load_state_dict(load_file(weights), strict=True)
-    except SafetensorError as error:
+        model.load_state_dict(read_tensors(Path(weights)), strict=True)
+    except ValueError as error:
         raise ValueError(f"{weights}: not a safetensors file ({error})") from error
     except RuntimeError as error:
         raise ValueError(f"{weights}: not the weights of this ResNet-20: {' '.join(str(error).split())}") from error

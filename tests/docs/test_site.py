@@ -49,14 +49,14 @@ def test_sizes() -> None:
 
 def test_links_of_the_readme_lead_somewhere() -> None:
     """MkDocs checks the site's links; these are outside of it."""
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_paths_in_the_pages_exist() -> None:
     """A file of the repository that a page names is there."""
-    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]:
         for path in re.findall(r"`((?:l3d|l3d_kernels|bench|tests|docs)/[\w/.-]*)`", page.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 

@@ -281,7 +281,7 @@ def test_a_folder_that_is_filled_meanwhile_is_refused(tmp_path: Path, monkeypatc
 READERS = {
     "storage/files.py", "storage/store.py", "storage/yaml_text.py",  # what l3d writes, and settings
     "data/readers.py",  # arrays of the user's own, below storage
-    "training/gradient_cache.py", "toys/cache.py", "zoo.py",  # safetensors of their own, after store.check_header
+    "training/gradient_cache.py", "toys/cache.py",  # safetensors with a hash of their own, after store.check_header
 }  # fmt: skip
 PARSERS = ("json.load", "np.load", "load_file", "safe_open", "yaml.safe_load", "yaml.load", "zipfile.ZipFile")
 
