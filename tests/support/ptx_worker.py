@@ -80,12 +80,16 @@ class Executed(NamedTuple):
 
 
 class Launcher:
-    """Launches kernels in place of `common.launch`, as PTX; `edit` may change the text of one before it runs."""
+    """Launches kernels in place of `common.launch`, as PTX.
+
+    With `deleting`, every kernel runs again without each of its barriers and waits for copies, one at a time.
+    """
 
     def __init__(self) -> None:
         self.done: list[Executed] = []
         self.kernels: dict[Any, ptx.Kernel] = {}
-        self.edit: Callable[[str, str], str] = lambda name, text: text
+        self.deleting = False
+        self.deleted: dict[str, str] = {}  # what was noticed where a barrier or wait was left out; "" for nothing
 
     def __call__(self, kernel: Any, grid: Sequence[int], row: Any, device: torch.device, **arguments: Any) -> None:
         if 0 in grid:
@@ -98,10 +102,40 @@ class Launcher:
         key = (name, repr(signature), repr(options))
         if key not in self.kernels:
             text, metadata = compile_ptx(kernel, signature, options)
-            self.kernels[key] = ptx.Kernel(self.edit(name, text), metadata["shared"])
+            self.kernels[key] = ptx.Kernel(text, metadata["shared"])
         passed = [own[n] for n, kind in signature[0].items() if kind != "constexpr"]
+        before = bytes_of(passed) if self.deleting else []
         count = self.kernels[key].launch(tuple(grid), passed, seed=len(self.done))
+        if self.deleting and self.kernels[key].synchronisations:
+            self.delete(self.kernels[key], name, tuple(grid), passed, before)
         self.done.append(Executed(name, count, time.process_time() - began))
+
+
+    def delete(self, kernel: ptx.Kernel, name: str, grid: Any, passed: list[Any], before: list[torch.Tensor]) -> None:
+        after = [own.clone() for own in bytes_of(passed, False)]
+        for number, line in enumerate(kernel.synchronisations):
+            kernel.skipped, noticed = {line}, ""
+            for own, start in zip(bytes_of(passed, False), before, strict=True):
+                own.copy_(start)
+            try:
+                kernel.launch(grid, passed)
+                pairs = zip(bytes_of(passed, False), after, strict=True)
+                noticed = "" if all(torch.equal(*pair) for pair in pairs) else "another result"
+            except ptx.Fault as fault:
+                noticed = str(fault)
+            text = kernel.text.split("\n")[line - 1].strip().replace("\t", "")
+            place = f"{name} {number}: {text} ({kernel.sources[line]})"
+            self.deleted[place] = self.deleted.get(place) or noticed
+        kernel.skipped = set()
+        for own, end in zip(bytes_of(passed, False), after, strict=True):
+            own.copy_(end)
+
+
+def bytes_of(arguments: list[Any], is_copy: bool = True) -> list[torch.Tensor]:
+    """Return the bytes behind tensors, each storage once."""
+    storages = {a.untyped_storage().data_ptr(): a.untyped_storage() for a in arguments if isinstance(a, torch.Tensor)}
+    own = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+    return [t.clone() for t in own] if is_copy else own
 
 
 def install() -> Launcher:
@@ -209,18 +243,23 @@ def as_tf32(kind: str, call: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
-    """Run the jobs of the command line, NAME/SIZE/KIND each; print a JSON list of what each did or raised."""
+    """Run the jobs of the command line, OP/SIZE/KIND each; print a JSON list of what each did or raised.
+
+    `--delete`: see `Launcher`.
+    """
     launcher, found = install(), []
-    for job in sys.argv[1:]:
+    launcher.deleting = "--delete" in sys.argv
+    for job in (argument for argument in sys.argv[1:] if argument != "--delete"):
         launcher.done.clear()
+        launcher.deleted = {}
         began, error = time.process_time(), ""
         try:
             check(*job.split("/"))
         except Exception as exception:
             error = f"{type(exception).__name__}: {exception}" if isinstance(exception, AssertionError) else traceback.format_exc()
-        counts = {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
+        counts: dict[str, Any] = {"kernels": sorted({own.kernel for own in launcher.done}), "deleted": launcher.deleted}
+        counts |= {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
         found.append({"job": job, "error": error, **counts, "seconds": round(time.process_time() - began, 2)})
-        print(found[-1], file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 
