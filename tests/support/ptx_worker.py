@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "kernels")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton._C.libtriton import ir  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -27,6 +28,7 @@ from l3d_kernels import registry  # noqa: E402
 
 assert registry.load_kernels() == ""
 import ptx  # noqa: E402
+from l3d_kernels.kernels.decode import softmax_mean  # noqa: E402
 from l3d_kernels.kernels.project import project  # noqa: E402
 from l3d_kernels.kernels.shared import common  # noqa: E402
 
@@ -148,21 +150,32 @@ def install() -> Launcher:
 
 # --- the ops and sizes ------------------------------------------------------------------------------------------
 
-# sizes that nothing divides, of several of sm_80's tiles, and such that 16 divides; A, L, D, k and V are the decoders'
+# sizes that nothing divides, of several of sm_80's tiles, and such that 16 divides; then other forms of kernels
 SIZES = {
     "odd": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16),
-    "tiles": Case(B=3, S=6, T=23, I=71, O=135, K=19, R=7, kept=40),
-    "divisible": Case(B=16, S=16, T=16, I=32, O=48, K=16, R=16, kept=64),
+    "tiles": Case(B=3, S=12, T=23, I=71, O=135, K=40, R=7, kept=120),
+    "divisible": Case(B=16, S=16, T=16, I=80, O=144, K=16, R=16, kept=96),
+    "loops": Case(B=1, S=2, T=40, I=71, O=135, K=3, R=40, kept=5),
+    "narrow": Case(B=1, S=2, T=2, I=8, O=16, K=3, R=40, kept=5),
+    "alone": Case(B=5, S=5, T=3, I=5, O=7, K=7, R=3, kept=9),
+    "indices": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16, indices=True),
+    "single": Case(B=6, S=6, T=1, I=5, O=7, K=7, R=1, kept=16),
 }
-DECODED = {"odd": (5, 3, 11, 7), "tiles": (9, 21, 13, 1100), "divisible": (16, 16, 32, 48)}
-HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32)}  # S, V, D
+PROGRAMS = {"tiles": 2, "divisible": 2, "loops": 1, "narrow": 1}  # where sums are split over so few programs, each has several entries
+DECODED = {"odd": (5, 3, 11, 7), "tiles": (9, 21, 13, 1100), "divisible": (16, 16, 32, 48), "loops": (3, 9, 3, 1100)}  # A, k, L, D
+HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32), "loops": (5, 150, 33)}  # S, V, D
 
 
 def inputs_of(name: str, size: str) -> dict[str, Any]:
-    if name == "sparse_decode":
+    if name.startswith("sparse_decode"):
         indices, values, weight = decode_inputs(*DECODED[size])
-        return {"indices": indices, "values": values, "weight": weight}
-    if name == "softmax_mean":
+        codes = {"indices": indices, "values": values, "weight": weight, "offsets": None}
+        if name == "sparse_decode_flat":
+            cuts = torch.arange(len(indices) + 1).pow(2) % (indices.numel() + 1)
+            cuts[0], cuts[-1] = 0, indices.numel()
+            codes |= {"indices": indices.flatten(), "values": values.flatten(), "offsets": cuts.sort().values}
+        return codes
+    if name.startswith("softmax_mean"):
         S, V, D = HEAD[size]
         return {"hidden": normal(S, D, seed=1), "weight": normal(V, D, seed=2), "bias": normal(V, seed=3)}
     inputs = make(SIZES[size])
@@ -182,16 +195,38 @@ class Backend:
         return functools.partial(getattr(lk, name), backend=self.backend)
 
 
-OTHERS: dict[str, Op] = {
-    "sparse_decode": Op(lambda o, i: o.sparse_decode(i["indices"], i["values"], i["weight"]), None, ("values", "weight")),
-    "softmax_mean": Op(lambda o, i: o.softmax_mean(i["hidden"], i["weight"], i["bias"]), None, ()),
-    "batch_topk": Op(lambda o, i: o.batch_topk(i["c"], i["n"]).values, None, ("c",)),
+def decode(ops: Backend, i: dict[str, Any]) -> Tensor:
+    return ops.sparse_decode(i["indices"], i["values"], i["weight"], i["offsets"])
+
+
+def head(ops: Backend, i: dict[str, Any], widest: int = softmax_mean.WIDEST) -> Tensor:
+    """Average a head's rows; where they are wider than `widest`, by the kernels that write logits."""
+    usual, softmax_mean.WIDEST = softmax_mean.WIDEST, widest
+    try:
+        return ops.softmax_mean(i["hidden"], i["weight"], i["bias"])
+    finally:
+        softmax_mean.WIDEST = usual
+
+
+def chunked(ops: Backend, i: dict[str, Any]) -> Tensor:
+    """Project on the path of wide layers."""
+    inputs = i["x"], i["dy"], i["left"], i["right"]
+    return project.project(*inputs, path="chunked") if ops.backend == "triton" else ops.project(*inputs)
+
+
+OTHERS = {
+    "sparse_decode": Op(decode, decode, ("values", "weight")),
+    "sparse_decode_flat": Op(decode, decode, ("values", "weight")),
+    "softmax_mean": Op(head, head, ()),
+    "softmax_mean_wide": Op(lambda o, i: head(o, i, 0), head, ()),
+    "batch_topk": Op(lambda o, i: o.batch_topk(i["c"], i["n"]).values, head, ("c",)),
+    "project_chunked": Op(chunked, chunked, ("x", "dy", "left", "right")),
 }
-NAMES = [name for name in lk.__all__ if name in OPS or name in OTHERS or name == "project_topk"]
 
 
 def check(name: str, size: str, kind: str) -> None:
     """Hold an op's value and gradients to the truth, by the tests' rule; `kind` is a dtype or "tf32"."""
+    common.PROGRAMS = PROGRAMS.get(size, 264)
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     eps = torch.finfo(torch.float16 if kind == "tf32" else dtype).eps  # tf32 keeps as many bits as float16
     inputs = to_dtype(inputs_of(name, size), dtype)
