@@ -27,11 +27,11 @@ import l3d_kernels as lk  # noqa: E402
 from l3d_kernels import registry  # noqa: E402
 
 assert registry.load_kernels() == ""
-import ptx  # noqa: E402
 from l3d_kernels.kernels.decode import softmax_mean  # noqa: E402
 from l3d_kernels.kernels.project import project  # noqa: E402
 from l3d_kernels.kernels.shared import common  # noqa: E402
 
+import ptx  # noqa: E402
 from op_cases import OPS, Case, Op, decode_inputs, make  # noqa: E402
 from tools import Run, assert_as_good, gradients, normal, to_dtype  # noqa: E402
 
@@ -91,7 +91,7 @@ class Launcher:
         self.done: list[Executed] = []
         self.kernels: dict[Any, ptx.Kernel] = {}
         self.deleting = False
-        self.deleted: dict[str, str] = {}  # what was noticed where a barrier or wait was left out; "" for nothing
+        self.deleted: dict[str, str] = {}  # what was noticed where a barrier or wait was left out, or why nothing was
 
     def __call__(self, kernel: Any, grid: Sequence[int], row: Any, device: torch.device, **arguments: Any) -> None:
         if 0 in grid:
@@ -112,25 +112,34 @@ class Launcher:
             self.delete(self.kernels[key], name, tuple(grid), passed, before)
         self.done.append(Executed(name, count, time.process_time() - began))
 
-
     def delete(self, kernel: ptx.Kernel, name: str, grid: Any, passed: list[Any], before: list[torch.Tensor]) -> None:
         after = [own.clone() for own in bytes_of(passed, False)]
         for number, line in enumerate(kernel.synchronisations):
-            kernel.skipped, noticed = {line}, ""
+            kernel.skipped, kernel.passed = {line}, set()
             for own, start in zip(bytes_of(passed, False), before, strict=True):
                 own.copy_(start)
             try:
                 kernel.launch(grid, passed)
                 pairs = zip(bytes_of(passed, False), after, strict=True)
-                noticed = "" if all(torch.equal(*pair) for pair in pairs) else "another result"
+                noticed = (
+                    why_redundant(kernel.passed) if all(torch.equal(*pair) for pair in pairs) else "another result"
+                )
             except ptx.Fault as fault:
                 noticed = str(fault)
             text = kernel.text.split("\n")[line - 1].strip().replace("\t", "")
             place = f"{name} {number}: {text} ({kernel.sources[line]})"
-            self.deleted[place] = self.deleted.get(place) or noticed
+            if self.deleted.get(place, "redundant").startswith("redundant"):
+                self.deleted[place] = noticed
         kernel.skipped = set()
         for own, end in zip(bytes_of(passed, False), after, strict=True):
             own.copy_(end)
+
+
+def why_redundant(passed: set[str]) -> str:
+    """Return why nothing was noticed without a barrier, from what was met in its place."""
+    if "busy" in passed:
+        return "redundant: what a warp touches up to the next barrier, no other touched since the barrier before"
+    return "redundant: nothing was touched since the barrier before" if passed else "redundant: it is not reached"
 
 
 def bytes_of(arguments: list[Any], is_copy: bool = True) -> list[torch.Tensor]:
@@ -161,8 +170,13 @@ SIZES = {
     "indices": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16, indices=True),
     "single": Case(B=6, S=6, T=1, I=5, O=7, K=7, R=1, kept=16),
 }
-PROGRAMS = {"tiles": 2, "divisible": 2, "loops": 1, "narrow": 1}  # where sums are split over so few programs, each has several entries
-DECODED = {"odd": (5, 3, 11, 7), "tiles": (9, 21, 13, 1100), "divisible": (16, 16, 32, 48), "loops": (3, 9, 3, 1100)}  # A, k, L, D
+PROGRAMS = {"tiles": 2, "divisible": 2, "loops": 1, "narrow": 1}  # sums are split over so few: each has several entries
+DECODED = {
+    "odd": (5, 3, 11, 7),
+    "tiles": (9, 21, 13, 1100),
+    "divisible": (16, 16, 32, 48),
+    "loops": (3, 9, 3, 1100),
+}  # A, k, L, D
 HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32), "loops": (5, 150, 33)}  # S, V, D
 
 
@@ -291,7 +305,11 @@ def main() -> None:
         try:
             check(*job.split("/"))
         except Exception as exception:
-            error = f"{type(exception).__name__}: {exception}" if isinstance(exception, AssertionError) else traceback.format_exc()
+            error = (
+                f"{type(exception).__name__}: {exception}"
+                if isinstance(exception, AssertionError)
+                else traceback.format_exc()
+            )
         counts: dict[str, Any] = {"kernels": sorted({own.kernel for own in launcher.done}), "deleted": launcher.deleted}
         counts |= {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
         found.append({"job": job, "error": error, **counts, "seconds": round(time.process_time() - began, 2)})
