@@ -1,4 +1,4 @@
-"""Write the site's generated pages: the reference of every public name and command, and the notebooks.
+"""Write the site's generated pages: every public name and command, the table of compiled kernels, and the notebooks.
 
 MkDocs runs this file as a hook (`hooks:` in mkdocs.yml). It adds pages to the build and writes nothing into docs/.
 Python entries are `::: name` lines, which mkdocstrings fills from the docstrings without importing the code. Pages of
@@ -49,6 +49,7 @@ def pages() -> dict[str, str | bytes]:
             if ismodule(getattr(module, name)):
                 written[f"reference/{package}.{name}.md"] = python_page(getattr(module, name))
     written["reference/commands.md"] = command_page()
+    written["benchmarks/forms.md"] = import_module("bench.gpu.forms").page()
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         written |= notebook_pages(notebook)
     return written
