@@ -72,7 +72,7 @@ def write_report(
         columns: {header: [K] numbers} to add to the table, None for an unknown one; kept in RUN/columns.json.
 
     The page is written under a temporary name and then renamed, so a failure keeps the old page. Without metrics.json
-    the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
+    the page shows the figures of the end of training. Raises FileNotFoundError or ValueError, which name the file,
     for a folder without a readable run, ValueError for `columns` or `described` of another number of subnetworks, and
     ImportError without the extra `report`.
     """
@@ -141,7 +141,7 @@ def render_report(
         n_subnetworks=d.n_subnetworks,
         n_parameters=sum(math.prod(shape) for shape in shapes.values()),
         shapes=shapes,
-        headlines=headlines(metrics or d.figures()),
+        headlines=headlines(metrics or d.figures() | {"diverged": d.diverged}),
         from_history=not metrics,
         curve=plots.to_svg(plots.error_curve(history, dead_after), "curve-", css=True) if drawn else None,
         curve_summary=_curve_summary(history),

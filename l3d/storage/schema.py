@@ -51,12 +51,13 @@ SETTINGS = {
 DECOMPOSITION = {
     "n_subnetworks": whole(1), "shapes": {str: [COUNT]}, "ranks": {str: [whole(1)]}, "settings": SETTINGS,
     "history": {str: [(Number(), [Number()])]}, "timing": {str: Number()}, "threshold": (None, Number(0, 1e200)),
-    "restart_errors": _LIST,
+    "restart_errors": _LIST, "first_error?": (None, Number(0)),
     "base_model?": {"name?": str, "revision?": (None, str), "parameters?": {str: str}},
 }  # fmt: skip
 STATE = {  # of a checkpoint
     "step": COUNT, "optimizer": {"count": COUNT},
-    "recorder": {"thresholds": _LIST, "last_kept": [COUNT], "pending": Fixed([Number()], Number(), COUNT)},
+    "recorder": {"thresholds": _LIST, "last_kept": [COUNT], "pending": Fixed([Number()], Number(), COUNT),
+                 "first_errors?": [Number()]},
     "seen?": {"data": Fixed((None, COUNT), (None, str)), "reference": (None, str)},
 }  # fmt: skip
 METRICS = {

@@ -58,6 +58,7 @@ def write(
         "history": decomposition.history,
         "timing": decomposition.timing,
         "threshold": decomposition.threshold if math.isfinite(decomposition.threshold) else None,
+        "first_error": decomposition.first_error if math.isfinite(decomposition.first_error) else None,
         "restart_errors": [error if math.isfinite(error) else None for error in decomposition.restart_errors],
     }
     text = to_json(header).encode()  # raises before anything is written
@@ -123,6 +124,8 @@ def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor], build: 
     decomposition.history, decomposition.timing = header["history"], header["timing"]
     decomposition.base_model = dict(header.get("base_model", {}))  # older files have none, and fit any weights
     decomposition.threshold = math.nan if header["threshold"] is None else header["threshold"]
+    first = header.get("first_error")  # older files have none
+    decomposition.first_error = math.nan if first is None else first
     decomposition.restart_errors = [math.inf if error is None else error for error in header["restart_errors"]]
     return decomposition
 

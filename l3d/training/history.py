@@ -54,6 +54,7 @@ class Recorder:
         self.every = max(1, -(-steps // RECORDS))
         self.history: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self.thresholds = [float("nan")] * n_restarts
+        self.first_errors: list[float] = []  # of the first step, before anything was learned
         self.errors = [0.0] * n_restarts  # sums over the interval
         self.kept = 0.0
         self.count = self.samples = 0
@@ -64,6 +65,7 @@ class Recorder:
         """Record a step (counted from 1); return whether the history has a new row."""
         n_samples, n_subnetworks = kept.shape
         if self.last_kept is None:
+            self.first_errors = self.first_errors or list(errors)
             self.last_kept = torch.full((n_subnetworks,), step - 1, device=kept.columns.device)
         self.last_kept = self.last_kept.to(kept.columns.device)
         self.last_kept[kept.columns] = step
@@ -105,7 +107,8 @@ class Recorder:
         """Return the state that a checkpoint needs besides the history, as json-able values."""
         last = [] if self.last_kept is None else self.last_kept.tolist()
         thresholds = [None if math.isnan(threshold) else threshold for threshold in self.thresholds]
-        return {"thresholds": thresholds, "last_kept": last, "pending": [self.errors, self.kept, self.count]}
+        pending = [self.errors, self.kept, self.count]
+        return {"thresholds": thresholds, "last_kept": last, "pending": pending, "first_errors": self.first_errors}
 
     def load_state(self, state: dict[str, Any], history: dict[str, list[Any]]) -> None:
         """Continue from a checkpoint. Raises ValueError for one of another number of restarts or with a column less."""
@@ -118,6 +121,7 @@ class Recorder:
         self.thresholds = [math.nan if threshold is None else threshold for threshold in state["thresholds"]]
         self.last_kept = torch.tensor(state["last_kept"], device="cpu") if state["last_kept"] else None
         self.errors, self.kept, self.count = state["pending"]
+        self.first_errors = state.get("first_errors", [])  # an older checkpoint does not tell
 
     def latest(self) -> dict[str, float]:
         """Return the last row of the history: that of the restart with the least error in it.

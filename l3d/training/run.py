@@ -300,6 +300,7 @@ class Run:
             best = best.to(torch.bfloat16)
         best.restart_errors = errors
         best.history = self.recorder.history_of(index)
+        best.first_error = self.recorder.first_errors[index] if self.recorder.first_errors else math.nan
         best.threshold = math.ldexp(self.recorder.thresholds[index], -self.extractor.exponent)
         best.timing = self.timing()
         return best

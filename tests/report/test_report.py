@@ -148,15 +148,15 @@ def test_headline_figures_are_those_of_the_metrics(run):
     assert {"18.7\u00a0%", "25\u00a0%", "0.997", "1 h 2 min", "1,612", "431 MiB"} <= set(page.text)
 
 
-def test_without_metrics_the_last_training_step_is_shown(run):
+def test_without_metrics_the_end_of_training_is_shown(run):
     """A folder that only d.save wrote still gives a page, and the page says so."""
     (run / "metrics.json").unlink()
     (run / "config.yaml").unlink()
     page = Page(write_report(run))
     history = l3d.load(run).history
     exact = [json.loads(at["value"]) for at in page.all("data")]
-    assert exact == [history[key][-1] for key in ("error", "kept_per_sample")]  # dead ones are not known in few steps
-    assert "Figures of the last training step" in page.text
+    assert exact == [history[key][-1] for key in ("error", "kept_per_sample")]  # dead is not known yet
+    assert "Figures of the end of training" in page.text
     assert page.text.count("run") >= 1
 
 
