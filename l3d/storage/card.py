@@ -51,7 +51,7 @@ def model_card(header: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     rows = {label: figures[key] for key, label in labels.items() if isinstance(figures.get(key), (int, float))}
     errors = header.get("history", {}).get("error", [])
     if "error" not in figures and errors:
-        rows = {"error of the last training batches": mean_of_last(errors), **rows}
+        rows = {"error over the last tenth of training": mean_of_last(errors), **rows}
     if rows:
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [f"| {label} | {value:.4g} |" for label, value in rows.items()]

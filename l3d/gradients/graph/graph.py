@@ -17,6 +17,8 @@ from l3d.gradients.graph.row_order import REARRANGE_DIMS, keeps_rows
 
 # Nodes that only rearrange, copy or cast their one input.
 REARRANGE = REARRANGE_DIMS | {"Alias", "AsStrided", "Chunk", "Clone", "ReshapeAlias", "T", "ToCopy", "UnsafeSplit"}
+# Those that keep the order of the entries.
+KEEP_ORDER = {"Alias", "Clone", "ReshapeAlias", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,41 @@ class Use:
         """Tell whether the node takes the parameter transposed (True), as stored (False), or else rearranged (None)."""
         moves = tuple(step for step in self.chain if step not in ("ToCopy", "Alias", "Clone"))
         return {(): False, ("T",): True}.get(moves)
+
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """The parameter's axes in the order in which the node takes them, without added dimensions of size 1.
+
+        (0, 1) as stored, (1, 0) transposed, also after einsum; None if the chain does more than move whole axes.
+        """
+        steps, node = [], self.node.next_functions[self.slot][0]
+        for _ in self.chain:
+            steps.append(node)
+            node = node.next_functions[0][0]
+        dims = list(enumerate(node.variable.shape))  # (axis, size); the axis of an added dimension is -1
+        for step in reversed(steps):
+            kind = operation(step)
+            if kind == "T":
+                dims.reverse()
+            elif kind == "Transpose":
+                i, j = (_signed(dim) for dim in (step._saved_dim0, step._saved_dim1))
+                dims[i], dims[j] = dims[j], dims[i]
+            elif kind == "Permute":
+                dims = [dims[_signed(dim)] for dim in step._saved_dims]
+            elif kind in KEEP_ORDER:
+                queue, dims = [dim for dim in dims if dim[0] >= 0], []
+                for size in output_shape(step):
+                    dims.append(queue.pop(0) if queue and queue[0][1] == size else (-1, size))
+                if queue or any(axis < 0 and size != 1 for axis, size in dims):
+                    return None
+            else:
+                return None
+        return tuple(axis for axis, _ in dims if axis >= 0)
+
+
+def _signed(dim: int) -> int:
+    """Return a dimension that autograd may have saved as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def operation(node: Node) -> str:
