@@ -286,10 +286,8 @@ def _fault(part: Any, layout: Layout, dy: Tensor, shape: torch.Size) -> str:
         [len(dy), n_positions, matrix[1 - part.x_axis]],
     )
     if not isinstance(x, list) or x[:1] not in ([layout.n_rows], [len(dy)]) or x[1:] != wanted or rows != wanted_dy:
-        return (
-            f"Rows: expected x [B, T, I] = {[layout.n_rows, *wanted]} and dy [S, T, O] = {wanted_dy} for "
-            f"x_axis={part.x_axis} and a parameter {list(shape)}, got x {x} and dy {rows}"
-        )
+        expected = f"x [B, T, I] = {[layout.n_rows, *wanted]} and dy [S, T, O] = {wanted_dy}".replace("'T'", "T")
+        return f"Rows: expected {expected} for x_axis={part.x_axis} and {list(shape)}, got x {x} and dy {rows}"
     if indices and part.x.numel() and not 0 <= part.x.min() <= part.x.max() < width:
         return f"Rows: expected row numbers x from 0 to {width - 1}, got {int(part.x.min())} to {int(part.x.max())}"
     return ""

@@ -95,13 +95,13 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "axis": (lambda use, dy, x: Rows(x, dy, 2), r"Rows: expected x_axis 0 or 1, got 2"),
     "matrix": (
         lambda use, dy, x: Rows(x.flatten(1, 2), dy.flatten(1, 2), 1),
-        r"expected x \[B, T, I\] = \[4, 3, 1\] and dy \[S, T, O\] = \[4, 3, 5\] for x_axis=1 and a parameter \[5\], "
+        r"expected x \[B, T, I\] = \[4, 3, 1\] and dy \[S, T, O\] = \[4, 3, 5\] for x_axis=1 and \[5\], "
         r"got x \[4, 3, 5\] and dy \[4, 3, 5\]",
     ),
     "rows": (lambda use, dy, x: Rows(x[:3, 0, :, :1], dy[:, 0], 1), r"= \[4, 3, 1\] .* got x \[3, 3, 1\]"),
     "no positions": (
         lambda use, dy, x: Rows(x, dy[:, 0, 0], 1),
-        r"\[4, T, 1\] .*, got x \[4, 1, 3, 5\] and dy \[4, 5\]",
+        r"= \[4, T, 1\] .*, got x \[4, 1, 3, 5\] and dy \[4, 5\]",
     ),
     "row numbers": (
         lambda use, dy, x: Rows(torch.full((4, 3), 5), dy[:, 0, :, :1], 0),
@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_rule_names_it(name: str) -> None:
         return returned(use, dy, layout.split(use.node._saved_self.detach()))
 
     x = torch.randn(4, 3, 5)
-    where = rf"^rule test_own_rules.broken for Pow 1, parameter 'p': .*{message}.*$"
+    where = rf"^rule \S*test_own_rules.broken for Pow 1, parameter 'p': .*{message}.*$"
     with pytest.raises(ValueError, match=where):
         l3d.extract_gradients(powers(), x, divergence="mse", reference="mean")
     with pytest.raises(ValueError, match=where):
