@@ -281,10 +281,8 @@ def _fault(part: Any, layout: Layout, dy: Tensor, shape: torch.Size) -> str:
     width, indices = matrix[part.x_axis], isinstance(part.x, Tensor) and part.x.dtype == torch.int64
     x, rows = list(part.x.shape) if indices else _size(part.x), _size(part.dy)
     n_positions = rows[1] if isinstance(rows, list) and len(rows) == 3 else "T"
-    wanted, wanted_dy = (
-        [n_positions] if indices else [n_positions, width],
-        [len(dy), n_positions, matrix[1 - part.x_axis]],
-    )
+    wanted = [n_positions] if indices else [n_positions, width]
+    wanted_dy = [len(dy), n_positions, matrix[1 - part.x_axis]]
     if not isinstance(x, list) or x[:1] not in ([layout.n_rows], [len(dy)]) or x[1:] != wanted or rows != wanted_dy:
         expected = f"x [B, T, I] = {[layout.n_rows, *wanted]} and dy [S, T, O] = {wanted_dy}".replace("'T'", "T")
         return f"Rows: expected {expected} for x_axis={part.x_axis} and {list(shape)}, got x {x} and dy {rows}"

@@ -79,11 +79,12 @@ def write_report(
     with a header of the table's own, and ImportError without the extra `report`.
     """
     folder = Path(run_dir)
-    page = render_report(folder, described, columns)
+    own = None if columns is None else _as_lists(columns)
+    page = render_report(folder, described, own)
     if described is not None:
         write_subnetworks(folder, described)
-    if columns is not None:
-        replace_text(folder / COLUMNS, to_json(_as_lists(columns)))
+    if own is not None:
+        replace_text(folder / COLUMNS, to_json(own))
     return replace_text(folder / REPORT, page)
 
 
@@ -223,33 +224,34 @@ def _own_columns(
     path = folder / COLUMNS
     if columns is None and not path.is_file():
         return {}
-    where, advice = ("columns", "") if columns is not None else (path, "; write_report(RUN, columns={}) drops them")
+    where = "columns" if columns is not None else str(path)
     try:
-        own = _as_lists(read_json(path) if columns is None else columns)
+        own = _as_lists(read_json(path) if columns is None else columns, where)
         for name, values in own.items():
             if len(values) != n_subnetworks:
-                got = f"got {len(values)}"
-                raise ValueError(f"{name!r}: expected a number for each of {n_subnetworks} subnetworks, {got}")
+                wanted = f"a number for each of {n_subnetworks} subnetworks"
+                raise ValueError(f"{where}: {name!r}: expected {wanted}, got {len(values)}")
             if not name.strip() or name in taken:
-                raise ValueError(f"{name!r}: expected a header that the table does not have")
+                raise ValueError(f"{where}: {name!r}: expected a header that the table does not have")
     except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}{advice}") from error
+        if columns is None:
+            raise ValueError(f"{error}; write_report(RUN, columns={{}}) drops them") from error
+        raise
     return own
 
 
-def _as_lists(columns: Mapping[str, Any]) -> dict[str, list[float | None]]:
+def _as_lists(columns: Mapping[str, Any], where: str = "columns") -> dict[str, list[float | None]]:
     """Return columns as lists of numbers, None for one that is not finite. Raises ValueError for other values."""
     name, found = "", {}
     try:
         for name, values in columns.items():
             if isinstance(values, (str, Mapping)) or getattr(values, "ndim", 1) != 1:
-                raise TypeError(
-                    f"got {type(values).__name__}" + f" {list(getattr(values, 'shape', []))}".removesuffix(" []")
-                )
+                got = f"{type(values).__name__} {list(getattr(values, 'shape', ''))}".removesuffix(" []")
+                raise TypeError(f"expected one dimension, got {got}")
             numbers = [None if value is None or not math.isfinite(value) else float(value) for value in values]
             found[str(name)] = numbers
     except (AttributeError, OverflowError, TypeError) as error:
-        raise ValueError(f"expected {{header: list of numbers}} ({name!r}: {error})") from error
+        raise ValueError(f"{where}: expected {{header: list of numbers}} ({name!r}: {error})") from error
     return found
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import l3d
 from l3d.cli.main import main
+from l3d.report import report
 from l3d.report.report import MAX_DIAGRAMS, plots, write_report
 
 pytest.importorskip("jinja2")
@@ -181,11 +182,15 @@ def test_columns_of_ones_own_stay_in_the_table(run):
 
 
 REFUSED = {
-    "two dimensions": ({"x": torch.ones(4, 1)}, r"expected \{header: list of numbers\} \('x': got Tensor \[4, 1\]\)"),
-    "numpy's": ({"x": np.ones((4, 2))}, r"expected .* \('x': got ndarray \[4, 2\]\)"),
-    "no dimension": ({"x": torch.tensor(1.0)}, r"expected .* \('x': got Tensor\)"),
+    "two dimensions": (
+        {"x": torch.ones(4, 1)},
+        r"expected \{header: list of numbers\} \('x': expected one dimension, got Tensor \[4, 1\]\)",
+    ),
+    "numpy's": ({"x": np.ones((4, 2))}, r"expected .* \('x': .* got ndarray \[4, 2\]\)"),
+    "no dimension": ({"x": torch.tensor(1.0)}, r"expected .* \('x': .* got Tensor\)"),
     "lists": ({"x": [[1.0]] * 4}, r"expected .* \('x': must be real number, not list\)"),
-    "a text": ({"x": "1234"}, r"expected .* \('x': got str\)"),
+    "a text": ({"x": "1234"}, r"expected .* \('x': .* got str\)"),
+    "too large": ({"x": [10**400] * 4}, r"expected .* \('x': int too large to convert to float\)"),
     "a number": ({"x": 4}, r"expected .* \('x': 'int' object is not iterable\)"),
     "short": ({"x": [1.0]}, r"'x': expected a number for each of 4 subnetworks, got 1"),
     "long": ({"x": [1.0] * 5}, r"'x': expected a number for each of 4 subnetworks, got 5"),
@@ -194,6 +199,12 @@ REFUSED = {
     "a tensor": ({"layer0.weight": [1.0] * 4}, r"'layer0.weight': expected a header that the table does not have"),
     "empty": ({" ": [1.0] * 4}, r"' ': expected a header that the table does not have"),
 }
+
+
+def test_the_headers_of_the_table_are_known():
+    """Those that the template writes are refused for columns of the user's own."""
+    template = (Path(report.__file__).parent / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    assert tuple(re.findall(r'<th scope="col".*>([^<{]+)</button></th>', template)) == report.HEADERS
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -214,8 +225,9 @@ def test_columns_that_cannot_be_shown_are_refused(run, name):
 
 
 def test_a_column_without_a_number_is_shown_as_unknown(run):
-    """None, NaN and infinities are dashes."""
-    page = Page(write_report(run, columns={"none known": [None, float("nan"), float("inf"), -float("inf")]}))
+    """None, NaN and infinities are dashes; what can be read once only is kept too."""
+    page = Page(write_report(run, columns={"none known": iter([None, float("nan"), float("inf"), -float("inf")])}))
+    assert json.loads((run / "columns.json").read_text()) == {"none known": [None] * 4}
     assert [at["data-value"] for at in page.all("td") if at.get("data-value") == "-Infinity"] == ["-Infinity"] * 4
 
 
