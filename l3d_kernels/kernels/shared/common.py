@@ -207,7 +207,7 @@ def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     Integers keep their dtype.
     """
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
     return tuple(t.contiguous() for t in tensors)
