@@ -1,6 +1,6 @@
 """Choose which entries of a model's output are samples: its rows, or positions of every row."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,20 +145,17 @@ class Samples:
         whole[self._row, self.positions] = d_out.unflatten(0, (self.n_rows, self.per_row))
         return whole.view(self.shape)
 
-    def one_by_one(self, whole: Tensor) -> Iterator[Tensor]:
-        """Yield `whole` with zeros except at one sample per row: first every row's first sample, then the second, ...
+    def alone(self, whole: Tensor, start: int, stop: int) -> Tensor:
+        """Return copies of `whole`, of which copy j has only the rows' samples start + j, zeros elsewhere: [n, ...].
 
         The leading dimensions of `whole` are rows and positions, [B, T, ...] or [B*T, ...].
         """
         if self.positions is None:
-            yield whole
-            return
+            return whole[None]
         by_position = whole.reshape(self.n_rows, self.n_positions, -1)
-        for j in range(self.per_row):
-            place = (self._row[:, 0], self.positions[:, j])
-            alone = torch.zeros_like(by_position)
-            alone[place] = by_position[place]
-            yield alone.view(whole.shape)
+        every = torch.arange(self.n_positions, device=whole.device)
+        own = self.positions.mT[start:stop, :, None] == every  # [n, B, T]
+        return torch.where(own[..., None], by_position, 0).reshape(-1, *whole.shape)
 
     def own_rows(self, values: Tensor) -> Tensor:
         """Select the row of each sample's own position from [B*T, D]: [S, 1, D]."""

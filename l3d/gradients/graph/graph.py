@@ -84,6 +84,7 @@ class Graph(NamedTuple):
     opaque: bool  # a custom autograd.Function may use parameters without an edge: `uses` may be incomplete
     rows_stay: bool  # dimension 0 of every tensor is the batch, or blocks of it; no operation moves or mixes rows
     n_entries: int  # in all operations' outputs, about what the graph holds
+    n_activations: int  # of them without those that rearrange a parameter
     reached: set[str]  # the chosen parameters that the graph holds
 
 
@@ -98,7 +99,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
     reached: set[str] = set()
     opaque = source_of(root, names, n_rows) is not None  # the output is a rearranged parameter: a use without a node
     rows_stay = True
-    n_entries = 0
+    n_entries = n_activations = 0
     seen = {root}
     stack = [root]
     while stack:
@@ -118,6 +119,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
         rearranges = source_of(node, names, n_rows) is not None
+        n_activations += 0 if rearranges else output_shape(node).numel()
         origins = [source_of(below, names, n_rows) if below else None for below, _ in node.next_functions]
         inputs = [  # the shape of each; None for parameters and for inputs without a gradient
             below._input_metadata[place].shape if below and not origin else None
@@ -130,7 +132,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             if below and below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return Graph(uses, opaque, rows_stay, n_entries, reached)
+    return Graph(uses, opaque, rows_stay, n_entries, n_activations, reached)
 
 
 def _refuse_below(node: Any, names: Mapping[int, str]) -> None:

@@ -16,6 +16,9 @@ from l3d_kernels.kernels.shared.launch_table import Launch, kind_of, lookup, siz
 # Tests add a function here; it is given the name of each kernel that is launched.
 WATCHERS: list[Callable[[str], None]] = []
 
+# By name, the function that launches each operator's kernels: to count them, tests call it on tensors without values.
+OPERATORS: dict[str, Callable[..., Any]] = {}
+
 # A launch that needs memory between two steps cuts that memory into pieces of about this many elements.
 WORKSPACE = 1 << 24
 
@@ -65,6 +68,8 @@ def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, 
         )
     for watcher in WATCHERS:
         watcher(name)
+    if device.type == "meta":
+        return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))
 
@@ -122,6 +127,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        OPERATORS[name] = function
         bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
         bound.register_fake(fake)
 
@@ -207,7 +213,7 @@ def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     Integers keep their dtype.
     """
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
     return tuple(t.contiguous() for t in tensors)
