@@ -2,7 +2,8 @@
 
 A launch is an aten operation that is no view, or one Triton kernel inside our ops. A wait is what makes the host stop
 until the device has answered: a number read from it (`.item`, `.tolist`, `.cpu`), a shape that depends on its values
-(`nonzero`, boolean indexing), or a copy of what the host drew.
+(`nonzero`, boolean indexing), or a copy from the host that is not
+marked as one to go on without (`non_blocking`).
 """
 
 import traceback
@@ -15,19 +16,32 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 SHAPE_DEPENDS = ("nonzero", "masked_select", "unique_dim", "_unique2")
-NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "sym_size", "sym_numel")
+NOTHING = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "detach",
+    "_unsafe_view",
+    "sym_size",
+    "sym_numel",
+    "promote_types",
+)
 
 
 class Launches(TorchDispatchMode):
     """Counts launches and waits, with the line of our code that each comes from.
 
-    On meta tensors a number that is read is 1, and a tensor that is copied to the CPU holds ones.
+    On meta tensors a number that is read is 1, and a tensor that is copied to the CPU holds ones. What works on CPU
+    tensors alone is no launch, unless the device is a CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         self.launches: Counter[str] = Counter()  # by name of the operation or kernel
         self.waits: Counter[str] = Counter()  # by what waits, and where
 
@@ -51,7 +65,8 @@ class Launches(TorchDispatchMode):
             return func(*args, **kwargs)
         target, source = self._copied(name, args, kwargs)
         if source is not None and source.type != target.type and "cpu" in (source.type, target.type):
-            self._wait(f"copy from {source.type} to {target.type}")
+            if target.type == "cpu" or not kwargs.get("non_blocking"):
+                self._wait(f"copy from {source.type} to {target.type}")
             if target.type == "cpu":
                 return torch.ones_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
         elif name == "_local_scalar_dense":
@@ -60,8 +75,10 @@ class Launches(TorchDispatchMode):
                 return 1.0 if args[0].dtype.is_floating_point else 1
         elif name in SHAPE_DEPENDS or (name in ("index", "index_put_") and _boolean(args[1])):
             self._wait(name)
-        self.launches[name] += 1
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if any(t.device.type == self.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)):
+            self.launches[name] += 1
+        return result
 
     @staticmethod
     def _copied(name: str, args: Any, kwargs: Any) -> tuple[torch.device, torch.device | None]:
@@ -83,11 +100,11 @@ def _boolean(indices: Any) -> bool:
 
 
 @contextmanager
-def counting() -> Iterator[Launches]:
-    """Count the launches and waits of what runs inside, those of our own kernels included."""
+def counting(device: torch.device) -> Iterator[Launches]:
+    """Count the launches and waits of what runs inside on a device, those of our own kernels included."""
     from l3d_kernels import registry
 
-    seen = Launches()
+    seen = Launches(device)
     watchers: list[Any] = []
     if registry.load_kernels() == "":
         from l3d_kernels.kernels.shared import common

@@ -112,6 +112,7 @@ class Extractor:
         self._batches = 0
         self._lacking: set[str] = set()  # parameters that the last batch's graph does not hold
         self._apart: set[str] = set()  # those of them of which the output was found to be independent
+        self.check_values = True  # read from every batch whether its numbers are finite, for which a GPU is waited for
         self.exponent = 0  # gradients are of 2^exponent times the divergence, to lie well inside their dtype's range
         self.rows_stay = False  # whether the last batch's graph alone shows that its rows are independent
         self._one_by_one = False  # whether passes of several positions cannot go together
@@ -123,7 +124,8 @@ class Extractor:
 
     def _run(self, inputs: Any) -> Tensor:
         """Run the model; the first output decides on the divergence where none was asked for."""
-        return run_fixed(self.model, inputs, self._decide if self._undecided else None)
+        check_values = self.check_values or self._batches == 0
+        return run_fixed(self.model, inputs, self._decide if self._undecided else None, check_values)
 
     def _decide(self, raw: Any) -> None:
         self._undecided = False
@@ -146,7 +148,7 @@ class Extractor:
             if contrast_inputs is not None:
                 check_same_padding(mask, padding_mask(contrast_inputs, self.model))
                 with torch.no_grad():
-                    contrast = run_fixed(self.model, contrast_inputs)
+                    contrast = run_fixed(self.model, contrast_inputs, check_values=self.check_values)
             with own_precision():
                 samples = Samples(output, self.positions, self.is_kl, generator, mask, batch_part)
                 d_out = self._at_outputs(samples, output, contrast, generator)
@@ -214,7 +216,7 @@ class Extractor:
         self._batches += 1
         contrasts = None if contrast is None else samples.gather(contrast)
         references = self._references(samples, outputs, contrasts, generator)
-        d_out = div.output_gradient(self.divergence, outputs, references)
+        d_out = div.output_gradient(self.divergence, outputs, references, self.check_values)
         return samples.spread(d_out if self.exponent == 0 else d_out * 2.0**self.exponent)
 
     def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l3d.data.batch import sent
 from l3d.gradients.graph.layout import Layout
 
 
@@ -61,8 +62,8 @@ class Samples:
                     "attention_mask: a batch with padding cannot be split over micro-batches or processes; "
                     "cut texts to one length"
                 )
-            chosen = self._choose(positions, generator, real, part)
-            self.positions = chosen.to(output.device)
+            chosen = self._choose(positions, generator, real, part, output.device)
+            self.positions = sent(chosen, output.device)
             self.per_row = chosen.shape[1]
             self._row = torch.arange(self.n_rows, device=output.device)[:, None]
             if real is not None and not (found := real.gather(1, chosen).flatten()).all():
@@ -95,13 +96,19 @@ class Samples:
         return None if real.all() else real
 
     def _choose(
-        self, positions: str | int, generator: torch.Generator | None, real: Tensor | None, part: BatchPart | None
+        self,
+        positions: str | int,
+        generator: torch.Generator | None,
+        real: Tensor | None,
+        part: BatchPart | None,
+        device: torch.device,
     ) -> Tensor:
-        """Choose each row's positions, in increasing order: int64 [B, P] on the CPU."""
+        """Choose each row's positions, in increasing order: int64 [B, P], on the CPU where padding or chance decide."""
+        device = device if real is None else torch.device("cpu")
         if positions == "all":
-            return torch.arange(self.n_positions, device="cpu").expand(self.n_rows, -1)
+            return torch.arange(self.n_positions, device=device).expand(self.n_rows, -1)
         if positions == "last":
-            last = torch.full((self.n_rows, 1), self.n_positions - 1, device="cpu")
+            last = torch.full((self.n_rows, 1), self.n_positions - 1, device=device)
             return last if real is None else (torch.arange(self.n_positions, device="cpu") * real).amax(1, keepdim=True)
         assert isinstance(positions, int)
         if positions > self.n_positions:

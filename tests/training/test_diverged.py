@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from l3d.report.report import write_report
 from l3d.train import turn as train_turn
 from l3d.training import history
 
-from training_runs import Net, points, train
+from training_runs import Net, points, stopping, train
 
 TOO_FAST: dict[str, dict[str, Any]] = {
     "default preset": {"lr": 1000.0, "steps": 60},
@@ -74,17 +73,6 @@ def test_a_long_run_is_compared_with_its_first_step(kind: str, tmp_path: Path, m
     assert kind == "restarts" or d.first_error == pytest.approx(alone.history["error"][0], rel=1e-5)
     loaded = l3d.load(tmp_path / "run")
     assert (loaded.diverged, loaded.first_error) == (True, d.first_error)
-
-
-def stopping(turn: Callable[..., bool], at: int) -> Callable[..., bool]:
-    """Interrupt before a step, as Ctrl-C would."""
-
-    def stopped(run: Any, gradients: Any) -> bool:
-        if run.step == at:
-            raise KeyboardInterrupt
-        return turn(run, gradients)
-
-    return stopped
 
 
 def test_what_diverged_means() -> None:

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, pairs_of_tile, products_of_lines, tile, wide_ranks
+from l3d_kernels.kernels.project.pairs import (
+    Pairs,
+    cases_of,
+    lines_of_tile,
+    pairs_of_tile,
+    products_of_lines,
+    tile,
+    wide_ranks,
+)
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, load, store, zeros
@@ -127,7 +135,7 @@ TABLE["project_at_outer"] = {
 
 
 def sum_outer(out: Tensor, rows: Tensor, side: Tensor, pairs: Pairs, start: int, first: int, divide: int) -> None:
-    """Launch the gradient to one factor, [columns, R, D], into `out`: of rows [places, T, R], with dy or x as `side`."""
+    """Launch the gradient to one factor into `out` [columns, R, D]: of rows [places, T, R] and `side`, dy or x."""
     (_, T, R), (columns, _, D) = rows.shape, out.shape
     row, block = common.row_for(project_at_outer, rows), wide_ranks(R, 64)
     grid = (columns, common.ceil_div(R, block), *row.tiles(COLS=D))

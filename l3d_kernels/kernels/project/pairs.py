@@ -6,7 +6,6 @@ pairs, all of one subnetwork; it finds out which by a binary search, so that no 
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
