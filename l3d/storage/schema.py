@@ -55,10 +55,11 @@ DECOMPOSITION = {
     "base_model?": {"name?": str, "revision?": (None, str), "parameters?": {str: str}},
 }  # fmt: skip
 STATE = {  # of a checkpoint
-    "step": COUNT, "optimizer": {"count": COUNT},
+    "step": COUNT, "exponent?": whole(-126, 126), "optimizer": {"count": COUNT},
     "recorder": {"thresholds": _LIST, "last_kept": [COUNT], "pending": Fixed([Number()], Number(), COUNT),
                  "first_errors?": [Number()]},
-    "seen?": {"data": Fixed((None, COUNT), (None, str)), "reference": (None, str)},
+    "seen?": {"data": Fixed((None, COUNT), (None, str)), "reference": (None, str), "rows?": (None, str),
+              "model?": (None, str), "cache?": (None, COUNT), "norm?": ANY_NUMBER},
 }  # fmt: skip
 METRICS = {
     "activation_rate?": [Number(0, 1)],
