@@ -202,10 +202,11 @@ def read_tensors(path: Path, rows: slice | None = None) -> dict[str, Tensor]:
     Raises FileNotFoundError or ValueError, with a message of one line.
     """
     check_header(path)
-    try:
+    try:  # safetensors reads slices, and before 0.7 whole tensors too, to torch's default device
         if rows is None:
-            return load_file(path)
-        with safe_open(path, framework="pt") as file:
+            with torch.device("cpu"):
+                return load_file(path)
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             found = {}
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
