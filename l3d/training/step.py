@@ -17,7 +17,7 @@ from l3d.gradients.precision import own_precision
 from l3d.training.checks import finite_losses
 from l3d.training.history import Kept
 from l3d.training.numpy_step import SmallSteps, has_pairs_only
-from l3d.training.optimizer import RelativeAdam
+from l3d.training.optimizer import RelativeAdam, update
 
 
 class StepResult(NamedTuple):
@@ -88,8 +88,7 @@ class Stepper:
         losses: Any = result.loss.detach().reshape(-1)
         if self.waits:
             losses = finite_losses(losses.tolist(), gradients)
-        self.optimizer.step(derivatives, lr, result.kept.columns)
-        d.normalize_()
+        update(self.optimizer, d.decoder, derivatives, lr, result.kept.columns, self.plan.backend)
         return StepResult(losses, Kept.of(result.kept, self.group, self.first), result.residual)
 
     def _numpy_step(self, gradients: Gradients, n: int, lr: float) -> StepResult:

@@ -119,17 +119,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 # --- binding ----------------------------------------------------------------------------------------------------
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Make a launch function an operator `l3d::name`, which torch.compile, vmap and autograd functions can call.
 
     `fake` takes the same arguments and returns outputs of the right shapes and dtypes. Under vmap the launches are made
-    one by one.
+    one by one; an operator that writes into its arguments, those named in `mutates`, is refused there.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         OPERATORS[name] = function
-        bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
+        bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=tuple(mutates))
         bound.register_fake(fake)
+        if mutates:
+            return bound
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             each = [
