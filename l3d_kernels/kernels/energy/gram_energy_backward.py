@@ -88,6 +88,7 @@ def coactive_backward(
 TABLE["coactive_backward"] = {
     ("interpreter", None): Launch({"BLOCK_Q": 16, "BLOCK_D": 16}),
     ("sm_80", "32"): Launch({"BLOCK_Q": 32, "BLOCK_D": 32}, warps=8, stages=3),
+    ("gfx1100", None): Launch({"BLOCK_Q": 32, "BLOCK_D": 32}, warps=8, stages=2),
     (None, "16"): Launch({"BLOCK_Q": 64, "BLOCK_D": 64}, warps=8, stages=3),
     (None, "32"): Launch({"BLOCK_Q": 64, "BLOCK_D": 32}, warps=8, stages=3),
 }

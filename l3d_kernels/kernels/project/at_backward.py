@@ -123,12 +123,16 @@ def project_at_outer(
 TABLE["project_at_rows"] = {
     ("interpreter", None): tile(16, 32, 4),
     ("gfx942", None): tile(64, 32, 4, 2),
+    ("gfx1100", "16"): tile(64, 32, 8, 2),
+    ("gfx1100", "32"): tile(64, 16, 8, 2),
     (None, "16"): tile(64, 64, 8),
     (None, "32"): tile(64, 32, 8),
 }
 TABLE["project_at_outer"] = {
     ("interpreter", None): Launch({"BLOCK_COLS": 16, "BLOCK_D": 16}, 4, 3),
     ("gfx942", None): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 4, 2),
+    ("gfx1100", "16"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 8, 2),
+    ("gfx1100", "32"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 16}, 8, 2),
     (None, "16"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 64}, 4, 3),
     (None, "32"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 8, 3),
 }

@@ -91,7 +91,10 @@ def tile(s: int, k: int, o: int, i: int, warps: int, stages: int = 2) -> Launch:
 TABLE["project_dense_sum"] = {
     ("interpreter", None): tile(16, 16, 4, 8, 4),
     ("gfx942", None): tile(64, 16, 16, 16, 4, 1),
+    ("gfx1100", "16"): tile(32, 16, 16, 16, 8, 1),
+    ("gfx1100", "32"): tile(32, 16, 8, 8, 8, 1),
     ("sm_100", "32"): tile(64, 16, 8, 16, 8),
+    ("sm_120", "32"): tile(32, 16, 8, 16, 8, 1),
     (None, "16"): tile(128, 16, 16, 16, 8),
     (None, "32"): tile(32, 16, 8, 16, 8),
 }

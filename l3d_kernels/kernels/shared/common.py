@@ -50,7 +50,7 @@ def float32_precision(highest: bool, kind: str) -> str:
     """Return the precision of a float32 dot: for "highest" one that keeps float32's accuracy, else tf32."""
     if kind.startswith("sm_"):
         return "tf32x3" if highest else "tf32"
-    return "ieee" if highest or kind == "interpreter" else "tf32"
+    return "tf32" if kind == "gfx942" and not highest else "ieee"
 
 
 def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, **arguments: Any) -> None:
