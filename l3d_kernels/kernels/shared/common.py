@@ -20,7 +20,7 @@ WATCHERS: list[Callable[[str], None]] = []
 OPERATORS: dict[str, Callable[..., Any]] = {}
 
 # A launch that needs memory between two steps cuts that memory into pieces of about this many elements.
-WORKSPACE = 1 << 25
+WORKSPACE = 36 << 20
 
 # The most programs that CUDA launches along the second or third axis of a grid; along the first it is 2**31 - 1.
 MOST_PROGRAMS = 65_535
