@@ -1,6 +1,7 @@
 """What a step asks of a GPU, counted on tensors that have shapes only: launches, and waits for the device."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_step_between_two_rows_of_the_history(size: StepSizes, capsys: pytest.
         with counting(META) as seen:
             at: list[int] = []
             step.take(lambda phase: at.append(seen.count))
-    phases = dict(zip(PHASES, (after - before for before, after in zip(at[:-1], at[1:], strict=True)), strict=True))
+    phases = dict(zip(PHASES, (after - before for before, after in pairwise(at)), strict=True))
     with capsys.disabled():
         print(f"\n{size.name}, bfloat16: {seen.count} launches {phases}, {seen.waits.total()} waits")
     assert seen.waits == Counter()
