@@ -198,11 +198,14 @@ def differentiable(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*output[1:])
+                ctx.set_materialize_grads(False)  # else torch fills zeros for each of them
             ctx.save_for_backward(*save(inputs, output))
 
         @staticmethod
-        def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+            if d_out is None:
+                return (None,) * len(needs)
             found = iter(Once.apply(needs, d_out, *saved) if torch.is_grad_enabled() else wanted(needs, saved, d_out))
             return tuple(next(found) if need else None for need in needs)
 
