@@ -1,4 +1,4 @@
-"""`project_topk` on random shapes in Triton's interpreter: T, R and K from 1 to 40, four dtypes, ties, nothing but zeros."""
+"""`project_topk` on random shapes in Triton's interpreter: T, R and K from 1 to 40, four dtypes, ties, all zero."""
 
 import pytest
 
