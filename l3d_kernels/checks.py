@@ -145,11 +145,11 @@ def check_matrix(coefficients: Tensor) -> None:
         raise ValueError(f"coefficients: expected shape [S, K], got {list(coefficients.shape)}")
 
 
-def check_count(n: int, size: int, of: str) -> int:
+def check_count(n: int, size: int, of: str, name: str = "n") -> int:
     """Return a number of entries to keep as an int; refuse one that is below 0 or above `size`, or no integer."""
-    n = integer("n", n)
+    n = integer(name, n)
     if not 0 <= n <= size:
-        raise ValueError(f"n: expected 0 <= n <= {of}, got {n}")
+        raise ValueError(f"{name}: expected 0 <= {name} <= {of}, got {n}")
     return n
 
 
@@ -248,7 +248,7 @@ def check_slices(lists: dict[str, Sequence[Tensor]], vectors: dict[str, Tensor])
     tensors = {name: every for name, every in lists.items() if name != "scales"}
     for i, own in enumerate(zip(*tensors.values(), strict=True)):
         check_alike(**{f"{name}[{i}]": tensor for name, tensor in zip(tensors, own, strict=True)})
-        wide = torch.promote_types(own[0].dtype, torch.float32)
+        wide = torch.float64 if own[0].dtype == torch.float64 else torch.float32
         if vector.dtype != wide or vector.device != own[0].device:
             raise ValueError(f"{key}: expected {wide} on {own[0].device}, got {vector.dtype} on {vector.device}")
         shape = [len(vector), *own[0].shape[1:]]

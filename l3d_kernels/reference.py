@@ -130,14 +130,14 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return (logits if bias is None else logits + bias).softmax(-1) @ weight
 
 
-def adam_step(parameters, grads, first, second, scales, counts, moves, lr, betas=(0.9, 0.999), eps=1e-8, grams=False):  # type: ignore[no-untyped-def]
+def adam_step(parameters, grads, first, second, scales, counts, moves, lr, betas=(0.9, 0.999), eps=1e-8, grams=0):  # type: ignore[no-untyped-def]
     """p_k -= lr·scale·m̂_k / (v̂_k^½ + eps) where k moves, with m, v the running means of g, g²; p_k p_kᵀ: [K, R, R]."""
     for p, g, m, v, scale in zip(parameters, grads, first, second, scales, strict=True):
         for k in moves.nonzero()[:, 0].tolist():
             m[k], v[k] = betas[0] * m[k] + (1 - betas[0]) * g[k], betas[1] * v[k] + (1 - betas[1]) * g[k] ** 2
             means = m[k] / (1 - betas[0] ** counts[k]), v[k] / (1 - betas[1] ** counts[k])
             p[k] -= lr * scale.expand(len(p), *scale.shape[1:])[k] * means[0] / (means[1] ** 0.5 + eps)
-    return [einsum("krd,ksd->krs", each, each) for each in map(as_rows, parameters)] if grams else []
+    return [einsum("krd,ksd->krs", each, each) for each in map(as_rows, parameters[:grams])]
 
 
 def rescale(

@@ -34,7 +34,7 @@ def adam_step(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    grams: bool = False,
+    grams: int = 0,
     *,
     backend: str = "auto",
 ) -> list[Float[Tensor, "K R R"]]:
@@ -50,8 +50,9 @@ def adam_step(
         counts: c, how many steps each slice has taken, with this one.
         moves: 1 for slices that move, 0 for those that rest.
         lr, betas, eps: as in Adam.
-        grams: whether to return each tensor's Gram matrices p_k p_kᵀ after the step, with a tensor [K, R, ...] read as
-            [K, R, D] and a vector [K, P] as one row. In the dtype of `counts`; on a GPU zero for slices that rest.
+        grams: of how many tensors, the first ones, to return the Gram matrices p_k p_kᵀ after the step, with a tensor
+            [K, R, ...] read as [K, R, D] and a vector [K, P] as one row. In the dtype of `counts`; where a kernel runs
+            zero for slices that rest.
 
     Torch: `m.lerp_(g, 1 - β₁); v.lerp_(g * g, 1 - β₂); p -= ..` slice by slice
     """
@@ -60,6 +61,7 @@ def adam_step(
     checks.check_slices(tensors, {"counts": counts, "moves": moves})
     run = implementation(cpu.adam_step, backend, parameters[0])
     lists = (list(parameters), list(grads), list(first), list(second), list(scales))
+    grams = checks.check_count(grams, len(parameters), f"{len(parameters)} tensors", "grams")
     return run(*lists, counts, moves, lr, betas, eps, grams)
 
 

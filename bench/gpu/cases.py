@@ -125,7 +125,7 @@ def _update(i: Inputs, backend: str) -> Tensor:
     pair = [i["left"], i["right"]]
     ones = pair[0].new_ones(len(pair[0]), dtype=torch.promote_types(pair[0].dtype, torch.float32))
     moments = [[i[f"{kind}_{side}"] for side in ("left", "right")] for kind in ("d", "first", "second")]
-    left, right = lk.adam_step(pair, *moments, [ones[:1]] * 2, ones, ones, 0.05, grams=True, backend=backend)
+    left, right = lk.adam_step(pair, *moments, [ones[:1]] * 2, ones, ones, 0.05, grams=2, backend=backend)
     lk.rescale(pair, (left * right).sum((1, 2)), (2, 2), backend=backend)
     return pair[0]
 

@@ -240,7 +240,8 @@ class Directions(nn.Module):
             sides[0].append(left.flatten(1))
             sides[1].append(right.flatten(1))
         products = [torch.cat(sides[0], 1) * torch.cat(sides[1], 1)] if sides[0] else []
-        return torch.cat(products + alone, 1).sum(1)
+        every = products + alone
+        return (torch.cat(every, 1) if len(every) > 1 else every[0]).sum(1)
 
     def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""

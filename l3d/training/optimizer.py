@@ -135,12 +135,10 @@ def update(
     counts, moves = optimizer.moved(rows)
     held = {id(parameter) for parameter in decoder.parameters()}
     every = list(zip(optimizer.parameters, gradients, optimizer.first, optimizer.second, optimizer.scales, strict=True))
-    grams: list[Tensor] = []
-    for of_decoder in (True, False):
-        own = zip(*(each for each in every if (id(each[0]) in held) == of_decoder), strict=True)
-        parameters, grads, first, second, scales = (list(each) for each in own)
-        settings = (counts, moves, lr, optimizer.betas, optimizer.eps)
-        grams += lk.adam_step(parameters, grads, first, second, scales, *settings, of_decoder, backend=backend)
+    every.sort(key=lambda each: id(each[0]) not in held)  # the decoder's first
+    parameters, grads, first, second, scale = (list(each) for each in zip(*every, strict=True))
+    settings = (counts, moves, lr, optimizer.betas, optimizer.eps, len(held))
+    grams = lk.adam_step(parameters, grads, first, second, scale, *settings, backend=backend)
     decoder.normalize_by(grams, moves, backend)
 
 

@@ -19,7 +19,7 @@ def adam_step(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    grams: bool = False,
+    grams: int = 0,
 ) -> list[Tensor]:
     """Run `l3d_kernels.reference.adam_step`; the gradients of slices that rest must be zero."""
     beta1, beta2 = betas
@@ -35,7 +35,7 @@ def adam_step(
     torch._foreach_mul_(steps, scales)
     torch._foreach_mul_(steps, _by_slice(moves * correction / (1 - beta1**counts), steps))
     torch._foreach_add_(parameters, steps, alpha=-lr)
-    rows = [as_rows(p).to(counts.dtype) for p in parameters] if grams else []
+    rows = [as_rows(p).to(counts.dtype) for p in parameters[:grams]]
     return [each @ each.mT for each in rows]
 
 

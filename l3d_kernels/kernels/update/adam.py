@@ -122,14 +122,12 @@ TABLE["adam_gram"] = {
 }
 
 
-def _fake(parameters: Sequence[Tensor], *_: Any, grams: bool) -> list[Tensor]:
-    sizes = [as_rows(p).shape[:2] for p in parameters] if grams else []
+def _fake(parameters: Sequence[Tensor], grams: int) -> list[Tensor]:
+    sizes = [as_rows(p).shape[:2] for p in parameters[:grams]]
     return [p.new_empty(K, R, R, dtype=common.wide(p.dtype)) for (K, R), p in zip(sizes, parameters, strict=False)]
 
 
-@common.operator(
-    "adam_step", lambda *args: _fake(*args[:-1], grams=args[-1]), mutates=("parameters", "first", "second")
-)
+@common.operator("adam_step", lambda *args: _fake(args[0], args[-1]), mutates=("parameters", "first", "second"))
 def step_all(
     parameters: Sequence[Tensor],
     first: Sequence[Tensor],
@@ -143,23 +141,23 @@ def step_all(
     weight1: float,
     weight2: float,
     eps: float,
-    grams: bool,
+    grams: int,
 ) -> list[Tensor]:
-    """Launch a kernel for each tensor; return the Gram matrices [K, R, R], none if they are not asked for."""
+    """Launch a kernel for each tensor; return the Gram matrices [K, R, R] of the first ones."""
     found = []
     vectors = {"moves_ptr": moves, "correction_ptr": correction, "size_ptr": size}
     numbers = {"lr": lr, "weight1": weight1, "weight2": weight2, "eps": eps}
-    for parameter, m, v, grad, scale in zip(parameters, first, second, grads, scales, strict=True):
+    for i, (parameter, m, v, grad, scale) in enumerate(zip(parameters, first, second, grads, scales, strict=True)):
         pointers = {"parameter_ptr": parameter, "first_ptr": m, "second_ptr": v, "grad_ptr": grad}
         own = {**pointers, **vectors, **numbers, "scale_ptr": scale, "stride_scale": int(scale.numel() > 1)}
         K, R, D = as_rows(parameter).shape
-        if grams and R <= MOST_RANKS:
+        if i < grams and R <= MOST_RANKS:
             found.append(_launch_with_gram(parameter, own))
             continue
         row = common.row_for(adam_slices, parameter)
         tiles = common.ceil_div(R * D, row.blocks["BLOCK"])
         common.launch(adam_slices, (K * tiles,), row, parameter.device, N=R * D, tiles=tiles, **own)
-        if grams:
+        if i < grams:
             rows = as_rows(parameter).to(common.wide(parameter.dtype))
             found.append(rows @ rows.mT)
     return found
@@ -191,7 +189,7 @@ def adam_step(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    grams: bool = False,
+    grams: int = 0,
 ) -> list[Tensor]:
     """Run `l3d_kernels.reference.adam_step` with Triton kernels."""
     correction = (1 - betas[1] ** counts).sqrt_()
