@@ -101,7 +101,7 @@ class Step:
         self.paths = plan.paths
         self.kept, overlap = keep(self.gradients, self.encoder, self.decoder, self.z.n_kept, plan)
         mark("select")
-        norms = self.gradients.squared_norm(self.backend)
+        norms = self.gradients.squared_norm_in_range(self.backend)
         energies = energy(self.kept, self.decoder, plan)
         loss = residual_norms(norms, self.kept, overlap, energies).sum() / norms.sum()
         mark("loss")

@@ -257,7 +257,9 @@ class Directions(nn.Module):
         """Yield each tensor's factors of the chosen directions: (left, right), or of a vector (vector [K, P],)."""
         for _, piece in self.items():
             found = (piece.vector,) if isinstance(piece, Whole) else piece.factors()
-            yield tuple(each[chosen] for each in found)
+            yield (
+                found if isinstance(chosen, slice) and chosen == slice(None) else tuple(each[chosen] for each in found)
+            )
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
@@ -272,7 +274,9 @@ class Directions(nn.Module):
     def grams(self, n_groups: int, backend: str = "auto") -> Tensor:
         """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
         size = self.n_subnetworks // n_groups
-        if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
+        if n_groups == 1:
+            return self.gram(backend=backend)[None]
+        if self.n_subnetworks > SMALL_GRAM:
             return torch.stack([self.gram(slice(i * size, (i + 1) * size), backend) for i in range(n_groups)])
         blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size)
         return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)

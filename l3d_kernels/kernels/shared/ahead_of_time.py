@@ -68,8 +68,10 @@ def cases_of_kernel(
     """
     found, is_matrix = [], "PRECISION" in kernel.arg_names
     exact, fast = float32_precision(True, kind), float32_precision(False, kind)
-    dtypes = [("bf16", "ieee", False), ("fp16", "ieee", True), ("fp32", exact, False), ("fp32", fast, True)]
-    for dtype, precision, late in dtypes if is_matrix else dtypes[:3]:  # without dots one precision is like another
+    dtypes = [("bf16", "ieee", False), ("fp16", "ieee", True), ("fp32", exact, False)]
+    if is_matrix and fast != exact:  # without dots one precision is like another
+        dtypes.append(("fp32", fast, True))
+    for dtype, precision, late in dtypes:
         row = lookup(kernel.fn.__name__ + row_form, kind, dtype[-2:])
         for constants, long in forms(row, int(dtype[-2:]) // 8) if callable(forms) else forms:
             own = {"PRECISION": precision, **constants} if is_matrix else constants
