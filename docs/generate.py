@@ -139,9 +139,11 @@ def python_page(module: ModuleType) -> str:
 
 
 def for_all(module: ModuleType) -> str:
-    """Return what holds for all functions of a package: the docstring of the one file that they share, if they do."""
+    """Return what holds for all functions of a package: its files' docstrings; nothing if some lie deeper."""
     homes = {item.__module__ for item in (getattr(module, name) for name in public_names(module)) if isfunction(item)}
-    return plain(getdoc(import_module(homes.pop())) or "") if len(homes) == 1 and module.__name__ not in homes else ""
+    if any(home.rpartition(".")[0] != module.__name__ for home in homes):
+        return ""
+    return "\n\n".join(plain(getdoc(import_module(home)) or "") for home in sorted(homes))
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
         products = (other[piece].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
         products = products * both[piece, None, :, None]
         out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
-    return torch.cat(out)
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------

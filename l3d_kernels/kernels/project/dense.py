@@ -139,8 +139,12 @@ def project_dense_backward(
     """
     (_, O, I), K = grad.shape, len(left)
     d_grad = grad.new_empty(grad.shape if needs[0] else 0)
+    own = pieces(O, K * I, common.WORKSPACE)
+    if len(own) == 1 and not needs[0]:
+        d_v = torch.einsum("sk,soi->koi", d_out, grad)
+        return d_grad, right @ d_v.mT, left @ d_v
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
-    for rows in pieces(O, K * I, common.WORKSPACE):
+    for rows in own:
         d_v = torch.einsum("sk,soi->koi", d_out, grad[:, rows])
         d_left[:, :, rows] = right @ d_v.mT
         d_right += left[:, :, rows] @ d_v
