@@ -121,7 +121,8 @@ def finetune(
                 shown = list(value.shape) if isinstance(value, Tensor) and value.numel() != 1 else value
                 raise ValueError(f"loss: expected one finite number, got {shown}; step {step}")
             (deltas.grad,) = torch.autograd.grad(value.reshape(()), [deltas])
-            optimizer.step()
+            with torch.device("cpu"):  # Adam's counter: torch 2.11 makes it on the default device
+                optimizer.step()
             schedule.step()
             losses.append(float(value.detach()))
     return FineTuned(dict(zip(chosen, deltas.tolist(), strict=True)), losses, model, decomposition, any_weights)

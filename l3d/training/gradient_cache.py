@@ -275,7 +275,7 @@ def unpack(path: Path, holds: str | None = None) -> Gradients:
     try:
         before = _state(path)
         check_header(path)
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:  # whatever torch's default device is
             found = file.metadata() or {}
             written = {name: found[name] for name in ("gradients", "holds")}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

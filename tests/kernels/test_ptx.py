@@ -16,21 +16,10 @@ from tools import execute
 assert registry.load_kernels() == ""
 
 OPS = [
-    "project",
-    "project_tiled",
-    "project_at",
-    "project_dense",
-    "project_topk",
-    "batch_topk",
-    "gram",
-    "gram_energy",
-    "gram_energy_coactive",
-    "squared_gradient_norm",
-    "reconstruct",
-    "squared_residual_norm",
-    "sparse_decode",
-    "softmax_mean",
-]
+    "project", "project_tiled", "project_at", "project_dense", "project_topk", "batch_topk", "gram", "gram_energy",
+    "gram_energy_coactive", "squared_gradient_norm", "reconstruct", "squared_residual_norm", "sparse_decode",
+    "softmax_mean", "update",
+]  # fmt: skip
 KINDS = ("bfloat16", "float16", "float32", "tf32")
 # forms that `OPS` at the sizes "odd", "tiles" and "divisible" do not reach: of other kernels, or of other constants
 FORMS = [

@@ -81,20 +81,10 @@ REDUNDANT = {
     "softmax_logits": 1,
 }  # fmt: skip
 LOOPS = [
-    "project",
-    "project_chunked",
-    "project_at",
-    "project_dense",
-    "project_topk",
-    "gram",
-    "gram_energy_coactive",
-    "squared_gradient_norm",
-    "reconstruct",
-    "squared_residual_norm",
-    "sparse_decode",
-    "softmax_mean",
+    "project", "project_chunked", "project_at", "project_dense", "project_topk", "gram", "gram_energy_coactive",
+    "squared_gradient_norm", "reconstruct", "squared_residual_norm", "sparse_decode", "softmax_mean",
     "softmax_mean_wide",
-]
+]  # fmt: skip
 
 
 def redundant(jobs: list[dict[str, Any]]) -> dict[str, str]:

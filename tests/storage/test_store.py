@@ -18,6 +18,7 @@ from torch import nn
 import l3d
 import l3d_kernels
 from l3d.api import Decomposition
+from l3d.storage.store import read_tensors
 
 TENSORS, HEADER, MANIFEST = "decomposition.safetensors", "decomposition.json", "manifest.json"
 WRITTEN = {TENSORS, HEADER, MANIFEST, "README.md"}
@@ -77,6 +78,16 @@ def test_round_trip_is_exact(dtype: torch.dtype, tmp_path: Path) -> None:
     loaded.save(str(tmp_path / "b"))
     for name in (TENSORS, HEADER):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("rows", [None, slice(1, 3)], ids=["whole", "rows"])
+def test_tensors_are_read_to_the_cpu(rows: slice | None, tmp_path: Path) -> None:
+    """A default device, here one without values, does not take part in reading."""
+    written = torch.arange(12.0).view(4, 3)
+    save_file({"a": written}, tmp_path / TENSORS)
+    with torch.device("meta"):
+        found = read_tensors(tmp_path / TENSORS, rows)["a"]
+    assert torch.equal(found, written[rows or slice(None)])
 
 
 def test_an_untrained_decomposition_round_trips(tmp_path: Path) -> None:

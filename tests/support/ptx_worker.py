@@ -30,6 +30,7 @@ assert registry.load_kernels() == ""
 from l3d_kernels.kernels.decode import softmax_mean  # noqa: E402
 from l3d_kernels.kernels.project import project  # noqa: E402
 from l3d_kernels.kernels.shared import common  # noqa: E402
+from l3d_kernels.kernels.update import adam  # noqa: E402
 
 import ptx  # noqa: E402
 from op_cases import OPS, Case, Op, decode_inputs, make  # noqa: E402
@@ -50,6 +51,8 @@ def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str]
             continue
         if isinstance(value, torch.Tensor):
             signature[name], number = "*" + TYPES[str(value.dtype)[6:]], value.data_ptr()
+        elif isinstance(value, float):
+            signature[name], number = "fp32", 1  # of which no divisor is known
         else:
             signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
         if number % 16 == 0:
@@ -153,7 +156,7 @@ def install() -> Launcher:
     """Let backend="triton" take CPU tensors, and launch what it launches as PTX for sm_80."""
     launcher = Launcher()
     registry.interpreted, common.kind_of, common.launch = lambda: True, lambda device: "sm_80", launcher
-    common.POISON = True
+    common.POISON, adam.LEAST_SHARE = True, 400  # so that a slice of several tiles is cut into shares
     return launcher
 
 
@@ -243,6 +246,8 @@ def check(name: str, size: str, kind: str) -> None:
     common.PROGRAMS = PROGRAMS.get(size, 264)
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     eps = torch.finfo(torch.float16 if kind == "tf32" else dtype).eps  # tf32 keeps as many bits as float16
+    if name == "update":
+        return check_update(SIZES[size], dtype, eps, kind)
     inputs = to_dtype(inputs_of(name, size), dtype)
     if name == "project_topk":
         return check_topk(inputs, kind, eps)
@@ -280,6 +285,33 @@ def check_topk(inputs: dict[str, Any], kind: str, eps: float) -> None:
     (_, twins), (_, truths) = gradients(at, inputs, leaves, "torch"), gradients(at, exact, leaves, "torch")
     for leaf, grad, twin_grad, true_grad in zip(leaves, grads, twins, truths, strict=True):
         assert_as_good(grad, twin_grad, true_grad, f"gradient of {leaf}", eps)
+
+
+def check_update(size: Case, dtype: torch.dtype, eps: float, kind: str) -> None:
+    """Hold a step of Adam on matrices and a vector, with its Gram matrices, and the rescaling to the truth."""
+    shapes = [(size.K, size.R, size.O), (size.K, size.R, size.I), (size.K, size.O), (size.K, size.R, size.O)]
+    drawn = [normal(*shape, seed=10 * i + j, dtype=dtype) for i in range(4) for j, shape in enumerate(shapes)]
+    moves = (torch.arange(size.K) % 3 != 1).float()
+    grads = [g * moves.to(dtype).view(-1, *[1] * (g.ndim - 1)) for g in drawn[4:8]]
+    own_scales = [torch.tensor([0.5]).view(1, *[1] * (len(shape) - 1)) for shape in shapes]
+
+    def step(backend: str, wide: torch.dtype) -> list[torch.Tensor]:
+        every = [t.clone() if wide == torch.float32 else t.double() for t in (*drawn[:4], *grads, *drawn[8:])]
+        parameters, first = every[:4], every[8:12]
+        moments = (every[4:8], first, [v.square() + 0.1 for v in every[12:]])
+        vectors = (torch.arange(1.0, size.K + 1).to(wide), moves.to(wide))
+        scales = [s.to(wide) for s in own_scales]
+        grams = lk.adam_step(parameters, *moments, scales, *vectors, 0.05, grams=3, backend=backend)
+        squared = (grams[0] * grams[1]).sum((1, 2)) + grams[2].flatten()
+        lk.rescale(parameters[:3], squared, (2, 2, 1), vectors[1], backend=backend)
+        return [*parameters, *first, *moments[2], *(gram[moves > 0] for gram in grams)]
+
+    own = as_tf32(kind, lambda: step("triton", torch.float32))
+    found = own, step("torch", torch.float32), step("torch", torch.float64)
+    for i, (value, twin, truth) in enumerate(zip(*found, strict=True)):
+        assert_as_good(value, twin, truth, f"result {i}", eps)
+    for before, after in zip(drawn, own[:4], strict=False):
+        assert torch.equal(before[moves == 0], after[moves == 0]), "a slice that rests was written"
 
 
 def as_tf32(kind: str, call: Callable[[], Any]) -> Any:

@@ -125,6 +125,8 @@ OTHERS: Rows = {
     ("interpreter", None): tile(16, 16, 32, 4),
     ("gfx942", "16"): tile(128, 64, 64, 8, 2),
     ("gfx942", "32"): tile(128, 64, 32, 8, 2),
+    ("gfx1100", "16"): tile(64, 64, 32, 8, 2),
+    ("gfx1100", "32"): tile(64, 32, 16, 8, 2),
     (None, "16"): tile(128, 64, 64, 8),
     (None, "32"): tile(128, 64, 32, 8),
 }
@@ -140,7 +142,7 @@ SPREAD: Rows = OTHERS | {
     ("sm_90", "32"): tile(64, 64, 32, 8),
     ("sm_100", "32"): tile(64, 32, 32, 8),
 }
-TABLE["project_pair spread"] = SPREAD
+TABLE["project_pair spread"] = SPREAD | {("sm_120", "16"): tile(64, 64, 32, 8)}
 TABLE["project_seen spread"] = SPREAD | {(None, "16"): tile(64, 64, 32, 8), ("sm_90", "32"): tile(64, 32, 32, 4)}
 
 
