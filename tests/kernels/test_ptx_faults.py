@@ -77,13 +77,13 @@ def test_planted_faults_are_caught(name: str, tmp_path: Path) -> None:
 # memory, also where a warp reads back its own bytes, where the bytes reused are others, and where another barrier
 # follows before they are. `debug_barrier` is among them: at these sizes each warp loads what it has stored itself.
 REDUNDANT = {
-    "project_returned": 1, "project_dense_sum": 2, "topk_scan_rows": 1, "coactive_backward": 2, "residual_tile": 1,
+    "project_returned": 1, "project_dense_sum": 2, "topk_scan_rows": 1, "coactive_backward": 3, "residual_tile": 1,
     "softmax_logits": 1,
 }  # fmt: skip
 LOOPS = [
     "project", "project_chunked", "project_at", "project_dense", "project_topk", "gram", "gram_energy_coactive",
     "squared_gradient_norm", "reconstruct", "squared_residual_norm", "sparse_decode", "softmax_mean",
-    "softmax_mean_wide",
+    "softmax_mean_wide", "update",
 ]  # fmt: skip
 
 
@@ -121,15 +121,16 @@ def test_each_barrier_and_wait_of_every_kernel_is_missed() -> None:
 @pytest.mark.slow_kernels
 @pytest.mark.parametrize("op", LOOPS)
 def test_each_wait_is_missed_in_float32(op: str) -> None:
-    """In float32, whose tf32x3 products need more buffers, every wait is missed and three barriers of four."""
+    """In float32, whose tf32x3 products need more buffers, every wait is missed and two barriers of three."""
     jobs = execute(f"{op}/loops/float32", "--delete")
-    assert len(redundant(jobs)) <= sum(len(job["deleted"]) for job in jobs) / 4
+    assert len(redundant(jobs)) <= sum(len(job["deleted"]) for job in jobs) / 3
 
 
 def test_debug_barrier_is_missed() -> None:
     """Where the tiles are narrow, a kernel without the barrier that `tl.debug_barrier` makes is at fault."""
     file = KERNELS / "kernels" / "energy" / "gram_energy_backward.py"
-    number = next(i for i, line in enumerate(file.read_text().splitlines(), 1) if "tl.debug_barrier()" in line)
+    lines = [i for i, line in enumerate(file.read_text().splitlines(), 1) if "tl.debug_barrier()" in line]
     (job,) = execute("gram_energy_coactive/narrow/bfloat16", "--delete")
-    own = {place: what for place, what in job["deleted"].items() if f"gram_energy_backward.py:{number}:" in place}
+    marks = [f"({file.name}:{number}:" for number in lines]
+    own = {place: what for place, what in job["deleted"].items() if any(mark in place for mark in marks)}
     assert any(not what.startswith("redundant") for what in own.values()), own
