@@ -118,12 +118,20 @@ def test_each_barrier_and_wait_of_every_kernel_is_missed() -> None:
     assert_listed(redundant(execute(*(f"{op}/loops/bfloat16" for op in LOOPS), "--delete")))
 
 
+# the same in float32, by op; the three products of tf32x3 stage their tiles in buffers that one barrier would guard
+REDUNDANT_FLOAT32 = {
+    "project": 3, "project_chunked": 2, "project_at": 2, "project_dense": 1, "project_topk": 5, "gram": 3,
+    "gram_energy_coactive": 12, "squared_gradient_norm": 3, "reconstruct": 2, "squared_residual_norm": 2,
+    "softmax_mean_wide": 1,
+}  # fmt: skip
+
+
 @pytest.mark.slow_kernels
 @pytest.mark.parametrize("op", LOOPS)
-def test_each_wait_is_missed_in_float32(op: str) -> None:
-    """In float32, whose tf32x3 products need more buffers, every wait is missed and two barriers of three."""
-    jobs = execute(f"{op}/loops/float32", "--delete")
-    assert len(redundant(jobs)) <= sum(len(job["deleted"]) for job in jobs) / 3
+def test_each_barrier_and_wait_is_missed_in_float32(op: str) -> None:
+    """As above, in float32."""
+    slack = 0 if triton.__version__ == "3.7.1" else 3
+    assert len(redundant(execute(f"{op}/loops/float32", "--delete"))) <= REDUNDANT_FLOAT32.get(op, 0) + slack
 
 
 def test_debug_barrier_is_missed() -> None:
