@@ -43,6 +43,7 @@ def test_an_odd_size(kind: str) -> None:
     assert_sound(execute(*(f"{op}/odd/{kind}" for op in OPS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiles", "divisible"])
 def test_larger_sizes(size: str) -> None:
     """At sizes of several blocks, and at such that 16 divides, with several entries in each split and loop."""
