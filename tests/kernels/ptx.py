@@ -303,6 +303,8 @@ class Kernel:
     def _literal(self, text: str, kind: str) -> str:
         if text == "global_smem":
             return self._constant(numpy_type(kind)(0))
+        if text in self.parameters:  # the address of a parameter: its number
+            return self._constant(numpy_type(kind)(self.parameters[text]))
         if kind == "pred":
             return self._constant(np.bool_(int(text) != 0))
         if re.match(r"^0[fFdD][0-9a-fA-F]+$", text):
@@ -505,7 +507,9 @@ class Kernel:
         space = next((p.partition("::")[0] for p in parts if p.partition("::")[0] in ("global", "shared", "param")), None)
         if space == "param":
             place = o[1].strip("[] ")
-            kind, number = "b" + kind[1:] if kind[0] == "f" else kind, self.parameters[place]
+            kind, number = "b" + kind[1:] if kind[0] == "f" else kind, self.parameters.get(place)
+            if number is None:  # an address that the program selected
+                return self._put(line, o[0], kind, f"X.selected({self._value(place, 'u64')}, np.{numpy_type(kind).__name__})")
             return self._put(line, o[0], kind, f"X.parameters[{number}].astype(np.{numpy_type(kind).__name__})")
         if space is None:
             self._unknown(line, "no space")
@@ -852,6 +856,10 @@ class Program:
 
     def full(self, value: Any) -> Any:
         return value if getattr(value, "ndim", 0) else np.full(self.n, value)
+
+    def selected(self, numbers: Any, dtype: Any) -> Any:
+        """Return the parameters at addresses that were computed."""
+        return np.stack([own.astype(dtype) for own in self.parameters])[numbers]
 
     def fault(self, line: int, what: str, thread: int | None = None) -> Any:
         text = self.kernel.text.split("\n")[line - 1].strip()

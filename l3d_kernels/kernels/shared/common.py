@@ -5,7 +5,8 @@ from `device`.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ MOST_PROGRAMS = 65_535
 
 # A launch whose sum is long enough to be split should have at least this many programs: twice a large GPU's processors.
 PROGRAMS = 264
+
+# The most tensors that one launch serves: a program selects its own, at an instruction for each and each argument.
+MOST_TENSORS = 8
 
 # Tests set this to find elements that no kernel wrote: fresh outputs are filled with NaN, or with NOWHERE.
 POISON = False
@@ -72,6 +76,28 @@ def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, 
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))
+
+
+def together(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """Return which tensors share a launch: the places of each kind, at most MOST_TENSORS of them.
+
+    >>> together("aba")
+    [[0, 2], [1]]
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(i)
+    return [own[n : n + MOST_TENSORS] for own in alike.values() for n in range(0, len(own), MOST_TENSORS)]
+
+
+def starts(counts: Iterable[int]) -> tuple[tuple[int, ...], int]:
+    """Return where each tensor's programs begin along the axis of a grid that tensors share, and how many there are.
+
+    >>> starts([3, 1, 2])
+    ((0, 3, 4), 6)
+    """
+    *begins, total = itertools.accumulate(counts, initial=0)
+    return tuple(begins), total
 
 
 def row_for(kernel: Any, tensor: Tensor, form: str = "") -> Launch:
