@@ -4,6 +4,7 @@ Every message has one form: `dy: expected shape [S, T, O] with S a multiple of 4
 of indices and offsets are checked on a CPU only: on a GPU the check would wait for the device.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,26 @@ def check_factors(left: Tensor, right: Tensor) -> None:
     """Refuse low-rank factors that do not fit each other: left [K, R, O], right [K, R, I]."""
     check_alike(left=left, right=right)
     _check_factor_shapes(left, right)
+
+
+def check_factor_lists(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
+    """Refuse factors, or lists of them, that do not fit each other; return the first `left`."""
+    lists = [isinstance(side, (list, tuple)) and all(isinstance(t, Tensor) for t in side) for side in (left, right)]
+    if not all(lists):
+        check_factors(left, right)  # type: ignore[arg-type]
+        return left  # type: ignore[return-value]
+    if not left or len(left) != len(right):
+        name, expected, got = ("right", len(left), len(right)) if len(left) else ("left", "at least 1", 0)
+        raise ValueError(f"{name}: expected {expected} tensors, got {got}")
+    for i, own in enumerate(zip(left, right, strict=True)):
+        try:
+            check_alike(first=left[0], left=own[0])
+            check_factors(*own)
+        except ValueError as error:
+            raise ValueError(re.sub(r"^(left|right)", rf"\1[{i}]", str(error))) from None
+        if len(own[0]) != len(left[0]):
+            raise ValueError(f"left[{i}]: expected {len(left[0])} subnetworks as in left[0], got {len(own[0])}")
+    return left[0]
 
 
 def _check_factor_shapes(left: Tensor, right: Tensor) -> None:

@@ -20,7 +20,7 @@ run the definition, which forms V and G whole. backend="triton" works under vmap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -259,17 +259,23 @@ def gram_energy(
 
 
 def gram_energy_coactive(
-    kept: SparseCoefficients, left: Float[Tensor, "K R O"], right: Float[Tensor, "K R I"], *, backend: str = "auto"
+    kept: SparseCoefficients,
+    left: Float[Tensor, "K R O"] | Sequence[Float[Tensor, "K _ _"]],
+    right: Float[Tensor, "K R I"] | Sequence[Float[Tensor, "K _ _"]],
+    *,
+    backend: str = "auto",
 ) -> Float[Tensor, "S"]:
     """Compute `gram_energy` over the pairs of subnetworks kept in the same sample, whatever their number: [S].
 
-    R²(I+O) Σ_s n_s² multiply-adds, n_s kept in sample s. Differentiable in the kept values, left and right.
+    Of lists, one left and right for each tensor that the subnetworks have factors for, the sum over tensors; kernels
+    take those of equal R together. R²(I+O) Σ_s n_s² multiply-adds, n_s kept in sample s. Differentiable in the kept
+    values, left and right.
 
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
-    checks.check_factors(left, right)
-    checks.check_kept(kept, left)
-    return implementation(cpu.gram_energy_coactive, backend, left)(kept, left, right)
+    first = checks.check_factor_lists(left, right)
+    checks.check_kept(kept, first)
+    return implementation(cpu.gram_energy_coactive, backend, first)(kept, left, right)
 
 
 def squared_gradient_norm(

@@ -91,9 +91,13 @@ def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
     return einsum("sk,kj,sj->s", c, gram(left, right), c)
 
 
-def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
-    """‖ĝ_s‖² = c_sᵀ M c_s: [S]."""
-    return gram_energy(kept, left, right)
+def gram_energy_coactive(
+    kept: SparseCoefficients, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
+) -> Tensor:
+    """‖ĝ_s‖² = c_sᵀ M c_s, summed over the tensors of a list: [S]."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return gram_energy(kept, left, right)
+    return torch.stack([gram_energy(kept, *own) for own in zip(left, right, strict=True)]).sum(0)
 
 
 def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
 Each has several paths that agree in value; the counted multiply-adds decide which one a call takes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -117,8 +118,15 @@ class _EnergyByTiles(torch.autograd.Function):
         return d_coefficients, *to_factors(d_v(), left, right)
 
 
-def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
-    """Return ‖ĝ_s‖² over the pairs of subnetworks kept in the same sample: [S]. R²(I+O) Σ_s n_s² multiply-adds."""
+def gram_energy_coactive(
+    kept: SparseCoefficients, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
+) -> Tensor:
+    """Return ‖ĝ_s‖² over the pairs of subnetworks kept in the same sample: [S]. R²(I+O) Σ_s n_s² multiply-adds.
+
+    Of lists the sum over their tensors, in order.
+    """
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return reduce(torch.add, (gram_energy_coactive(kept, *own) for own in zip(left, right, strict=True)))
     n_samples, _ = kept.shape
     rank = left.shape[1]
     counts = kept.row_offsets.diff()

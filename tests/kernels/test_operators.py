@@ -33,8 +33,8 @@ def arguments() -> dict[str, tuple]:
     return {
         "batch_topk": (batch_topk.select, i["grad"][:, 0], 7, None),
         "gram": (gram.gram_forward, i["left"], i["right"]),
-        "coactive": (gram_energy.energy_forward, *tiles),
-        "coactive backward": (gram_energy.energy_backward, torch.ones(6), k.values, *ORDER, i["left"], i["right"]),
+        "coactive": (gram_energy.energy_forward, *tiles[:-2], [i["left"]] * 2, [i["right"]] * 2),
+        "coactive backward": (gram_energy.energy_backward, torch.ones(6), k.values, *ORDER, pair[:1], pair[1:]),
         "reconstruct": (reconstruction.reconstruct_forward, *tiles),
         "reconstruct, left": (reconstruction.side_backward, i["grad"], *side, True),
         "reconstruct, right": (reconstruction.side_backward, i["grad"], *side, False),

@@ -14,8 +14,20 @@ from l3d_kernels import ops
 
 from op_cases import Case, decode_inputs, kept_of, make
 
+
+class Members(type):
+    """The type of a list whose members all fit an annotation: isinstance does not look into lists."""
+
+    def __getitem__(cls, member: Any) -> Any:
+        return Members("Sequence", (), {"member": member})
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(each, cls.member) for each in value)
+
+
 NAMES = {"Float": Float, "Int": Int, "Tensor": Tensor, "SparseCoefficients": lk.SparseCoefficients} | {
-    "Callable": Callable
+    "Callable": Callable,
+    "Sequence": Members("Sequence", (), {}),
 }
 
 
@@ -58,6 +70,7 @@ def test_every_op_has_the_shapes_of_its_signature(case: str) -> None:
     hold(ops.gram, *factors)
     hold(ops.gram_energy, kept, *factors)
     hold(ops.gram_energy_coactive, kept, *factors)
+    hold(ops.gram_energy_coactive, kept, *([each, each[:, :, :1]] for each in factors))
     hold(ops.squared_gradient_norm, i["x"], i["dy"])
     hold(ops.reconstruct, kept, *factors)
     hold(ops.squared_residual_norm, kept, *factors, i["grad"])

@@ -78,8 +78,8 @@ def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, 
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))
 
 
-def together(kinds: Iterable[Hashable]) -> list[list[int]]:
-    """Return which tensors share a launch: the places of each kind, at most MOST_TENSORS of them.
+def together(kinds: Iterable[Hashable], most: int = MOST_TENSORS) -> list[list[int]]:
+    """Return which tensors share a launch: the places of each kind, at most so many of them.
 
     >>> together("aba")
     [[0, 2], [1]]
@@ -87,7 +87,7 @@ def together(kinds: Iterable[Hashable]) -> list[list[int]]:
     alike: dict[Hashable, list[int]] = {}
     for i, kind in enumerate(kinds):
         alike.setdefault(kind, []).append(i)
-    return [own[n : n + MOST_TENSORS] for own in alike.values() for n in range(0, len(own), MOST_TENSORS)]
+    return [own[n : n + most] for own in alike.values() for n in range(0, len(own), most)]
 
 
 def starts(counts: Iterable[int]) -> tuple[tuple[int, ...], int]:
@@ -160,14 +160,16 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
             return bound
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-            each = [
-                a.unbind(d) if isinstance(a, Tensor) and d is not None else [a] * info.batch_size
-                for a, d in zip(args, in_dims, strict=True)
-            ]
-            results = [bound(*own) for own in zip(*each, strict=True)]
+            def unbound(a: Any, d: Any) -> Sequence[Any]:
+                if isinstance(a, (list, tuple)) and d is not None:
+                    return list(zip(*(unbound(*own) for own in zip(a, d, strict=True)), strict=True))
+                return a.unbind(d) if isinstance(a, Tensor) and d is not None else [a] * info.batch_size
+
+            results = [bound(*own) for own in unbound(args, in_dims)]
             if isinstance(results[0], Tensor):
                 return torch.stack(results), 0
-            return tuple(torch.stack(same) for same in zip(*results, strict=True)), (0,) * len(results[0])
+            kind = type(results[0])
+            return kind(torch.stack(same) for same in zip(*results, strict=True)), kind([0] * len(results[0]))
 
         bound.register_vmap(one_by_one)
         return bound
