@@ -81,24 +81,29 @@ def check_factors(left: Tensor, right: Tensor) -> None:
     _check_factor_shapes(left, right)
 
 
-def check_factor_lists(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
-    """Refuse factors, or lists of them, that do not fit each other; return the first `left`."""
-    lists = [isinstance(side, (list, tuple)) and all(isinstance(t, Tensor) for t in side) for side in (left, right)]
-    if not all(lists):
-        check_factors(left, right)  # type: ignore[arg-type]
-        return left  # type: ignore[return-value]
-    if not left or len(left) != len(right):
-        name, expected, got = ("right", len(left), len(right)) if len(left) else ("left", "at least 1", 0)
-        raise ValueError(f"{name}: expected {expected} tensors, got {got}")
-    for i, own in enumerate(zip(left, right, strict=True)):
+def check_pairs(check: Callable[[Tensor, Tensor], None], like: str, **pairs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Refuse two tensors, or two lists of them, that `check` refuses; return the first of those named `like`.
+
+    Their first axes must have one size.
+    """
+    (name, every), (other, others) = pairs.items()
+    if not all(isinstance(own, (list, tuple)) and all(isinstance(t, Tensor) for t in own) for own in pairs.values()):
+        check(every, others)  # type: ignore[arg-type]
+        return pairs[like]  # type: ignore[return-value]
+    if not every or len(every) != len(others):
+        short, expected, got = (other, len(every), len(others)) if len(every) else (name, "at least 1", 0)
+        raise ValueError(f"{short}: expected {expected} tensors, got {got}")
+    first = pairs[like][0]
+    for i, own in enumerate(zip(every, others, strict=True)):
+        same = pairs[like][i]
         try:
-            check_alike(first=left[0], left=own[0])
-            check_factors(*own)
+            check_alike(first=first, **{like: same})
+            check(*own)
         except ValueError as error:
-            raise ValueError(re.sub(r"^(left|right)", rf"\1[{i}]", str(error))) from None
-        if len(own[0]) != len(left[0]):
-            raise ValueError(f"left[{i}]: expected {len(left[0])} subnetworks as in left[0], got {len(own[0])}")
-    return left[0]
+            raise ValueError(re.sub(rf"^({name}|{other})", rf"\1[{i}]", str(error))) from None
+        if len(same) != len(first):
+            raise ValueError(f"{like}[{i}]: expected a first axis of {len(first)} as in {like}[0], got {len(same)}")
+    return first
 
 
 def _check_factor_shapes(left: Tensor, right: Tensor) -> None:

@@ -273,22 +273,26 @@ def gram_energy_coactive(
 
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
-    first = checks.check_factor_lists(left, right)
+    first = checks.check_pairs(checks.check_factors, "left", left=left, right=right)
     checks.check_kept(kept, first)
     return implementation(cpu.gram_energy_coactive, backend, first)(kept, left, right)
 
 
 def squared_gradient_norm(
-    x: Float[Tensor, "B T I"] | Int[Tensor, "B T"], dy: Float[Tensor, "S T O"], *, backend: str = "auto"
+    x: Float[Tensor, "B T I"] | Int[Tensor, "B T"] | Sequence[Float[Tensor, "_ _ _"] | Int[Tensor, "_ _"]],
+    dy: Float[Tensor, "S T O"] | Sequence[Float[Tensor, "S _ _"]],
+    *,
+    backend: str = "auto",
 ) -> Float[Tensor, "S"]:
     """Compute the squared norm of every sample's gradient: ‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st'), [S].
 
-    Summed over O and I, not averaged. G [S, O, I] is not formed. Differentiable in x and dy.
+    Summed over O and I, not averaged; of lists, one x and dy for each parameter, the sum over them. Kernels take those
+    of equal T together. G [S, O, I] is not formed. Differentiable in x and dy.
 
     Torch: `einsum("sti,sto->soi", x.repeat_interleave(S // B, 0), dy).square().sum((1, 2))`
     """
-    checks.check_rows(x, dy)
-    return implementation(cpu.squared_gradient_norm, backend, dy)(x, dy)
+    first = checks.check_pairs(checks.check_rows, "dy", x=x, dy=dy)
+    return implementation(cpu.squared_gradient_norm, backend, first)(x, dy)
 
 
 def reconstruct(

@@ -100,8 +100,10 @@ def gram_energy_coactive(
     return torch.stack([gram_energy(kept, *own) for own in zip(left, right, strict=True)]).sum(0)
 
 
-def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
-    """‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st') = Σ_o Σ_i G_s[o, i]²: [S]."""
+def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
+    """‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st') = Σ_o Σ_i G_s[o, i]², summed over a list: [S]."""
+    if not (isinstance(x, Tensor) and isinstance(dy, Tensor)):
+        return torch.stack([squared_gradient_norm(*own) for own in zip(x, dy, strict=True)]).sum(0)
     same = x @ x.mT if x.is_floating_point() else (x[:, :, None] == x[:, None, :]).to(dy.dtype)
     return einsum("stu,sto,suo->s", same.repeat_interleave(len(dy) // max(1, len(x)), 0), dy, dy)
 

@@ -148,11 +148,13 @@ def gram_energy_coactive(
     return torch.cat(chunks)
 
 
-def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
-    """Return ‖G_s‖² of every sample: [S].
+def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return ‖G_s‖² of every sample: [S]; of lists the sum over their tensors, in order.
 
     From the factors that takes T²(I+O) multiply-adds a sample, from G T·I·O; the cheaper is taken.
     """
+    if not (isinstance(x, Tensor) and isinstance(dy, Tensor)):
+        return reduce(torch.add, (squared_gradient_norm(*own) for own in zip(x, dy, strict=True)))
     n_sequences, n_positions = x.shape[:2]
     if n_sequences == 0:
         return dy.sum((1, 2))

@@ -40,7 +40,7 @@ def arguments() -> dict[str, tuple]:
         "reconstruct, right": (reconstruction.side_backward, i["grad"], *side, False),
         "residual norm": (reconstruction.residual_norm_forward, *tiles, i["grad"]),
         "residual": (reconstruction.residual, torch.ones(6), i["grad"], *tiles),
-        "gradient norm": (squared_gradient_norm.norm_forward, i["x"], i["dy"]),
+        "gradient norm": (squared_gradient_norm.norm_forward, [i["x"]] * 2, [i["dy"]] * 2),
         "adam": (adam.step_all, pair, *lists, [ones[:1]] * 2, ones, ones, ones, 0.1, 0.1, 0.001, 1e-8, 1),
         "rescale": (rescale.rescale_all, pair, [ones, ones + 1], ones),
         "decode": (sparse_decode.decode, CODES, value, WEIGHT, None),

@@ -43,7 +43,7 @@ REFUSED: list[tuple[str, Inputs, str]] = [
         ("gram_energy_coactive", {"left": [zeros(2, 2, 7), left], "right": [zeros(2, 2, 5), right]}, message)
         for left, right, message in [
             (zeros(2, 3, 4), zeros(2, 2, 4), r"right\[1\]: expected shape \[2, 3, I\] to match left, got \[2, 2, 4\]"),
-            (zeros(3, 2, 4), zeros(3, 2, 4), r"left\[1\]: expected 2 subnetworks as in left\[0\], got 3"),
+            (zeros(3, 2, 4), zeros(3, 2, 4), r"left\[1\]: expected a first axis of 2 as in left\[0\], got 3"),
             (zeros(2, 2, 4).half(), zeros(2, 2, 4).half(), r"left\[1\]: expected dtype torch.float32 .* torch.float16"),
         ]
     ),

@@ -72,6 +72,7 @@ def test_every_op_has_the_shapes_of_its_signature(case: str) -> None:
     hold(ops.gram_energy_coactive, kept, *factors)
     hold(ops.gram_energy_coactive, kept, *([each, each[:, :, :1]] for each in factors))
     hold(ops.squared_gradient_norm, i["x"], i["dy"])
+    hold(ops.squared_gradient_norm, [i["x"]] * 2, [i["dy"]] * 2)
     hold(ops.reconstruct, kept, *factors)
     hold(ops.squared_residual_norm, kept, *factors, i["grad"])
 
