@@ -232,15 +232,21 @@ def batch_topk_over_columns(
 # --- energies and reconstructions -------------------------------------------------------------------------------
 
 
-def gram(left: Float[Tensor, "K R O"], right: Float[Tensor, "K R I"], *, backend: str = "auto") -> Float[Tensor, "K K"]:
+def gram(
+    left: Float[Tensor, "K R O"] | Sequence[Float[Tensor, "K _ _"]],
+    right: Float[Tensor, "K R I"] | Sequence[Float[Tensor, "K _ _"]],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "K K"]:
     """Compute the inner products of all directions: M_kj = <V_k, V_j>, [K, K].
 
-    M_kj = Σ_rr' (left_kr . left_jr') (right_kr . right_jr'), summed over both ranks. Differentiable in both tensors.
+    M_kj = Σ_rr' (left_kr . left_jr') (right_kr . right_jr'), summed over both ranks; of lists, one left and right for
+    each tensor, the sum over tensors, of which kernels take those of equal R together. Differentiable in all tensors.
 
     Torch: `einsum("koi,joi->kj", V, V)` with V [K, O, I]
     """
-    checks.check_factors(left, right)
-    return implementation(cpu.gram, backend, left)(left, right)
+    first = checks.check_pairs(checks.check_factors, "left", left=left, right=right)
+    return implementation(cpu.gram, backend, first)(left, right)
 
 
 def gram_energy(

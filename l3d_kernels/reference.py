@@ -79,8 +79,10 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
 # --- energies and reconstructions -------------------------------------------------------------------------------
 
 
-def gram(left: Tensor, right: Tensor) -> Tensor:
-    """M_kj = <V_k, V_j>: [K, K]."""
+def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
+    """M_kj = <V_k, V_j>, summed over the tensors of a list: [K, K]."""
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return torch.stack([gram(*own) for own in zip(left, right, strict=True)]).sum(0)
     v = directions(left, right)
     return einsum("koi,joi->kj", v, v)
 

@@ -17,11 +17,13 @@ from l3d_kernels.sparse import SparseCoefficients
 from l3d_kernels.splitting import energy_costs, outer, pieces
 
 
-def gram(left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner products <V_k, V_j> of all directions: [K, K].
+def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return the inner products <V_k, V_j> of all directions: [K, K]; of lists the sum over their tensors, in order.
 
     From the factors that takes K²R²(I+O) multiply-adds, from tiles of V K(K+R)·I·O; the cheaper is taken.
     """
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return reduce(torch.add, (gram(*own) for own in zip(left, right, strict=True)))
     n_subnetworks, rank, n_outputs = left.shape
     n_inputs = right.shape[2]
     if rank == 1:

@@ -53,7 +53,7 @@ def test_as_the_twin_in_float64(case: str) -> None:
 def several(case: str) -> dict[str, Any]:
     """Return inputs with three tensors of one rank and other widths, and one of another rank, in one dictionary."""
     inputs, own = make(CASES[case]), CASES[case]
-    for n, (rank, outputs, wide) in enumerate([(own.R, 3, 21), (own.R, 18, 1), (own.R + 1, 4, 6)]):
+    for n, (rank, outputs, wide) in enumerate([(own.R, 3, 21), (own.R, 21, 3), (own.R + 1, 4, 6)]):
         inputs[f"left{n}"] = normal(own.K, rank, outputs, seed=20 + n)
         inputs[f"right{n}"] = normal(own.K, rank, wide, seed=30 + n)
     return inputs
@@ -65,6 +65,10 @@ SIDES = [[f"{side}{n}" for n in ("", 0, 1, 2)] for side in ("left", "right")]
 def run_several(i: dict[str, Any], backend: str) -> Tensor:
     lefts, rights = ([i[name] for name in names] for names in SIDES)
     return lk.gram_energy_coactive(kept_of(i), lefts, rights, backend=backend)
+
+
+def run_grams(i: dict[str, Any], backend: str) -> Tensor:
+    return lk.gram(*([i[name] for name in names] for names in SIDES), backend=backend)
 
 
 @pytest.mark.parametrize("case", ["odd", "many tiles"])
@@ -79,6 +83,12 @@ def test_several_tensors_in_one_launch(case: str) -> None:
         together = run_several(inputs, "triton")
         torch.autograd.grad(together.sum(), leaves)
     assert [seen[kernel] for kernel in COACTIVE] == [2, 2]
+    for dtype in DTYPES[:2]:
+        assert_kernel(run_grams, inputs, (*SIDES[0], *SIDES[1]), dtype, "gram_tile")
+    assert_kernel(run_grams, inputs, ("right0", "left1"), torch.float32, "gram_tile")
+    with launches("gram_tile") as seen:
+        run_grams(inputs, "triton")
+    assert seen["gram_tile"] == 2
     alone = [
         lk.gram_energy_coactive(kept_of(inputs), inputs[left], inputs[right], backend="torch")
         for left, right in zip(*SIDES, strict=True)

@@ -32,7 +32,7 @@ def arguments() -> dict[str, tuple]:
     lists = [[t.clone() for t in pair] for _ in range(3)]  # moments and gradients
     return {
         "batch_topk": (batch_topk.select, i["grad"][:, 0], 7, None),
-        "gram": (gram.gram_forward, i["left"], i["right"]),
+        "gram": (gram.gram_forward, [i["left"]] * 2, [i["right"]] * 2),
         "coactive": (gram_energy.energy_forward, *tiles[:-2], [i["left"]] * 2, [i["right"]] * 2),
         "coactive backward": (gram_energy.energy_backward, torch.ones(6), k.values, *ORDER, pair[:1], pair[1:]),
         "reconstruct": (reconstruction.reconstruct_forward, *tiles),

@@ -217,6 +217,9 @@ def test_the_energy_of_several_tensors_is_their_sum_in_order() -> None:
     alone = [lk.gram_energy_coactive(kept, *own) for own in zip(left, right, strict=True)]
     assert torch.equal(together, alone[0] + alone[1])
     assert_relative(together, reference.gram_energy_coactive(kept, left, right), VALUES)
+    grams = [lk.gram(*own) for own in zip(left, right, strict=True)]
+    assert torch.equal(lk.gram(left, right), grams[0] + grams[1])
+    assert_relative(lk.gram(left, right), reference.gram(left, right), VALUES)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_every_op_has_the_shapes_of_its_signature(case: str) -> None:
     hold(ops.batch_topk_over_ranks, base, 0, lambda t: t, torch.zeros_like)
     hold(ops.batch_topk_over_columns, base, 0, 0, lambda t: t[None])
     hold(ops.gram, *factors)
+    hold(ops.gram, *([each, each[:, :, :1]] for each in factors))
     hold(ops.gram_energy, kept, *factors)
     hold(ops.gram_energy_coactive, kept, *factors)
     hold(ops.gram_energy_coactive, kept, *([each, each[:, :, :1]] for each in factors))

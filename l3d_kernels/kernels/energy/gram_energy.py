@@ -88,7 +88,6 @@ TABLE["coactive_energy"] = {
 }
 
 
-MOST = common.MOST_TENSORS // 2  # tensors of a launch: the backward pass has both sides of each
 Tensors = Sequence[Tensor]
 
 
@@ -135,10 +134,8 @@ def _forward(
     left3: Tensor | None,
     right3: Tensor | None,
 ) -> Any:
-    """Run the forward kernel. As many tensors as `MOST` have names, as torch.compile demands; some may be None."""
-    left = [each for each in (left0, left1, left2, left3) if each is not None]
-    right = [each for each in (right0, right1, right2, right3) if each is not None]
-    return energy_forward(values, columns, row_offsets, left, right)
+    forward = common.paired(lambda left, right: energy_forward(values, columns, row_offsets, left, right))
+    return forward(left0, right0, left1, right1, left2, right2, left3, right3)
 
 
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
@@ -161,11 +158,10 @@ _coactive = common.differentiable(_forward, _backward, lambda inputs, output: (o
 
 def gram_energy_coactive(kept: SparseCoefficients, left: Tensor | Tensors, right: Tensor | Tensors) -> Tensor:
     """Run `l3d_kernels.reference.gram_energy_coactive` with Triton kernels."""
-    lefts, rights = ([side] if isinstance(side, Tensor) else side for side in (left, right))
+    lefts, rights = common.lists(left, right)
     packed, energies = common.contiguous(kept.values, *kept.indices()), []
-    for places in common.together((each.shape[1] for each in lefts), MOST):
-        sides = common.contiguous(*(side[i] for i in places for side in (lefts, rights)))
-        energies.append(_coactive(*packed, *sides, *[None] * (2 * MOST - len(sides)))[0])
+    for own in common.together((each.shape[1] for each in lefts), common.MOST_PAIRS):
+        energies.append(_coactive(*packed, *common.padded((lefts[i], rights[i]) for i in own))[0])
     return reduce(torch.add, energies)
 
 

@@ -145,7 +145,6 @@ TABLE["norm_outer"] = {
 }
 TABLE["norm_single"] = {("interpreter", None): Launch({"BLOCK_D": 16}), (None, None): Launch({"BLOCK_D": 2048}, 4, 1)}
 LARGEST_TILE = 64  # positions
-MOST = 4  # parameters of a call
 
 
 @common.operator("squared_gradient_norm", lambda x, dy: dy[0].new_empty(len(dy[0])))
@@ -224,34 +223,14 @@ def _gradients(d_out: Tensor, needs: Any, x: Tensor, dy: Tensor) -> list[Tensor 
     ]
 
 
-def _forward(
-    x0: Tensor,
-    dy0: Tensor,
-    x1: Tensor | None,
-    dy1: Tensor | None,
-    x2: Tensor | None,
-    dy2: Tensor | None,
-    x3: Tensor | None,
-    dy3: Tensor | None,
-) -> Tensor:
-    """Run the forward kernels. As many parameters as `MOST` have names, as torch.compile demands; some may be None."""
-    x = [each for each in (x0, x1, x2, x3) if each is not None]
-    dy = [each for each in (dy0, dy1, dy2, dy3) if each is not None]
-    out: Tensor = norm_forward(x, dy)
-    return out
-
-
-_norm = common.differentiable(_forward, _backward)
+_norm = common.differentiable(common.paired(lambda x, dy: norm_forward(x, dy)), _backward)
 
 
 def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
-    xs, dys = ([each] if isinstance(each, Tensor) else each for each in (x, dy))
-    pairs, norms = list(zip(xs, dys, strict=True)), []
-    for n in range(0, len(pairs), MOST):
-        own = common.contiguous(*(each for pair in pairs[n : n + MOST] for each in pair))
-        norms.append(_norm(*own, *[None] * (2 * MOST - len(own))))
-    return reduce(torch.add, norms)
+    pairs = list(zip(*common.lists(x, dy), strict=True))
+    starts = range(0, len(pairs), common.MOST_PAIRS)
+    return reduce(torch.add, (_norm(*common.padded(pairs[n : n + common.MOST_PAIRS])) for n in starts))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -240,6 +240,43 @@ def differentiable(
     return Differentiable.apply
 
 
+# The most pairs of tensors, as left and right, that one call takes: a backward pass has a launch for all of both.
+MOST_PAIRS = MOST_TENSORS // 2
+
+
+def paired(function: Callable[[list[Tensor], list[Tensor]], Any]) -> Callable[..., Any]:
+    """Return a function of MOST_PAIRS pairs of tensors, some of them None, that calls one of two lists.
+
+    `differentiable` takes no lists, and torch.compile demands that it has every parameter named.
+    """
+
+    def named(
+        a0: Tensor,
+        b0: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        a2: Tensor | None,
+        b2: Tensor | None,
+        a3: Tensor | None,
+        b3: Tensor | None,
+    ) -> Any:
+        pairs = [(a0, b0)] + [(a, b) for a, b in ((a1, b1), (a2, b2), (a3, b3)) if a is not None and b is not None]
+        return function([a for a, _ in pairs], [b for _, b in pairs])
+
+    return named
+
+
+def padded(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """Return the arguments of a function that `paired` has made, packed as `contiguous` packs them."""
+    own = contiguous(*(each for pair in pairs for each in pair))
+    return [*own, *[None] * (2 * MOST_PAIRS - len(own))]
+
+
+def lists(*given: Tensor | Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Return lists as they are, and a tensor as a list of its own."""
+    return [[each] if isinstance(each, Tensor) else each for each in given]
+
+
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors packed; under autocast float32 becomes autocast's dtype, as in a matrix product.
 
