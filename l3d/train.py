@@ -69,6 +69,7 @@ def train(
             asked = stop.asked(run.group)
             if asked or run.step % checkpoint_every == 0 or run.step == settings.steps:
                 run.seconds = time.perf_counter() - started
+                run.settle()
                 with naming_step(run.step - 1):
                     check_finite(run.decomposition)
                 checkpoint()

@@ -4,7 +4,7 @@ Every message has one form: `dy: expected shape [S, T, O] with S a multiple of 4
 of indices and offsets are checked on a CPU only: on a GPU the check would wait for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -145,11 +145,11 @@ def check_matrix(coefficients: Tensor) -> None:
         raise ValueError(f"coefficients: expected shape [S, K], got {list(coefficients.shape)}")
 
 
-def check_count(n: int, size: int, of: str) -> int:
+def check_count(n: int, size: int, of: str, name: str = "n") -> int:
     """Return a number of entries to keep as an int; refuse one that is below 0 or above `size`, or no integer."""
-    n = integer("n", n)
+    n = integer(name, n)
     if not 0 <= n <= size:
-        raise ValueError(f"n: expected 0 <= n <= {of}, got {n}")
+        raise ValueError(f"{name}: expected 0 <= {name} <= {of}, got {n}")
     return n
 
 
@@ -224,3 +224,40 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[1]}] with V at least 1, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{len(weight)}], got {list(bias.shape)}")
+
+
+# --- updates in place -------------------------------------------------------------------------------------------
+
+
+def check_slices(lists: dict[str, Sequence[Tensor]], vectors: dict[str, Tensor]) -> None:
+    """Refuse lists of tensors [K, ...] that do not match one by one, and vectors that are not [K] in a wide dtype.
+
+    All but `grads` must be contiguous, since they are written. `scales` are [K, 1, ..] or of one element, and wide.
+    """
+    for name, every in lists.items():
+        if not isinstance(every, (list, tuple)):
+            raise ValueError(f"{name}: expected a list of tensors, got {type(every).__name__}")
+        if len(every) != len(lists["parameters"]) or not every:
+            expected = len(lists["parameters"]) or "at least 1"
+            raise ValueError(f"{name}: expected {expected} tensors, got {len(every)}")
+    check_alike(**vectors)
+    key, vector = next(iter(vectors.items()))
+    for name, each in vectors.items():
+        if each.ndim != 1 or len(each) != len(vector):
+            raise ValueError(f"{name}: expected shape [K] like the others, got {list(each.shape)}")
+    tensors = {name: every for name, every in lists.items() if name != "scales"}
+    for i, own in enumerate(zip(*tensors.values(), strict=True)):
+        check_alike(**{f"{name}[{i}]": tensor for name, tensor in zip(tensors, own, strict=True)})
+        wide = torch.float64 if own[0].dtype == torch.float64 else torch.float32
+        if vector.dtype != wide or vector.device != own[0].device:
+            raise ValueError(f"{key}: expected {wide} on {own[0].device}, got {vector.dtype} on {vector.device}")
+        shape = [len(vector), *own[0].shape[1:]]
+        for name, tensor in zip(tensors, own, strict=True):
+            if list(tensor.shape) != shape:
+                raise ValueError(f"{name}[{i}]: expected shape {shape}, got {list(tensor.shape)}")
+            if name != "grads" and not tensor.is_contiguous():
+                raise ValueError(f"{name}[{i}]: expected a contiguous tensor, got strides {tensor.stride()}")
+    for i, scale in enumerate(lists.get("scales", ())):
+        check_alike(**{key: vector, f"scales[{i}]": scale})
+        if scale.numel() != 1 and list(scale.shape) != [len(vector), *[1] * (lists["parameters"][i].ndim - 1)]:
+            raise ValueError(f"scales[{i}]: expected one element, or one per slice, got {list(scale.shape)}")

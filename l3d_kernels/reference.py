@@ -6,10 +6,13 @@ Any floating dtype and any device; V [K, O, I] and G [S, O, I] are formed whole,
 `l3d_kernels.ops`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, einsum
 
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
+from l3d_kernels.splitting import as_rows
 
 
 def gradients(x: Tensor, dy: Tensor, n_inputs: int) -> Tensor:
@@ -109,7 +112,7 @@ def squared_residual_norm(kept: SparseCoefficients, left: Tensor, right: Tensor,
     return (grad - reconstruct(kept, left, right)).square().sum((1, 2))
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------
+# --- decoding, and updates in place -----------------------------------------------------------------------------
 
 
 def sparse_decode(indices: Tensor, values: Tensor, weight: Tensor, row_offsets: Tensor | None = None) -> Tensor:
@@ -125,3 +128,22 @@ def softmax_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     """μ_s = Σ_v softmax_v(hidden_s . weight_v + bias_v) weight_v: [S, D]."""
     logits = hidden @ weight.mT
     return (logits if bias is None else logits + bias).softmax(-1) @ weight
+
+
+def adam_step(parameters, grads, first, second, scales, counts, moves, lr, betas=(0.9, 0.999), eps=1e-8, grams=0):  # type: ignore[no-untyped-def]
+    """p_k -= lr·scale·m̂_k / (v̂_k^½ + eps) where k moves, with m, v the running means of g, g²; p_k p_kᵀ: [K, R, R]."""
+    for p, g, m, v, scale in zip(parameters, grads, first, second, scales, strict=True):
+        for k in moves.nonzero()[:, 0].tolist():
+            m[k], v[k] = betas[0] * m[k] + (1 - betas[0]) * g[k], betas[1] * v[k] + (1 - betas[1]) * g[k] ** 2
+            means = m[k] / (1 - betas[0] ** counts[k]), v[k] / (1 - betas[1] ** counts[k])
+            p[k] -= lr * scale.expand(len(p), *scale.shape[1:])[k] * means[0] / (means[1] ** 0.5 + eps)
+    return [einsum("krd,ksd->krs", each, each) for each in map(as_rows, parameters[:grams])]
+
+
+def rescale(
+    parameters: Sequence[Tensor], squared_norms: Tensor, shares: Sequence[int], moves: Tensor | None = None
+) -> None:
+    """p_k *= squared_norms_k^(−1/2n) where k moves, for tensors of n factors that share a norm."""
+    for k in range(len(squared_norms)) if moves is None else moves.nonzero()[:, 0].tolist():
+        for each, n in zip(parameters, shares, strict=True):
+            each[k] *= squared_norms[k] ** (-0.5 / n)

@@ -52,3 +52,8 @@ def energy_costs(shape: tuple[int, int], sizes: Iterable[tuple[int, int, int]], 
         by_gram += min(by_factors, (2 if backward else 1) * n_subnetworks * (n_subnetworks + rank) * area)
         by_tiles += (4 if backward else 1) * n_subnetworks * (n_samples + rank) * area
     return by_gram, by_tiles
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """Slices of the first axis as matrices: [K, R, D], a vector as one row."""
+    return tensor.flatten(2) if tensor.ndim > 2 else tensor.reshape(len(tensor), 1, tensor[:1].numel())

@@ -85,13 +85,14 @@ class Step:
             ranks = dict.fromkeys(shapes, (z.R,))
             self.encoder, self.decoder = (Directions(shapes, ranks, z.K).to(dtype) for _ in range(2))
         self.extractor = Extractor(self.model, "kl", "sample", list(shapes))
-        self.optimizer = RelativeAdam([*self.encoder.parameters(), *self.decoder.parameters()])
+        self.optimizer = RelativeAdam([*self.encoder.parameters(), *self.decoder.parameters()], lazy=True)
         self.generator = torch.Generator().manual_seed(0)
 
     def take(self, mark: Callable[[str], Any] = lambda name: None) -> Tensor:
         """Take a step and return its loss; `mark` is told each phase as it ends. As `Run.take_step` does."""
         from l3d.decomposition.costs import Plan
         from l3d.decomposition.objective import energy, keep, residual_norms
+        from l3d.training.optimizer import update
 
         mark("start")
         self.gradients = self.extractor(self.tokens, self.generator)
@@ -100,14 +101,13 @@ class Step:
         self.paths = plan.paths
         self.kept, overlap = keep(self.gradients, self.encoder, self.decoder, self.z.n_kept, plan)
         mark("select")
-        norms = self.gradients.squared_norm(self.backend)
+        norms = self.gradients.squared_norm_in_range(self.backend)
         energies = energy(self.kept, self.decoder, plan)
         loss = residual_norms(norms, self.kept, overlap, energies).sum() / norms.sum()
         mark("loss")
         grads = torch.autograd.grad(loss, self.optimizer.parameters)
         mark("backward")
-        self.optimizer.step(grads, 0.01)
-        self.decoder.normalize_()
+        update(self.optimizer, self.decoder, grads, 0.01, self.kept.columns, self.backend)
         mark("update")
         return loss.detach()
 

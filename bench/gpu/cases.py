@@ -84,6 +84,7 @@ class Op(NamedTuple):
     is_matrix: bool = True
     extra_bytes: Callable[[Sizes, int], int] = lambda sizes, itemsize: 0
     compared: Callable[[Tensor], Tensor] = lambda value: value  # what of the value is held to the truth
+    written: tuple[str, ...] = ()  # inputs that are changed in place
 
 
 def _project_flops(z: Sizes, i: Inputs) -> int:
@@ -119,6 +120,16 @@ def kept_of(i: Inputs) -> lk.SparseCoefficients:
     return kept._replace(values=i["values"])
 
 
+def _update(i: Inputs, backend: str) -> Tensor:
+    """Take a step of Adam on left and right, and bring the directions to unit norm; return left."""
+    pair = [i["left"], i["right"]]
+    ones = pair[0].new_ones(len(pair[0]), dtype=torch.promote_types(pair[0].dtype, torch.float32))
+    moments = [[i[f"{kind}_{side}"] for side in ("left", "right")] for kind in ("d", "first", "second")]
+    left, right = lk.adam_step(pair, *moments, [ones[:1]] * 2, ones, ones, 0.05, grams=2, backend=backend)
+    lk.rescale(pair, (left * right).sum((1, 2)), (2, 2), backend=backend)
+    return pair[0]
+
+
 def project_by(path: str) -> Op:
     """Return the operation `project` with a path of its kernels named, which the table of paths would choose."""
 
@@ -133,6 +144,7 @@ def project_by(path: str) -> Op:
     return Op(run, ("x", "dy", "left", "right"), ("left", "right"), _project_flops)
 
 
+UPDATED = ("left", "right", *(f"{kind}_{side}" for kind in ("d", "first", "second") for side in ("left", "right")))
 OPS = {
     "project_fused": project_by("fused"),
     "project_chunked": project_by("chunked"),
@@ -201,6 +213,15 @@ OPS = {
         (),
         lambda z, i: 4 * z.A * z.L * z.D,
     ),
+    "update": Op(
+        _update,
+        UPDATED,
+        (),
+        lambda z, i: 2 * z.K * z.R**2 * (z.I + z.O),
+        # nine numbers for each parameter of a decoder, of which inputs and output are counted four times and left once
+        extra_bytes=lambda z, itemsize: (5 * (z.I + z.O) - z.O) * z.K * z.R * itemsize,
+        written=UPDATED,
+    ),
 }
 MATERIALISED = ("project_dense", "reconstruct", "squared_residual_norm")  # on arrays [S, O, I]
 LARGEST_ARRAY = 1 << 30  # elements of such an array: fewer samples are taken at great widths
@@ -246,6 +267,12 @@ def draw(
         "indices": lambda: torch.randint(z.L, (z.A, z.k), generator=generator, device=device),
         "code": lambda: normal(z.A, z.k, fan=z.k),
         "weight": lambda: normal(z.L, z.D),
+        "d_left": lambda: normal(z.K, z.R, z.O),
+        "d_right": lambda: normal(z.K, z.R, z.I),
+        "first_left": lambda: normal(z.K, z.R, z.O),
+        "first_right": lambda: normal(z.K, z.R, z.I),
+        "second_left": lambda: normal(z.K, z.R, z.O).square(),
+        "second_right": lambda: normal(z.K, z.R, z.I).square(),
     }
     return {key: recipes[key]() for key in takes}
 

@@ -91,7 +91,8 @@ def _poisoned() -> Iterator[list[str]]:
 def results(name: str, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     """Return an operation's value and its gradients, as compared."""
     op = OPS[name]
-    return outcome(lambda i: op.compared(op.run(i, backend)), inputs, op.leaves)
+    own = inputs | {key: inputs[key].clone() for key in op.written}
+    return outcome(lambda i: op.compared(op.run(i, backend)), own, op.leaves)
 
 
 def outcome(run: Callable[[Inputs], Tensor], inputs: Inputs, wanted: Sequence[str]) -> dict[str, Tensor]:

@@ -72,7 +72,8 @@ def work(step: Step) -> dict[str, tuple[int, int]]:
         "select": (2 * tensors * (plain + differentiable), held + 2 * factors + z.S * z.K * itemsize),
         "loss": (2 * tensors * (norms + energies), held // 2 + factors),
         "backward": (4 * tensors * (differentiable + energies), 2 * held + factors),  # repeats the forward's products
-        "update": (0, 7 * held),  # reads the gradient; reads and writes the parameter and both moments
+        # of subnetworks that move: reads the gradient, reads and writes the parameter and both moments, rescales a half
+        "update": (0, 8 * held * int(step.kept.column_offsets.diff().count_nonzero()) // z.K),
     }
 
 

@@ -112,7 +112,8 @@ This runs the code that RUN/config.yaml names: only evaluate run folders you tru
         """\
 examples:
   l3d evaluate runs/attention
-  l3d evaluate runs/attention --data text:other.txt --data_args.length 16 --out runs/attention-other""",
+  l3d evaluate runs/attention --data text:other.txt --data_args.length 16 --out runs/attention-other
+  l3d evaluate runs/mine --data python:mine:data --data_args.rows=-200: --out runs/mine-last-200-rows""",
     ),
     "resume": Command(
         "go on with an interrupted run from its last checkpoint",

@@ -17,8 +17,10 @@ from l3d.cli import job as jobs
 from l3d.cli import options
 from l3d.cli.job import Settings
 from l3d.cli.output import environment
+from l3d.cli.parser import read_settings
 from l3d.storage import run_folder
 from l3d.storage.files import replace_text
+from l3d.storage.identity import check_identity
 from l3d.storage.lock import check_free
 
 TABLE_MARKS = ("<!-- toys -->", "<!-- /toys -->")  # between these lines of a README stands the suite's table
@@ -141,6 +143,12 @@ def intervene(settings: Settings) -> None:
     job = jobs.reload(run, {})
     runs = {"": run} | ({"control": Path(settings["control"])} if settings["control"] else {})
     loaded = {name: l3d.load(folder).to(next(job.model.parameters()).device) for name, folder in runs.items()}
+    if "control" in loaded and not settings["any_weights"] and _redrawn(runs["control"]):
+        try:
+            check_identity(loaded["control"].base_model, dict(job.model.named_parameters(remove_duplicate=False)))
+        except ValueError:
+            why = f"{runs['control']} decomposed random weights, which are not those of {run}"
+            raise ValueError(f"--control: {why}; measure it alone: l3d intervene {runs['control']}") from None
     how = {"n_rows": settings["rows"], "n_samples": settings["samples"], "any_weights": settings["any_weights"]}
     found = {
         name: l3d.intervention_ratios(d, job.model, job.data, divergence=jobs.own_divergence(d, job.settings), **how)
@@ -168,6 +176,13 @@ def intervene(settings: Settings) -> None:
         print(f"no plot: {error}")
     for path in paths:
         print(f"written: {path}")
+
+
+def _redrawn(run: Path) -> bool:
+    """Tell whether a run decomposed random weights; one made from Python does not say."""
+    if not (run / run_folder.CONFIG).is_file():
+        return False
+    return bool(read_settings(run_folder.read_command(run), run).get("random_weights"))
 
 
 def paper(settings: Settings) -> None:

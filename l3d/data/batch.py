@@ -84,7 +84,14 @@ def rows_of(batch: Any, rows: slice) -> Any:
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """Move a batch (tensor, mapping, tuple) to a device; what is no tensor stays as it is."""
-    return on_tensors(inputs, lambda tensor: tensor.to(device))
+    return on_tensors(inputs, lambda tensor: sent(tensor, device))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; one on its way from the CPU to a GPU is not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.layout == torch.strided:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def on_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

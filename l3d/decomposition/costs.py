@@ -136,4 +136,6 @@ def coactive_is_cheaper(decoder: Directions, kept: SparseCoefficients, n_groups:
     per_pair = 3.0 * sum(rank**2 * (n_outputs + n_inputs + PAIR) for rank, n_outputs, n_inputs in sizes)
     if gathered + n_kept**2 / n_rows * per_pair >= full:  # Σ n_s² is at least N²/rows, so that it need not be computed
         return False
+    if kept.rows.device.type != "cpu":  # nor is a GPU waited for
+        return True
     return gathered + int(kept.by_group(n_groups).row_offsets.diff().square().sum()) * per_pair < full

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import l3d_kernels as lk
 from l3d.gradients.factors import matrix_shape
 from l3d.gradients.model import exact_pattern
+from l3d_kernels import cpu
 
 # Up to so many directions, the Gram matrices of groups are cut out of that of all: one operation beats many small ones.
 SMALL_GRAM = 256
@@ -216,6 +217,32 @@ class Directions(nn.Module):
         """Rescale every direction to unit norm, the factor spread evenly over the factors of each tensor."""
         _rescale(self.pieces, self.squared_norm())
 
+    @torch.no_grad()
+    def normalize_by(self, grams: Sequence[Tensor], moves: Tensor, backend: str = "auto") -> None:
+        """Rescale as `normalize_` does the directions whose `moves` [K] are not 0, by their tensors' Gram matrices.
+
+        `grams` are `lk.adam_step`'s [K, R, R], in the order of the parameters.
+        """
+        parameters, shares = _factors_of(self.pieces)
+        lk.rescale(parameters, self.squared_norm_of(grams), shares, moves, backend=backend)
+
+    def squared_norm_of(self, grams: Sequence[Tensor]) -> Tensor:
+        """Return ‖V_k‖² [K] over all tensors together, from the Gram matrices [K, R, R] of their factors."""
+        rest = iter(grams)
+        sides: tuple[list[Tensor], list[Tensor]] = [], []  # whose products are summed: [K, R²] of every tensor
+        alone: list[Tensor] = []  # [K, 1]
+        for piece in self.pieces:
+            own = [next(rest) for _ in piece.parameters()]
+            if isinstance(piece, Whole):
+                alone.append(own[0][:, 0])
+                continue
+            left, right = (own[1], _core_gram(piece.core.to(own[0]), own[2:])) if isinstance(piece, Tucker) else own
+            sides[0].append(left.flatten(1))
+            sides[1].append(right.flatten(1))
+        products = [torch.cat(sides[0], 1) * torch.cat(sides[1], 1)] if sides[0] else []
+        every = products + alone
+        return (torch.cat(every, 1) if len(every) > 1 else every[0]).sum(1)
+
     def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
         every = self.factors(chosen)
@@ -230,7 +257,7 @@ class Directions(nn.Module):
         """Yield each tensor's factors of the chosen directions: (left, right), or of a vector (vector [K, P],)."""
         for _, piece in self.items():
             found = (piece.vector,) if isinstance(piece, Whole) else piece.factors()
-            yield tuple(each[chosen] for each in found)
+            yield found if isinstance(chosen, slice) and chosen == slice(None) else tuple(each[chosen] for each in found)
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
@@ -245,7 +272,9 @@ class Directions(nn.Module):
     def grams(self, n_groups: int, backend: str = "auto") -> Tensor:
         """Return `gram` of each of so many equal groups of neighbouring directions: [groups, K, K]."""
         size = self.n_subnetworks // n_groups
-        if n_groups == 1 or self.n_subnetworks > SMALL_GRAM:
+        if n_groups == 1:
+            return self.gram(backend=backend)[None]
+        if self.n_subnetworks > SMALL_GRAM:
             return torch.stack([self.gram(slice(i * size, (i + 1) * size), backend) for i in range(n_groups)])
         blocks = self.gram(backend=backend).view(n_groups, size, n_groups, size)
         return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -279,18 +308,28 @@ def _squared_norm(piece: nn.Module) -> Tensor:
     return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
 
 
-def _rescale(pieces: Iterable[nn.Module], squared: Tensor) -> None:
-    """Divide some tensors' directions by sqrt(squared) [K], an equal share per factor."""
-    squared = squared.clamp_min(torch.finfo(squared.dtype).tiny)
-    shares: dict[int, Tensor] = {}  # by how many factors share
-    scaled: list[Tensor] = []
-    scales: list[Tensor] = []
+def _core_gram(core: Tensor, grams: Sequence[Tensor]) -> Tensor:
+    """Return the Gram matrix of `right` [K, r1, r1], as `Tucker.factors` contracts it, from those of modes 2 to n."""
+    contracted = core
+    for axis, gram in enumerate(grams, 2):
+        moved = contracted.movedim(axis, -1)
+        contracted = (moved.flatten(1, -2) @ gram).view(moved.shape).movedim(-1, axis)
+    return contracted.flatten(2) @ core.flatten(2).mT
+
+
+def _factors_of(pieces: Iterable[nn.Module]) -> tuple[list[Tensor], list[int]]:
+    """Return all tensors of the pieces, and by how many each piece's norm is shared."""
+    factors: list[Tensor] = []
+    shares: list[int] = []
     for piece in pieces:
         # of a module without others its own, at once: walking modules takes longer than scaling a small one
         parameters: list[Any] = list(piece.parameters() if piece._modules else piece._parameters.values())
-        n = len(parameters)
-        if n not in shares:
-            shares[n] = squared.pow(-0.5 / n)
-        scaled += parameters
-        scales += [shares[n].view(-1, *[1] * (parameter.ndim - 1)) for parameter in parameters]
-    torch._foreach_mul_(scaled, scales)
+        factors += parameters
+        shares += [len(parameters)] * len(parameters)
+    return factors, shares
+
+
+def _rescale(pieces: Iterable[nn.Module], squared: Tensor) -> None:
+    """Divide some tensors' directions by sqrt(squared) [K], an equal share per factor."""
+    factors, shares = _factors_of(pieces)
+    cpu.rescale(factors, squared, shares)

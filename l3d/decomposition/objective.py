@@ -8,7 +8,7 @@ No reconstruction is formed. Everything on the right is summed over the paramete
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import l3d_kernels as lk
 from l3d.decomposition.costs import Plan, coactive_is_cheaper
-from l3d.decomposition.directions import Directions, Whole
+from l3d.decomposition.directions import Directions, Piece, Whole
 from l3d.decomposition.flat import flat_residual
 from l3d.decomposition.project import project, project_at, project_topk
 from l3d.gradients.factors import Gradients
@@ -31,6 +31,11 @@ class Objective(NamedTuple):
     kept: SparseCoefficients
     squared_norm: Tensor  # [] Σ_s ‖g_s‖², which the loss is relative to
     residual: Tensor  # [S] or [S, groups], differentiable: ‖g_s − ĝ_s‖²
+
+    def or_zero(self) -> Tensor:
+        """Return the loss, but 0 where all gradients are zero: [] or [groups], with derivatives that are then zero."""
+        norm = torch.where(self.squared_norm == 0, 1, self.squared_norm)
+        return self.residual.sum(0) / norm
 
 
 def n_kept(k: float, n_samples: int, n_subnetworks: int) -> int:
@@ -130,12 +135,12 @@ def energy(kept: SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
             return ((coefficients @ decoder.grams(n_groups, backend)) * coefficients).sum(2).mT
     by_group = kept.by_group(n_groups)
     dense = by_group.dense if coactive else cache(by_group.dense)  # for tiles made once
-    total = kept.values.new_zeros(by_group.shape[0])
-    for _, piece in decoder.items():
+
+    def of_piece(piece: Piece) -> Tensor:
         if isinstance(piece, Whole):
-            total = total + (dense() @ piece.vector).square().sum(1)
-        elif coactive:
-            total = total + lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
-        else:
-            total = total + cpu.energy_by_tiles(dense(), *piece.factors())
-    return total.unflatten(0, (-1, n_groups))
+            return (dense() @ piece.vector).square().sum(1)
+        if coactive:
+            return lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
+        return cpu.energy_by_tiles(dense(), *piece.factors())
+
+    return reduce(torch.add, (of_piece(piece) for _, piece in decoder.items())).unflatten(0, (-1, n_groups))

@@ -1,6 +1,7 @@
 """Project per-sample gradients on directions, summed over tensors, each by its own path."""
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,13 +14,12 @@ from l3d.gradients.factors import Dense, Gradients, Rows
 
 def project(gradients: Gradients, directions: Sequence[Directions], names: Collection[str], plan: Plan) -> Tensor:
     """Return the share of <V_k, g_s> that the tensors `names` contribute, for all directions of all sets: [S, Σ K]."""
-    total: Tensor | None = None
-    for contribution in _contributions(gradients, directions, names, plan):
-        total = contribution if total is None else total + contribution
-    if total is None:
+    contributions = _contributions(gradients, directions, names, plan)
+    first = next(contributions, None)
+    if first is None:
         shape = (gradients.n_samples, sum(each.n_subnetworks for each in directions))
         return torch.zeros(shape, dtype=gradients.dtype, device=gradients.device)
-    return total
+    return reduce(torch.add, contributions, first)
 
 
 def _contributions(
@@ -72,15 +72,15 @@ def project_at(
 
     Every tensor's gradient must be in rows.
     """
-    total = torch.zeros(kept.rows.shape, dtype=gradients.dtype, device=gradients.device)
+    shares = []
     for name, piece in directions.items():
-        if name not in names:
-            continue
-        left, right = piece.factors()
-        for part in gradients.widened(name):
+        for part in gradients.widened(name) if name in names else ():
             assert isinstance(part, Rows)
-            total = total + lk.project_at(part.x, part.dy, *_oriented(part, left, right), kept, backend=plan.backend)
-    return total
+            sides = _oriented(part, *piece.factors())
+            shares.append(lk.project_at(part.x, part.dy, *sides, kept, backend=plan.backend))
+    if not shares:
+        return torch.zeros(kept.rows.shape, dtype=gradients.dtype, device=gradients.device)
+    return reduce(torch.add, shares)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -51,6 +51,7 @@ class Subnetworks(nn.Module):
         history: {column: one value per recorded step} of the training run.
         timing: seconds and steps_per_second of the training run.
         restart_errors: the final error of every restart the best was chosen from.
+        first_error: the error of the first step, before anything was learned; NaN where it is not known.
         base_model: which weights it belongs to, as `l3d.storage.identity.identity` describes them; empty: any.
         threshold: the magnitude above which a coefficient counts as kept, outside its batch; NaN until trained.
     """
@@ -79,6 +80,7 @@ class Subnetworks(nn.Module):
         self.timing: dict[str, float] = {}
         self.threshold = float("nan")
         self.restart_errors: list[float] = []
+        self.first_error = float("nan")
         self.base_model: dict[str, Any] = {}
 
     @classmethod
@@ -166,9 +168,13 @@ class Subnetworks(nn.Module):
 
     @property
     def diverged(self) -> bool:
-        """Whether training ended at more than twice the error it began with, and that of no decomposition, 1."""
+        """Whether training ended at more than twice the error it began with, and that of no decomposition, 1.
+
+        It began with `first_error`: a row of a long run's history is a mean over steps that may have diverged already.
+        """
         errors = self.history.get("error", [])
-        return bool(errors) and self.final_error > 2 * max(1.0, errors[0])
+        first = errors[0] if errors and math.isnan(self.first_error) else self.first_error
+        return bool(errors) and self.final_error > 2 * max(1.0, first)
 
     def figures(self) -> dict[str, float]:
         """Return the last row of the history, with `final_error` as error; without a dead_fraction not yet known."""

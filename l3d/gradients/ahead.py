@@ -48,17 +48,17 @@ class Ahead:
     def __getitem__(self, step: int) -> Gradients:
         """Return the gradients of a step's batch."""
         if self.width == 0:
-            first = self._alone(0)
+            first = self.alone(0)
             self.width = self._choose_width(first)
             if self.width == 1 and step == 0:
                 return first
         if self.width == 1:
-            return self._alone(step)
+            return self.alone(step)
         start = step - step % self.width
         if start != self._tried:
             self._tried, self._held = start, {}  # free the last group before the next is extracted
             self._held = self._together(range(start, start + self.width))
-        return self._held[step] if step in self._held else self._alone(step)
+        return self._held[step] if step in self._held else self.alone(step)
 
     def _choose_width(self, first: Gradients) -> int:
         """Choose the steps per pass from the first batch's memory; one if a row's output may depend on other rows."""
@@ -75,7 +75,7 @@ class Ahead:
                 return 1
         return width
 
-    def _alone(self, step: int) -> Gradients:
+    def alone(self, step: int) -> Gradients:
         """Extract the gradients of one step's batch."""
         started = time.perf_counter()
         gradients = self.extractor(to_device(self.batches[step], self.device), self.generator(step))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l3d.data.batch import sent
 from l3d.gradients.samples import Samples
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -143,7 +144,7 @@ def reference_outputs(
             )
         shift = torch.randint(1, n_samples, (n_samples,), generator=generator, device="cpu")
         index = (torch.arange(n_samples, device="cpu") + shift) % n_samples  # never the sample itself
-        return outputs[index.to(outputs.device)]
+        return outputs[sent(index, outputs.device)]
     if reference == "mean":
         if is_kl:
             return (outputs.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(n_samples)).expand_as(outputs)
@@ -154,13 +155,13 @@ def reference_outputs(
     return contrast
 
 
-def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor) -> Tensor:
+def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor, check_values: bool = True) -> Tensor:
     """Return ∂D_s/∂f_s of every sample: [S, ...], the shape of `outputs`.
 
-    Raises ValueError if the divergence does not return one number per sample, or if the references or the gradient are
-    not finite.
+    Raises ValueError if the divergence does not return one number per sample, and where `check_values`, if the
+    references or the gradient are not finite.
     """
-    if not torch.isfinite(references).all():
+    if check_values and not torch.isfinite(references).all():
         raise ValueError("reference: holds NaN or infinity")
     for known, known_gradient in GRADIENTS:
         if divergence is known:
@@ -174,6 +175,6 @@ def output_gradient(divergence: Divergence, outputs: Tensor, references: Tensor)
         if not values.requires_grad:
             return torch.zeros_like(outputs)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    if not torch.isfinite(gradient).all():
+    if check_values and not torch.isfinite(gradient).all():
         raise ValueError("divergence: its gradient holds NaN or infinity")
     return gradient

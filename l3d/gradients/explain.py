@@ -10,7 +10,7 @@ from l3d.gradients.fixed import check_fixed, only_trainable, run_fixed
 from l3d.gradients.graph.graph import Use, no_gradient, operation, read_graph
 from l3d.gradients.graph.layout import Layout, find_layouts
 from l3d.gradients.model import Params, select_parameters
-from l3d.gradients.rules import RULES, from_output, has_rule
+from l3d.gradients.rules import by_rule, from_output, has_rule
 
 
 class ExplainedUse(NamedTuple):
@@ -77,18 +77,18 @@ def explain(model: nn.Module, inputs: Any, params: Params = None) -> Explanation
 @torch.no_grad()
 def _explained(use: Use, layout: Layout | None, slow: dict[str, str], shape: torch.Size) -> ExplainedUse:
     """Say how a use is differentiated; a rule is tried with an output gradient of zeros."""
-    kind, rule, why = operation(use.node), "", slow.get(use.name, "")
+    rule, why = "", slow.get(use.name, "")
+    after = " after " + ", ".join(use.chain) if use.chain else ""
     if not has_rule(use):
-        why = why or "no rule for it"
+        why = why or f"no rule for it{after and ','}{after}"
     elif layout is not None and not why:
-        function = RULES[kind, use.slot]
         parameter: Any = use.node.next_functions[use.slot][0]
         dy = layout.split(no_gradient(use.node, parameter._input_metadata[0].device))
         if dy.is_complex():
             why = "complex numbers"
-        elif function(use, layout, dy, shape) is None:
-            how = " after " + ", ".join(use.chain) if use.chain else ""
-            why = f"{function.__name__} does not apply to the parameter{how} in this layout"
         else:
-            rule = function.__name__
-    return ExplainedUse(use.name, f"{kind} {use.slot}", "unknown" if layout is None else layout.kind, rule, why)
+            name, part = by_rule(use, layout, dy, shape)
+            refused = f"{name} does not apply to the parameter{after} in this layout"
+            rule, why = (name, "") if part is not None else ("", refused)
+    kind = "unknown" if layout is None else layout.kind
+    return ExplainedUse(use.name, f"{operation(use.node)} {use.slot}", kind, rule, why)

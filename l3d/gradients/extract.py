@@ -10,7 +10,7 @@ The uses of a parameter are read from the autograd graph (`graph`); a rule per k
 separated there, else by a backward pass from the output.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
@@ -42,6 +42,9 @@ from l3d.gradients.model import Params, select_parameters
 from l3d.gradients.precision import own_precision
 from l3d.gradients.rules import from_output, has_rule, part_of
 from l3d.gradients.samples import BatchPart, OwnRows, Samples, check_same_padding, padding_mask
+
+# Backward passes of several positions go through an operation together, as far as their gradients fit in these bytes.
+PASSES_BYTES = {"cpu": 256 << 20, "cuda": 1 << 31, "meta": 1 << 31}
 
 
 def extract_gradients(
@@ -109,8 +112,10 @@ class Extractor:
         self._batches = 0
         self._lacking: set[str] = set()  # parameters that the last batch's graph does not hold
         self._apart: set[str] = set()  # those of them of which the output was found to be independent
+        self.check_values = True  # read from every batch whether its numbers are finite, for which a GPU is waited for
         self.exponent = 0  # gradients are of 2^exponent times the divergence, to lie well inside their dtype's range
         self.rows_stay = False  # whether the last batch's graph alone shows that its rows are independent
+        self._one_by_one = False  # whether passes of several positions cannot go together
         self.graph_bytes = 0  # about what the last batch's graph held
 
     def _use(self, divergence: div.Divergence) -> None:
@@ -119,7 +124,8 @@ class Extractor:
 
     def _run(self, inputs: Any) -> Tensor:
         """Run the model; the first output decides on the divergence where none was asked for."""
-        return run_fixed(self.model, inputs, self._decide if self._undecided else None)
+        check_values = self.check_values or self._batches == 0
+        return run_fixed(self.model, inputs, self._decide if self._undecided else None, check_values)
 
     def _decide(self, raw: Any) -> None:
         self._undecided = False
@@ -142,7 +148,7 @@ class Extractor:
             if contrast_inputs is not None:
                 check_same_padding(mask, padding_mask(contrast_inputs, self.model))
                 with torch.no_grad():
-                    contrast = run_fixed(self.model, contrast_inputs)
+                    contrast = run_fixed(self.model, contrast_inputs, check_values=self.check_values)
             with own_precision():
                 samples = Samples(output, self.positions, self.is_kl, generator, mask, batch_part)
                 d_out = self._at_outputs(samples, output, contrast, generator)
@@ -210,7 +216,7 @@ class Extractor:
         self._batches += 1
         contrasts = None if contrast is None else samples.gather(contrast)
         references = self._references(samples, outputs, contrasts, generator)
-        d_out = div.output_gradient(self.divergence, outputs, references)
+        d_out = div.output_gradient(self.divergence, outputs, references, self.check_values)
         return samples.spread(d_out if self.exponent == 0 else d_out * 2.0**self.exponent)
 
     def _gradients(self, output: Tensor, samples: Samples, d_out: Tensor) -> Gradients:
@@ -306,7 +312,7 @@ class Extractor:
         parts: dict[str, list[Part]] = {name: [] for name in self.parameters}
 
         starts: list[Any] = [output]
-        grad_outputs = samples.one_by_one(samples.scatter(d_out))
+        at_starts = samples.scatter(d_out)
         head = positionwise_head(output, self.parameters) if samples.per_row > 1 else None
         if head is not None and output_shape(head[0])[0] == samples.n_rows * samples.n_positions:
             node, edge = head
@@ -316,39 +322,63 @@ class Extractor:
                 if edge is not None:
                     edge = last_apart(edge, samples.n_rows, samples.n_positions)
                 edges = [GradientEdge(node, 0)] + ([] if edge is None else [edge])
-                at_edges = torch.autograd.grad([output], edges, [samples.scatter(d_out)], retain_graph=True)
-                starts, grad_outputs = [edge], samples.one_by_one(at_edges[-1])
+                at_edges = torch.autograd.grad([output], edges, [at_starts], retain_graph=True)
+                starts, at_starts = [edge], at_edges[-1]
                 for use in at_head:  # a sample's only row is that of its own position
                     layout = OwnRows("major", samples.count, samples.own_rows)
                     dy = samples.own_rows(at_edges[0])
                     parts[use.name].append(part_of(use, layout, dy, self.parameters[use.name]))
-        dys = self._output_gradients(starts, grad_outputs, samples.per_row, uses, layouts)
+        room = 0 if graph.opaque or self._one_by_one else PASSES_BYTES.get(output.device.type, 0)
+        at_once = max(1, room // max(1, graph.n_activations * output.element_size()))
+        dys = self._output_gradients(starts, at_starts, samples, at_once, uses, layouts)
         for use in uses:
             parts[use.name].append(part_of(use, layouts[use.node], dys[use.node], self.parameters[use.name]))
         for name, part in self._from_output(output, samples, d_out, sorted(slow)).items():
             parts[name] = [part]
         return parts
 
-    @staticmethod
     def _output_gradients(
-        starts: list[Any], grad_outputs: Iterable[Tensor], per_row: int, uses: list[Use], layouts: dict[Node, Layout]
+        self,
+        starts: list[Any],
+        whole: Tensor,
+        samples: Samples,
+        at_once: int,
+        uses: list[Use],
+        layouts: dict[Node, Layout],
     ) -> dict[Node, Tensor]:
-        """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses."""
+        """Run one backward pass per target position and collect dy [S, m, *rest] at every node of the uses.
+
+        The passes go `at_once` at a time through each operation; `whole` is the gradient at the starts.
+        """
         nodes = list(dict.fromkeys(use.node for use in uses))
         if not nodes:
             return {}
         edges = [GradientEdge(node, 0) for node in nodes]
         collected: dict[Node, Tensor] = {}  # [B, P, m, *rest], sequence-major; each pass fills one position
-        for position, grad_output in enumerate(grad_outputs):
-            grads = torch.autograd.grad(starts, edges, [grad_output], retain_graph=True, allow_unused=True)
+        for first in range(0, samples.per_row, at_once):
+            alone = samples.alone(whole, first, min(first + at_once, samples.per_row))
+            batched = len(alone) > 1
+            at_starts = [alone if batched else alone[0]]
+            options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
+            try:
+                grads = torch.autograd.grad(starts, edges, at_starts, **options)
+            except RuntimeError:  # an operation that torch.func.vmap does not know, or too little memory
+                if not batched:
+                    raise
+                self._one_by_one = True
+                return self._output_gradients(starts, whole, samples, 1, uses, layouts)
             for node, grad in zip(nodes, grads, strict=True):
-                rows = layouts[node].split(no_gradient(node, grad_output.device) if grad is None else grad)
-                if per_row == 1:
-                    collected[node] = rows[:, None]
+                if grad is None:
+                    grad = no_gradient(node, whole.device)
+                    grad = grad.expand(len(alone), *grad.shape) if batched else grad
+                split = layouts[node].split
+                rows = (torch.func.vmap(split)(grad) if batched else split(grad)[None]).transpose(0, 1)
+                if len(alone) == samples.per_row:
+                    collected[node] = rows
                     continue
-                if position == 0:
-                    collected[node] = rows.new_empty(len(rows), per_row, *rows.shape[1:])
-                collected[node][:, position] = rows
+                if node not in collected:
+                    collected[node] = rows.new_empty(len(rows), samples.per_row, *rows.shape[2:])
+                collected[node][:, first : first + len(alone)] = rows
         return {node: rows.flatten(0, 1) for node, rows in collected.items()}
 
     def _from_output(self, output: Tensor, samples: Samples, d_out: Tensor, names: list[str]) -> dict[str, Part]:

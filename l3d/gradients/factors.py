@@ -181,10 +181,8 @@ class Gradients:
 
     def squared_norm_in_range(self, backend: str = "auto") -> Tensor:
         """Return what `squared_norm` does, without a look at the gradients' size: for those whose exponent is 0."""
-        total = self._like().new_zeros(self.n_samples)
-        for name in self.shapes:
-            total = total + self._squared_norm_of(name, backend)
-        return total
+        norms = [self._squared_norm_of(name, backend) for name in self.shapes if self.parts[name]]
+        return reduce(torch.add, norms) if norms else self._like().new_zeros(self.n_samples)
 
     def _squared_norm_of(self, name: str, backend: str) -> Tensor:
         """Return ‖G_s‖² of one parameter, [S], from its matrices if they are cached, else from its parts."""
@@ -193,12 +191,10 @@ class Gradients:
         parts = self.widened(name)
         if any(isinstance(part, Dense) for part in parts) and len(parts) > 1:
             return self.matrix(name).square().sum((1, 2))
-        total = self._like().new_zeros(self.n_samples)
+        norms = []
         for i, part in enumerate(parts):
-            total = total + part.squared_norm(backend)
-            for other in parts[i + 1 :]:
-                total = total + 2 * _inner(part, other)
-        return total
+            norms += [part.squared_norm(backend), *(2 * _inner(part, other) for other in parts[i + 1 :])]
+        return reduce(torch.add, norms)
 
     def select(self, samples: Tensor) -> "Gradients":
         """Return the gradients of the given samples, int64 [n], in that order; repeats are allowed."""

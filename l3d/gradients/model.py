@@ -53,7 +53,9 @@ def select_parameters(model: nn.Module, params: Params) -> dict[str, nn.Paramete
         if not hits:
             names = [name for name, _ in every]
             near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
-            raise ValueError(f"params: no parameter matches {pattern!r}; near matches: {', '.join(near)}")
+            quoted = ",".join(f'"{each.strip()}"' for each in pattern.split(","))
+            hint = f"; several patterns are a list: [{quoted}]" if "," in pattern else ""
+            raise ValueError(f"params: no parameter matches {pattern!r}; near matches: {', '.join(near)}{hint}")
         chosen.update(id(p) for p in hits)
     selected = {name: p for name, p in model.named_parameters() if id(p) in chosen and p.numel()}
     held: dict[int, str] = {}

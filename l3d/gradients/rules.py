@@ -2,7 +2,8 @@
 
 A rule is registered for an operation and an input slot, as autograd numbers them. It gets the parameter's use, the
 batch's layout, the output gradient dy [S, m, *rest] at the node (see `Layout`), and the parameter's shape. It returns
-the part, or None if the rule does not apply; then `vector_jacobian_product` computes the part, exactly but slowly.
+the part, or None if the rule does not apply; then the rule registered before it is asked, and where none applies
+`vector_jacobian_product` computes the part, exactly but slowly.
 
 To add a layer kind, write a function here, register it, and add a case to tests/gradients/test_rules.py, which compares
 it with torch.func.
@@ -16,23 +17,33 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from l3d.gradients.factors import Dense, Part, Rows
+from l3d.gradients.factors import Dense, Part, Rows, matrix_shape
 from l3d.gradients.graph.graph import Graph, Use, n_outputs, operation, output_shape
 from l3d.gradients.graph.layout import Layout
 
 Rule = Callable[[Use, Layout, Tensor, torch.Size], Part | None]
-RULES: dict[tuple[str, int], Rule] = {}
+RULES: dict[tuple[str, int], list[Rule]] = {}  # the latest first
 CHANNEL_NORMS = ("NativeGroup", "NativeBatch", "CudnnBatch", "MiopenBatch")
 
 
 def rule(*keys: tuple[str, int]) -> Callable[[Rule], Rule]:
-    """Register a rule for (operation, slot) pairs."""
+    """Register a rule for (operation, slot) pairs; where it returns None, earlier rules for the same pair are asked.
+
+    A function of the same module and name, as when a notebook's cell runs again, replaces the earlier one.
+    """
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(keys, function))
+        for key in keys:
+            RULES[key] = [function, *(each for each in RULES.get(key, ()) if _identity(each) != _identity(function))]
         return function
 
     return register
+
+
+def _identity(function: Rule) -> tuple[str, str]:
+    """Return the module and the name of a rule; one made by a function, or without a name, is its own."""
+    name = getattr(function, "__qualname__", "<locals>")
+    return function.__module__, str(id(function)) if "<locals>" in name else name
 
 
 def per_sample(values: Tensor, dy: Tensor) -> Tensor:
@@ -228,7 +239,63 @@ def vector_jacobian_product(use: Use, layout: Layout, dy: Tensor, parameter: Ten
 
 def has_rule(use: Use) -> bool:
     """Tell whether a rule is registered for this use."""
-    return (operation(use.node), use.slot) in RULES
+    return bool(RULES.get((operation(use.node), use.slot)))
+
+
+def by_rule(use: Use, layout: Layout, dy: Tensor, shape: torch.Size) -> tuple[str, Part | None]:
+    """Return the name and the part of the latest rule that applies to a use; the names of all, and None, if none does.
+
+    Raises ValueError, which names the rule, where one that is not in this file fails or returns what is no part.
+    """
+    key = (operation(use.node), use.slot)
+    names = []
+    for function in RULES.get(key, ()):
+        names.append(getattr(function, "__name__", repr(function)))
+        own, cause = function.__module__ != __name__, None
+        try:
+            part = function(use, layout, dy, shape)
+            wrong = _fault(part, layout, dy, shape) if own and part is not None else ""
+        except Exception as error:
+            if not own or isinstance(error, torch.OutOfMemoryError):
+                raise
+            cause, wrong = error, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if wrong:
+            where = f"{function.__module__}.{names[-1]} for {key[0]} {key[1]}"
+            raise ValueError(f"rule {where}, parameter {use.name!r}: {wrong}") from cause
+        if part is not None:
+            return names[-1], part
+    return " or ".join(names), None
+
+
+def _fault(part: Any, layout: Layout, dy: Tensor, shape: torch.Size) -> str:
+    """Say what is wrong with what a rule returned for S = len(dy) samples; "" for a part of this parameter."""
+    if isinstance(part, Dense):
+        wanted = [len(dy), *shape]
+        got = _size(part.grad)
+        return "" if got == wanted else f"Dense: expected grad [S, *shape] = {wanted}, got {got}"
+    if not isinstance(part, Rows):
+        return f"expected Rows(x, dy, x_axis), Dense(grad) or None, got {type(part).__name__}"
+    if part.x_axis not in (0, 1):
+        return f"Rows: expected x_axis 0 or 1, got {part.x_axis!r}"
+    matrix = matrix_shape(shape)
+    width, indices = matrix[part.x_axis], isinstance(part.x, Tensor) and part.x.dtype == torch.int64
+    x, rows = list(part.x.shape) if indices else _size(part.x), _size(part.dy)
+    n_positions = rows[1] if isinstance(rows, list) and len(rows) == 3 else "T"
+    wanted = [n_positions] if indices else [n_positions, width]
+    wanted_dy = [len(dy), n_positions, matrix[1 - part.x_axis]]
+    if not isinstance(x, list) or x[:1] not in ([layout.n_rows], [len(dy)]) or x[1:] != wanted or rows != wanted_dy:
+        expected = f"x [B, T, I] = {[layout.n_rows, *wanted]} and dy [S, T, O] = {wanted_dy}".replace("'T'", "T")
+        return f"Rows: expected {expected} for x_axis={part.x_axis} and {list(shape)}, got x {x} and dy {rows}"
+    if indices and part.x.numel() and not 0 <= part.x.min() <= part.x.max() < width:
+        return f"Rows: expected row numbers x from 0 to {width - 1}, got {int(part.x.min())} to {int(part.x.max())}"
+    return ""
+
+
+def _size(value: Any) -> list[int] | str:
+    """Return the shape of a real floating-point tensor; what another value is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return list(value.shape) if value.is_floating_point() else f"{list(value.shape)} {value.dtype}"
 
 
 def from_output(graph: Graph, layouts: Mapping[Node, Layout], parameters: Mapping[str, Tensor]) -> dict[str, str]:
@@ -249,6 +316,5 @@ def from_output(graph: Graph, layouts: Mapping[Node, Layout], parameters: Mappin
 
 def part_of(use: Use, layout: Layout, dy: Tensor, parameter: Tensor) -> Part:
     """Return the part of the parameter's gradient that comes from one use; dy [S, m, *rest]."""
-    apply = RULES.get((operation(use.node), use.slot))
-    part = apply(use, layout, dy, parameter.shape) if apply and not dy.is_complex() else None
+    part = None if dy.is_complex() else by_rule(use, layout, dy, parameter.shape)[1]
     return part if part is not None else vector_jacobian_product(use, layout, dy, parameter)

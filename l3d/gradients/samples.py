@@ -1,12 +1,13 @@
 """Choose which entries of a model's output are samples: its rows, or positions of every row."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from l3d.data.batch import sent
 from l3d.gradients.graph.layout import Layout
 
 
@@ -61,8 +62,8 @@ class Samples:
                     "attention_mask: a batch with padding cannot be split over micro-batches or processes; "
                     "cut texts to one length"
                 )
-            chosen = self._choose(positions, generator, real, part)
-            self.positions = chosen.to(output.device)
+            chosen = self._choose(positions, generator, real, part, output.device)
+            self.positions = sent(chosen, output.device)
             self.per_row = chosen.shape[1]
             self._row = torch.arange(self.n_rows, device=output.device)[:, None]
             if real is not None and not (found := real.gather(1, chosen).flatten()).all():
@@ -95,13 +96,19 @@ class Samples:
         return None if real.all() else real
 
     def _choose(
-        self, positions: str | int, generator: torch.Generator | None, real: Tensor | None, part: BatchPart | None
+        self,
+        positions: str | int,
+        generator: torch.Generator | None,
+        real: Tensor | None,
+        part: BatchPart | None,
+        device: torch.device,
     ) -> Tensor:
-        """Choose each row's positions, in increasing order: int64 [B, P] on the CPU."""
+        """Choose each row's positions, in increasing order: int64 [B, P], on the CPU where padding or chance decide."""
+        device = device if real is None else torch.device("cpu")
         if positions == "all":
-            return torch.arange(self.n_positions, device="cpu").expand(self.n_rows, -1)
+            return torch.arange(self.n_positions, device=device).expand(self.n_rows, -1)
         if positions == "last":
-            last = torch.full((self.n_rows, 1), self.n_positions - 1, device="cpu")
+            last = torch.full((self.n_rows, 1), self.n_positions - 1, device=device)
             return last if real is None else (torch.arange(self.n_positions, device="cpu") * real).amax(1, keepdim=True)
         assert isinstance(positions, int)
         if positions > self.n_positions:
@@ -145,20 +152,17 @@ class Samples:
         whole[self._row, self.positions] = d_out.unflatten(0, (self.n_rows, self.per_row))
         return whole.view(self.shape)
 
-    def one_by_one(self, whole: Tensor) -> Iterator[Tensor]:
-        """Yield `whole` with zeros except at one sample per row: first every row's first sample, then the second, ...
+    def alone(self, whole: Tensor, start: int, stop: int) -> Tensor:
+        """Return copies of `whole`, of which copy j has only the rows' samples start + j, zeros elsewhere: [n, ...].
 
         The leading dimensions of `whole` are rows and positions, [B, T, ...] or [B*T, ...].
         """
         if self.positions is None:
-            yield whole
-            return
+            return whole[None]
         by_position = whole.reshape(self.n_rows, self.n_positions, -1)
-        for j in range(self.per_row):
-            place = (self._row[:, 0], self.positions[:, j])
-            alone = torch.zeros_like(by_position)
-            alone[place] = by_position[place]
-            yield alone.view(whole.shape)
+        every = torch.arange(self.n_positions, device=whole.device)
+        own = self.positions.mT[start:stop, :, None] == every  # [n, B, T]
+        return torch.where(own[..., None], by_position, 0).reshape(-1, *whole.shape)
 
     def own_rows(self, values: Tensor) -> Tensor:
         """Select the row of each sample's own position from [B*T, D]: [S, 1, D]."""

@@ -25,7 +25,6 @@ from l3d.report.table import common_prefix, make_table
 from l3d.storage.files import check_links, read_json, replace_text
 from l3d.storage.formats import duration, figure, percent, size
 from l3d.storage.run_folder import (
-    COLUMNS,
     CONFIG,
     METRICS,
     REPORT,
@@ -36,7 +35,7 @@ from l3d.storage.run_folder import (
     write_subnetworks,
 )
 from l3d.storage.schema import check_subnetworks
-from l3d.storage.store import to_json
+from l3d.storage.store import COLUMNS, to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
     from l3d.decomposition.subnetworks import Subnetworks
 
 MAX_DIAGRAMS = 60  # of more subnetworks only the most active ones are drawn
+
+HEADERS = ("#", "kept for, %", "impact", "ratio", "raises", "lowers", "mostly in")  # the template's own
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -69,19 +70,21 @@ def write_report(
     Args:
         run_dir: a folder that holds a decomposition: a run's, `decompose(out=..)`'s, or one that `save` wrote.
         described: what `describe` returned, for the cards; kept in RUN/subnetworks.json.
-        columns: {header: [K] numbers} to add to the table, None for an unknown one; kept in RUN/columns.json.
+        columns: {header: [K] numbers} to add to the table, None for an unknown one; kept in RUN/columns.json in place
+            of all that it held.
 
     The page is written under a temporary name and then renamed, so a failure keeps the old page. Without metrics.json
-    the page shows the figures of the last training step. Raises FileNotFoundError or ValueError, which name the file,
-    for a folder without a readable run, ValueError for `columns` or `described` of another number of subnetworks, and
-    ImportError without the extra `report`.
+    the page shows the figures of the end of training. Raises FileNotFoundError or ValueError, which name the file,
+    for a folder without a readable run, ValueError for `columns` or `described` of another number of subnetworks or
+    with a header of the table's own, and ImportError without the extra `report`.
     """
     folder = Path(run_dir)
-    page = render_report(folder, described, columns)
+    own = None if columns is None else _as_lists(columns)
+    page = render_report(folder, described, own)
     if described is not None:
         write_subnetworks(folder, described)
-    if columns is not None:
-        replace_text(folder / COLUMNS, to_json(_checked_columns(columns, "columns")))
+    if own is not None:
+        replace_text(folder / COLUMNS, to_json(own))
     return replace_text(folder / REPORT, page)
 
 
@@ -118,14 +121,9 @@ def render_report(
     if rates is None and described:
         known = [seen.get("activation_rate") for seen in described["subnetworks"]]
         rates = None if None in known else known
-    own = _read_columns(folder) if columns is None else _checked_columns(columns, "columns")
-    for name, values in own.items():
-        if len(values) != d.n_subnetworks:
-            raise ValueError(
-                f"columns: {name!r}: expected a number for each of {d.n_subnetworks} subnetworks, got {len(values)}"
-            )
     prefix = common_prefix(list(shapes))
     table = make_table(d, rates, described, prefix, ratios)
+    own = _own_columns(folder, columns, d.n_subnetworks, {*HEADERS, table.acts, *table.columns})
     dead_after = d.settings.get("replacement", {}).get("restart_every", 0)
     history = {key: list(values) for key, values in d.history.items()}
     if any(isinstance(values[-1], list) for values in history.values() if values):
@@ -141,7 +139,7 @@ def render_report(
         n_subnetworks=d.n_subnetworks,
         n_parameters=sum(math.prod(shape) for shape in shapes.values()),
         shapes=shapes,
-        headlines=headlines(metrics or d.figures()),
+        headlines=headlines(metrics or d.figures() | {"diverged": d.diverged}),
         from_history=not metrics,
         curve=plots.to_svg(plots.error_curve(history, dead_after), "curve-", css=True) if drawn else None,
         curve_summary=_curve_summary(history),
@@ -219,21 +217,42 @@ def _read_config(path: Path) -> tuple[str, str]:
     return text, str(named.get("name") or re.split("[:/]", model.rstrip("/"))[-1])
 
 
-def _read_columns(folder: Path) -> dict[str, list[float | None]]:
-    """Return RUN/columns.json, {} if there is none."""
+def _own_columns(
+    folder: Path, columns: Mapping[str, Any] | None, n_subnetworks: int, taken: set[str]
+) -> dict[str, list[float | None]]:
+    """Return the columns given, else RUN/columns.json's, {} if there is no such file; `taken` are no headers."""
     path = folder / COLUMNS
-    return _checked_columns(read_json(path), str(path)) if path.is_file() else {}
-
-
-def _checked_columns(columns: Mapping[str, Any], where: str) -> dict[str, list[float | None]]:
-    """Return columns as lists of numbers, None for one that is not finite. Raises ValueError for other values."""
+    if columns is None and not path.is_file():
+        return {}
+    where = "columns" if columns is not None else str(path)
     try:
-        return {
-            str(name): [None if value is None or not math.isfinite(value) else float(value) for value in values]
-            for name, values in columns.items()
-        }
-    except (AttributeError, TypeError, OverflowError) as error:
-        raise ValueError(f"{where}: expected {{header: list of numbers}} ({error})") from error
+        own = _as_lists(read_json(path) if columns is None else columns, where)
+        for name, values in own.items():
+            if len(values) != n_subnetworks:
+                wanted = f"a number for each of {n_subnetworks} subnetworks"
+                raise ValueError(f"{where}: {name!r}: expected {wanted}, got {len(values)}")
+            if not name.strip() or name in taken:
+                raise ValueError(f"{where}: {name!r}: expected a header that the table does not have")
+    except ValueError as error:
+        if columns is None:
+            raise ValueError(f"{error}; write_report(RUN, columns={{}}) drops them") from error
+        raise
+    return own
+
+
+def _as_lists(columns: Mapping[str, Any], where: str = "columns") -> dict[str, list[float | None]]:
+    """Return columns as lists of numbers, None for one that is not finite. Raises ValueError for other values."""
+    name, found = "", {}
+    try:
+        for name, values in columns.items():
+            if isinstance(values, (str, Mapping)) or getattr(values, "ndim", 1) != 1:
+                got = f"{type(values).__name__} {list(getattr(values, 'shape', ''))}".removesuffix(" []")
+                raise TypeError(f"expected one dimension, got {got}")
+            numbers = [None if value is None or not math.isfinite(value) else float(value) for value in values]
+            found[str(name)] = numbers
+    except (AttributeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{where}: expected {{header: list of numbers}} ({name!r}: {error})") from error
+    return found
 
 
 def _diagrams(

@@ -40,7 +40,7 @@ def check(folder: Path, names: Sequence[str] = FILES) -> Path | None:
     sums, before = _sums(folder), _sums(folder, "before")
     if not sums:
         return folder / MANIFEST
-    found = {name: _sha256(folder / name) for name in names if name in sums or (folder / name).exists()}
+    found = {name: sha256(folder / name) for name in names if name in sums or (folder / name).exists()}
     if all(before.get(name) == now for name, now in found.items()):
         return None
     return next((folder / name for name, now in found.items() if sums.get(name) != now), None)
@@ -58,7 +58,7 @@ def _sums(folder: Path, which: str = "sha256") -> dict[str, str]:
     return sums
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     """Return the SHA-256 of a file; "" for one that cannot be read."""
     hashed = hashlib.sha256()
     try:

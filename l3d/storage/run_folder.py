@@ -39,13 +39,20 @@ from l3d.storage.lock import LOCK, check_free, claim, release
 from l3d.storage.manifest import FORMAT as MANIFEST_FORMAT
 from l3d.storage.manifest import MANIFEST, check
 from l3d.storage.progress import CONFIG, checkpoints
-from l3d.storage.store import FORMAT, read, read_tensors, tensor_bytes, to_json, write
+from l3d.storage.store import (
+    FORMAT,
+    INTERVENTIONS,
+    METRICS,
+    PER_SUBNETWORK,
+    SUBNETWORKS,
+    read,
+    read_tensors,
+    tensor_bytes,
+    to_json,
+    write,
+)
 
-METRICS = "metrics.json"
-SUBNETWORKS = "subnetworks.json"
-COLUMNS = "columns.json"  # columns of the user's own in the report's table
 REPORT = "report.html"
-INTERVENTIONS = "interventions.json"
 SUBNETWORKS_FORMAT = "l3d-subnetworks-1"
 _CHECKPOINT = re.compile(r"step\d+(\.partial|\.damaged)?")
 
@@ -206,8 +213,8 @@ def _remove_run(folder: Path) -> None:
     """Delete the files that a run wrote into a folder, and no others."""
     for name in ("checkpoints", "tensorboard", "wandb"):
         remove(folder / name)
-    files = ("decomposition.safetensors", "decomposition.json", CONFIG, METRICS, SUBNETWORKS, COLUMNS, REPORT)
-    for name in (*files, INTERVENTIONS, "interventions.svg", "interventions.png"):
+    files = ("decomposition.safetensors", "decomposition.json", CONFIG, *PER_SUBNETWORK, REPORT)
+    for name in (*files, "interventions.svg", "interventions.png"):
         remove(folder / name)
     if is_card(folder / CARD):
         remove(folder / CARD)

@@ -51,13 +51,15 @@ SETTINGS = {
 DECOMPOSITION = {
     "n_subnetworks": whole(1), "shapes": {str: [COUNT]}, "ranks": {str: [whole(1)]}, "settings": SETTINGS,
     "history": {str: [(Number(), [Number()])]}, "timing": {str: Number()}, "threshold": (None, Number(0, 1e200)),
-    "restart_errors": _LIST,
+    "restart_errors": _LIST, "first_error?": (None, Number(0)),
     "base_model?": {"name?": str, "revision?": (None, str), "parameters?": {str: str}},
 }  # fmt: skip
 STATE = {  # of a checkpoint
-    "step": COUNT, "optimizer": {"count": COUNT},
-    "recorder": {"thresholds": _LIST, "last_kept": [COUNT], "pending": Fixed([Number()], Number(), COUNT)},
-    "seen?": {"data": Fixed((None, COUNT), (None, str)), "reference": (None, str)},
+    "step": COUNT, "exponent?": whole(-126, 126), "optimizer": {"count": COUNT},
+    "recorder": {"thresholds": _LIST, "last_kept": [COUNT], "pending": Fixed([Number()], Number(), COUNT),
+                 "first_errors?": [Number()]},
+    "seen?": {"data": Fixed((None, COUNT), (None, str)), "reference": (None, str), "rows?": (None, str),
+              "model?": (None, str), "cache?": (None, COUNT), "norm?": ANY_NUMBER},
 }  # fmt: skip
 METRICS = {
     "activation_rate?": [Number(0, 1)],

@@ -21,13 +21,18 @@ from l3d.data.arguments import warn
 from l3d.decomposition.subnetworks import Subnetworks
 from l3d.storage.card import write_card
 from l3d.storage.files import naming, read_json, replacing
-from l3d.storage.manifest import DECOMPOSITION, MANIFEST, check, write_files
+from l3d.storage.manifest import DECOMPOSITION, MANIFEST, check, sha256, write_files
 from l3d.storage.progress import check_finished, how_to_go_on, last_checkpoint
 from l3d.storage.schema import check_decomposition, one_line
 
 FORMAT = "l3d-decomposition-1"
 SIDES = ("encoder", "decoder")
 LONGEST_HEADER = 8 * 2**20  # bytes of a safetensors file's header: some 50,000 tensors
+METRICS = "metrics.json"
+SUBNETWORKS = "subnetworks.json"
+INTERVENTIONS = "interventions.json"
+COLUMNS = "columns.json"  # columns of the user's own in the report's table
+PER_SUBNETWORK = (METRICS, SUBNETWORKS, INTERVENTIONS, COLUMNS)  # they hold figures of each subnetwork
 
 Built = TypeVar("Built", bound=Subnetworks)
 
@@ -35,10 +40,20 @@ Built = TypeVar("Built", bound=Subnetworks)
 def save(decomposition: Subnetworks, path: str | Path) -> None:
     """Write a decomposition and its model card (README.md) into a folder, which is made if missing.
 
-    A README.md that l3d did not write is kept. Raises ValueError, before anything is written, for settings that json
-    cannot hold, and WriteError, an OSError of one line, where the disk is full or fails; the old files are then whole.
+    A README.md that l3d did not write is kept. Where the folder held another decomposition, the files with figures of
+    its subnetworks (columns.json, ..) are deleted, with a warning. Raises ValueError, before anything is written, for
+    settings that json cannot hold, and WriteError, an OSError of one line, where the disk is full or fails; the old
+    files are then whole.
     """
-    write_card(Path(path), write(decomposition, Path(path)))
+    folder = Path(path)
+    derived = [folder / name for name in PER_SUBNETWORK if (folder / name).is_file()]
+    before = sha256(folder / DECOMPOSITION[0]) if derived else ""
+    write_card(folder, write(decomposition, folder))
+    if before and sha256(folder / DECOMPOSITION[0]) != before:
+        for each in derived:
+            with naming(each):
+                each.unlink()
+        warn(f"{folder}: held another decomposition, so its {', '.join(each.name for each in derived)} are deleted")
 
 
 def write(
@@ -58,6 +73,7 @@ def write(
         "history": decomposition.history,
         "timing": decomposition.timing,
         "threshold": decomposition.threshold if math.isfinite(decomposition.threshold) else None,
+        "first_error": decomposition.first_error if math.isfinite(decomposition.first_error) else None,
         "restart_errors": [error if math.isfinite(error) else None for error in decomposition.restart_errors],
     }
     text = to_json(header).encode()  # raises before anything is written
@@ -123,6 +139,8 @@ def _assembled(header: Mapping[str, Any], tensors: Mapping[str, Tensor], build: 
     decomposition.history, decomposition.timing = header["history"], header["timing"]
     decomposition.base_model = dict(header.get("base_model", {}))  # older files have none, and fit any weights
     decomposition.threshold = math.nan if header["threshold"] is None else header["threshold"]
+    first = header.get("first_error")  # older files have none
+    decomposition.first_error = math.nan if first is None else first
     decomposition.restart_errors = [math.inf if error is None else error for error in header["restart_errors"]]
     return decomposition
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,13 @@ class _Loader(yaml.SafeLoader):
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: Any) -> Any:
+        """Make a whole number. Raises ConstructorError for one beyond all numbers with a point."""
+        value = self.construct_yaml_int(node)
+        if abs(value) > sys.float_info.max:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        return value
+
     def construct_octal(self, node: Any) -> Any:
         """Refuse a number that YAML would read to the base of 8."""
         plain = node.value.lstrip("+-0") or "0"
@@ -58,6 +66,7 @@ _NUMBERS = {
 }
 for _tag, _form in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_form})\Z"), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
 _Loader.add_constructor("!octal", _Loader.construct_octal)
 for _tag in ("binary", "timestamp", "set", "omap", "pairs"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse_tag)

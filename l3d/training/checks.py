@@ -33,13 +33,15 @@ def dtype_of_sums(asked: str | None, parameters: Mapping[str, Tensor]) -> torch.
 
 @contextmanager
 def naming_step(step: int) -> Iterator[None]:
-    """Put the step in front of the message of a ValueError."""
+    """Put the step in front of the message of a ValueError, unless it names one."""
     try:
         yield
-    except NotFiniteRowsError as error:  # `decompose` says which row of the data that is
-        raise NotFiniteRowsError(f"step {step}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"step {step}: {error}") from error
+        if str(error).startswith("step "):
+            raise
+        kept = isinstance(error, (NotFiniteRowsError, NothingToLearnError))  # callers tell these from others
+        kind = type(error) if kept else ValueError
+        raise kind(f"step {step}: {error}") from error
 
 
 def not_finite(data: Any) -> str | None:

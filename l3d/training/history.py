@@ -1,7 +1,7 @@
 """Record a training run: its history, of bounded length, and which subnetworks were kept when."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -54,24 +54,40 @@ class Recorder:
         self.every = max(1, -(-steps // RECORDS))
         self.history: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self.thresholds = [float("nan")] * n_restarts
+        self.first_errors: list[float] = []  # of the first step, before anything was learned
         self.errors = [0.0] * n_restarts  # sums over the interval
         self.kept = 0.0
         self.count = self.samples = 0
+        self._unread: list[tuple[int, torch.Tensor, float, int]] = []  # step, errors, kept per sample, samples
         self.last_kept: torch.Tensor | None = None  # [restarts * K] the step each subnetwork was last kept at
         self.started = perf_counter()
 
-    def add(self, step: int, errors: Sequence[float], kept: Kept, lr: float, k: float) -> bool:
-        """Record a step (counted from 1); return whether the history has a new row."""
+    def add(
+        self,
+        step: int,
+        errors: Sequence[float] | torch.Tensor,
+        kept: Kept,
+        lr: float,
+        k: float,
+        replay: Callable[[int], None] = lambda step: None,
+    ) -> bool:
+        """Record a step (counted from 1); return whether the history has a new row.
+
+        Errors that are a tensor are read when a row is due, or `settle` is called, which see.
+        """
         n_samples, n_subnetworks = kept.shape
         if self.last_kept is None:
             self.last_kept = torch.full((n_subnetworks,), step - 1, device=kept.columns.device)
         self.last_kept = self.last_kept.to(kept.columns.device)
-        self.last_kept[kept.columns] = step
-        self.errors = [total + error for total, error in zip(self.errors, errors, strict=True)]
-        self.kept += kept.n_entries / (n_samples * len(errors))
-        self.samples += n_samples
-        self.count += 1
-        if step % self.every:
+        self.last_kept.index_fill_(0, kept.columns, step)
+        share = kept.n_entries / (n_samples * len(errors))
+        if isinstance(errors, torch.Tensor):
+            self._unread.append((step, errors, share, n_samples))
+            if step % self.every == 0:
+                self.settle(replay)
+        else:
+            self._count(errors, share, n_samples)
+        if step % self.every or not self.count:
             return False
         found = kept.threshold.reshape(-1).tolist()
         self.thresholds = [smooth(mean, value) for mean, value in zip(self.thresholds, found, strict=True)]
@@ -86,6 +102,28 @@ class Recorder:
         self.count = self.samples = 0
         self.started = perf_counter()
         return True
+
+    def settle(self, replay: Callable[[int], None] = lambda step: None) -> None:
+        """Read the errors that were left on the device.
+
+        Where one is not finite, `replay` is called with the number of steps before it: it raises what is wrong, or
+        returns where there was nothing to learn; then the step does not count.
+        """
+        unread, self._unread = self._unread, []
+        errors = torch.stack([errors for _, errors, _, _ in unread]).tolist() if unread else []
+        for (step, _, kept, n_samples), each in zip(unread, errors, strict=True):
+            if all(map(math.isfinite, each)):
+                self._count(each, kept, n_samples)
+            else:
+                replay(step - 1)
+
+    def _count(self, errors: Sequence[float], kept: float, n_samples: int) -> None:
+        """Add a step to the sums over the interval."""
+        self.first_errors = self.first_errors or list(errors)
+        self.errors = [total + error for total, error in zip(self.errors, errors, strict=True)]
+        self.kept += kept
+        self.samples += n_samples
+        self.count += 1
 
     def dead(self, step: int) -> torch.Tensor:
         """List the subnetworks of all restarts that have not been kept for `dead_after` steps: [n] int64."""
@@ -102,10 +140,11 @@ class Recorder:
         return {name: [_of(value, restart) for value in values] for name, values in self.history.items()}
 
     def state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint needs besides the history, as json-able values."""
+        """Return the state that a checkpoint needs besides the history, as json-able values; after `settle`."""
         last = [] if self.last_kept is None else self.last_kept.tolist()
         thresholds = [None if math.isnan(threshold) else threshold for threshold in self.thresholds]
-        return {"thresholds": thresholds, "last_kept": last, "pending": [self.errors, self.kept, self.count]}
+        pending = [self.errors, self.kept, self.count]
+        return {"thresholds": thresholds, "last_kept": last, "pending": pending, "first_errors": self.first_errors}
 
     def load_state(self, state: dict[str, Any], history: dict[str, list[Any]]) -> None:
         """Continue from a checkpoint. Raises ValueError for one of another number of restarts or with a column less."""
@@ -118,6 +157,7 @@ class Recorder:
         self.thresholds = [math.nan if threshold is None else threshold for threshold in state["thresholds"]]
         self.last_kept = torch.tensor(state["last_kept"], device="cpu") if state["last_kept"] else None
         self.errors, self.kept, self.count = state["pending"]
+        self.first_errors = state.get("first_errors", [])  # an older checkpoint does not tell
 
     def latest(self) -> dict[str, float]:
         """Return the last row of the history: that of the restart with the least error in it.

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import l3d_kernels as lk
+from l3d.decomposition.directions import Directions
+from l3d_kernels import cpu
+from l3d_kernels.registry import implementation
+
 
 class RelativeAdam:
     """Adam (Kingma & Ba, 2015) with one step size per tensor: lr times the tensor's scale at the start.
@@ -37,11 +42,14 @@ class RelativeAdam:
     ) -> None:
         self.parameters: list[Tensor] = list(parameters)
         self.betas, self.eps = betas, eps
-        self.scales = [scales(p.detach(), n_groups) if relative else p.new_ones([1] * p.ndim) for p in self.parameters]
+        wide = torch.promote_types(self.parameters[0].dtype, torch.float32)  # 16 bits do not count beyond 256
+        own = [scales(p.detach(), n_groups) if relative else p.new_ones([1] * p.ndim) for p in self.parameters]
+        self.scales = [scale.to(wide) for scale in own]
         self.first = [torch.zeros_like(p) for p in self.parameters]  # running mean of gradients
         self.second = [torch.zeros_like(p) for p in self.parameters]  # and of their squares
         self.count = 0
-        self.counts = self.parameters[0].new_zeros(len(self.parameters[0])) if lazy else None  # steps of each slice
+        like = self.parameters[0]
+        self.counts = like.new_zeros(len(like), dtype=wide) if lazy else None  # steps of each slice
 
     @torch.no_grad()
     def step(self, gradients: Iterable[Tensor], lr: float, rows: Tensor | None = None) -> None:
@@ -51,11 +59,22 @@ class RelativeAdam:
         """
         # in the moments' layout; otherwise everything below is slower
         grads = [gradient.contiguous() for gradient in gradients]
-        self.count += 1
         if self.counts is None:
+            self.count += 1
             self._step_all(grads, lr)
         else:
-            self._step_rows(grads, lr, rows)
+            lists = (self.parameters, grads, self.first, self.second, self.scales)
+            cpu.adam_step(*lists, *self.moved(rows), lr, self.betas, self.eps)
+
+    def moved(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Count a step of the slices `rows` [n], or of all; return counts [K], and which move as ones and zeros [K]."""
+        self.count += 1
+        like = self.scales[0].new_empty(len(self.parameters[0])) if self.counts is None else self.counts
+        if self.counts is None:
+            return torch.full_like(like, self.count), torch.ones_like(like)
+        moves = torch.ones_like(like) if rows is None else torch.zeros_like(like).index_fill_(0, rows, 1)
+        self.counts += moves
+        return self.counts, moves
 
     def _step_all(self, grads: list[Tensor], lr: float) -> None:
         beta1, beta2 = self.betas
@@ -68,29 +87,6 @@ class RelativeAdam:
         steps = torch._foreach_div(self.first, denominators)
         torch._foreach_mul_(steps, self.scales)
         torch._foreach_add_(self.parameters, steps, alpha=-lr * correction / (1 - beta1**self.count))
-
-    def _step_rows(self, grads: list[Tensor], lr: float, rows: Tensor | None) -> None:
-        assert self.counts is not None
-        moves = torch.ones_like(self.counts) if rows is None else torch.zeros_like(self.counts).index_fill_(0, rows, 1)
-        self.counts += moves
-        beta1, beta2 = self.betas
-        counts = self.counts.clamp_min(1)  # a slice that never moved does not move now either
-        correction = (1 - beta2**counts).sqrt_()
-        torch._foreach_mul_(self.first, self._by_slice(1 - (1 - beta1) * moves))
-        torch._foreach_add_(self.first, grads, alpha=1 - beta1)
-        torch._foreach_mul_(self.second, self._by_slice(1 - (1 - beta2) * moves))
-        torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(self.second)
-        torch._foreach_add_(denominators, self._by_slice(self.eps * correction))
-        steps = torch._foreach_div(self.first, denominators)
-        torch._foreach_mul_(steps, self.scales)
-        torch._foreach_mul_(steps, self._by_slice(moves * correction / (1 - beta1**counts)))
-        torch._foreach_add_(self.parameters, steps, alpha=-lr)
-
-    def _by_slice(self, values: Tensor) -> list[Tensor]:
-        """Shape a value per slice [K] as each parameter needs it: [K, 1, ..]."""
-        by_order = {n: values.view(-1, *[1] * (n - 1)) for n in {parameter.ndim for parameter in self.parameters}}
-        return [by_order[parameter.ndim] for parameter in self.parameters]
 
     @torch.no_grad()
     def forget(self, rows: Tensor) -> None:
@@ -116,6 +112,34 @@ class RelativeAdam:
         for name, own in every.items():
             own.copy_(tensors[name])
         self.count = values["count"]
+
+
+@torch.no_grad()
+def update(
+    optimizer: RelativeAdam,
+    decoder: Directions,
+    gradients: Iterable[Tensor],
+    lr: float,
+    rows: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Take a step as `RelativeAdam.step` does, and rescale the decoder's directions to unit norm.
+
+    With kernels that is one pass over gradients, parameters and moments, which also leaves the Gram matrices that the
+    norms follow from, and one over the decoder; directions that rest have unit norm already and keep their bits.
+    """
+    if implementation(cpu.adam_step, backend, optimizer.parameters[0]) is cpu.adam_step:
+        optimizer.step(gradients, lr, rows)
+        decoder.normalize_()
+        return
+    counts, moves = optimizer.moved(rows)
+    held = {id(parameter) for parameter in decoder.parameters()}
+    every = list(zip(optimizer.parameters, gradients, optimizer.first, optimizer.second, optimizer.scales, strict=True))
+    every.sort(key=lambda each: id(each[0]) not in held)  # the decoder's first
+    parameters, grads, first, second, scale = (list(each) for each in zip(*every, strict=True))
+    settings = (counts, moves, lr, optimizer.betas, optimizer.eps, len(held))
+    grams = lk.adam_step(parameters, grads, first, second, scale, *settings, backend=backend)
+    decoder.normalize_by(grams, moves, backend)
 
 
 def scales(tensor: Tensor, n_groups: int) -> Tensor:

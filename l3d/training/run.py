@@ -28,7 +28,7 @@ from l3d.storage.identity import identity
 from l3d.storage.lock import release
 from l3d.storage.run_folder import RunFolder
 from l3d.training.candidates import ProbeGradients
-from l3d.training.checks import NothingToLearnError, dtype_of_sums, naming_step
+from l3d.training.checks import NothingToLearnError, dtype_of_sums, finite_losses, naming_step
 from l3d.training.exchange import Probe, exchange
 from l3d.training.gradient_cache import Cache, contents
 from l3d.training.history import Recorder
@@ -37,6 +37,11 @@ from l3d.training.options import GradientCache, Memory
 from l3d.training.settings import Settings
 from l3d.training.start import draw_samples, set_from_samples
 from l3d.training.step import Stepper, StepResult
+
+
+def waits_for(device: torch.device) -> bool:
+    """Tell whether every step's losses are read as they come: not from a GPU, for which the host does not wait."""
+    return device.type == "cpu"
 
 
 class Run:
@@ -97,7 +102,9 @@ class Run:
         if self.group is not None and settings.relative_lr:
             self.optimizer.scales = self.group.root_mean_squares(self.optimizer.parameters)
         plan = Plan(settings.backend, n_restarts)
-        self.stepper = Stepper(self.decomposition, self.optimizer, plan, self.group, self._first_column)
+        replayable = self.group is None and self.micro_batch_size is None and self.batches.per_epoch is not None
+        self.waits = waits_for(device) or not replayable
+        self.stepper = Stepper(self.decomposition, self.optimizer, plan, self.group, self._first_column, self.waits)
 
     def _settle_rank(self) -> None:
         """Choose the ranks where the settings leave them open."""
@@ -202,6 +209,7 @@ class Run:
                 n_samples += gradients.n_samples
                 total += float(gradients.squared_norm_in_range().sum())
         self.norm = math.log2(total) - 2 * self.extractor.exponent if total > 0 else -math.inf
+        self.extractor.check_values = self.waits  # from now on the losses tell, when they are read
         if self.settings.divergence is None:  # which the model's first output has decided
             self.settings = replace(self.settings, divergence="kl" if self.extractor.is_kl else "mse")
             self.decomposition.settings["divergence"] = self.settings.divergence
@@ -231,7 +239,25 @@ class Run:
     def record(self, result: StepResult) -> bool:
         """Take note of the step just taken; tell whether that completed a row of the history."""
         k, lr = self.settings.kept_fraction(self.step - 1), self.settings.learning_rate(self.step - 1)
-        return self.recorder.add(self.step, result.losses, result.kept, lr, k)
+        return self.recorder.add(self.step, result.losses, result.kept, lr, k, self._replay)
+
+    def settle(self) -> None:
+        """Read what earlier steps left on the device, and raise what was wrong in them; before anything is saved."""
+        self.recorder.settle(self._replay)
+
+    def _replay(self, step: int) -> None:
+        """Extract a batch again whose loss was not finite and raise the reason; return if all gradients are zero."""
+        waiting, self.extractor.check_values = self.extractor.check_values, True
+        try:
+            with naming_step(step):
+                ahead = self.ahead if self.cache is None else None
+                gradients = self.gradients(step) if ahead is None else self._held(ahead.alone(step))
+                finite_losses([math.nan], gradients)
+        except NothingToLearnError:
+            if step == 0:
+                raise
+        finally:
+            self.extractor.check_values = waiting
 
     def restart_dead(self, gradients: Gradients | Chunks, residual: Tensor) -> None:
         """Every so often, restart dead subnetworks from badly reconstructed samples; residual [S] or [S, restarts]."""
@@ -300,6 +326,7 @@ class Run:
             best = best.to(torch.bfloat16)
         best.restart_errors = errors
         best.history = self.recorder.history_of(index)
+        best.first_error = self.recorder.first_errors[index] if self.recorder.first_errors else math.nan
         best.threshold = math.ldexp(self.recorder.thresholds[index], -self.extractor.exponent)
         best.timing = self.timing()
         return best

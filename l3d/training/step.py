@@ -1,6 +1,6 @@
 """Take an optimiser step from a batch's per-sample gradients, by the arithmetic that suits the batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from l3d.gradients.precision import own_precision
 from l3d.training.checks import finite_losses
 from l3d.training.history import Kept
 from l3d.training.numpy_step import SmallSteps, has_pairs_only
-from l3d.training.optimizer import RelativeAdam
+from l3d.training.optimizer import RelativeAdam, update
 
 
 class StepResult(NamedTuple):
     """What a batch came to before the step."""
 
-    losses: list[float]  # [restarts] Σ‖g_s − ĝ_s‖² / Σ‖g_s‖²
+    losses: list[float] | Tensor  # [restarts] Σ‖g_s − ĝ_s‖² / Σ‖g_s‖²; a tensor where the device is not waited for
     kept: Kept  # the kept coefficients, of all processes
     residual: Tensor  # [S] or [S, restarts] ‖g_s − ĝ_s‖²
 
@@ -45,6 +45,8 @@ class Stepper:
         plan: the backend and the number of restarts.
         group: the processes that share the subnetworks, None for one.
         first: which of all subnetworks is this process's first.
+        waits: read every step's losses. Otherwise they stay on the device, unchecked; a batch without gradients then
+            has the loss NaN, and all derivatives are zero.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Stepper:
         plan: Plan,
         group: ProcessGroup | None = None,
         first: int = 0,
+        waits: bool = True,
     ) -> None:
         self.decomposition, self.optimizer, self.plan = decomposition, optimizer, plan
-        self.group, self.first = group, first
+        self.group, self.first, self.waits = group, first, waits
         self.may_use_numpy = has_pairs_only(decomposition.encoder)
         self._small: SmallSteps | None = None  # made at the first small batch
 
@@ -69,7 +72,7 @@ class Stepper:
     def step(self, gradients: Gradients | Chunks, k: float, lr: float) -> StepResult:
         """Keep the fraction k of the coefficients, and step once against the derivatives of the loss.
 
-        Raises ValueError where a loss is not finite, NothingToLearnError where all gradients are zero.
+        Where it waits: raises ValueError where a loss is not finite, NothingToLearnError where all gradients are zero.
         """
         d = self.decomposition
         if isinstance(gradients, Chunks):
@@ -80,10 +83,12 @@ class Stepper:
             if plan.small and self.may_use_numpy:
                 return self._numpy_step(gradients, n, lr)
             result = objective(gradients, d.encoder, d.decoder, k, plan)
-            derivatives = list(torch.autograd.grad(result.loss.sum(), self.optimizer.parameters))
-        losses = finite_losses(result.loss.reshape(-1).tolist(), gradients)
-        self.optimizer.step(derivatives, lr, result.kept.columns)
-        d.normalize_()
+            loss = result.loss if self.waits else result.or_zero()
+            derivatives = list(torch.autograd.grad(loss.sum(), self.optimizer.parameters))
+        losses: Any = result.loss.detach().reshape(-1)
+        if self.waits:
+            losses = finite_losses(losses.tolist(), gradients)
+        update(self.optimizer, d.decoder, derivatives, lr, result.kept.columns, self.plan.backend)
         return StepResult(losses, Kept.of(result.kept, self.group, self.first), result.residual)
 
     def _numpy_step(self, gradients: Gradients, n: int, lr: float) -> StepResult:

@@ -28,3 +28,4 @@ from l3d_kernels.cpu.selection import (
     largest_of_array,
     project_topk,
 )
+from l3d_kernels.cpu.update import adam_step, rescale

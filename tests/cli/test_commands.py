@@ -209,6 +209,21 @@ def test_a_divergence_of_the_users_own(user: list[str], capsys: pytest.CaptureFi
     assert not Path("other").exists()
 
 
+def test_a_run_of_random_weights_is_no_control(user: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is to be measured alone; a control of the same random weights is one."""
+    few = ["--rows", "40", "--samples", "8"]
+    for name, given in {"run": [], "random": ["--random_weights"], "shuffled": ["--random_weights"]}.items():
+        shuffled = ["--gradients.shuffle"] if name == "shuffled" else []
+        assert main([*user, *given, *shuffled, "--k", ".5", "--describe", "0", "--out", name]) == 0
+    capsys.readouterr()
+    line = refusal(capsys, ["intervene", "run", *few, "--control", "random"])
+    why = "--control: random decomposed random weights, which are not those of run"
+    assert line == f"{why}; measure it alone: l3d intervene random"
+    assert not Path("run/interventions.json").exists()
+    assert main(["intervene", "random", *few, "--control", "shuffled"]) == 0
+    assert main(["intervene", "run", *few, "--control", "random", "--any_weights"]) == 0
+
+
 @pytest.mark.parametrize("held_out", ["0", "20"])
 def test_names_come_from_the_models_own_view(user: list[str], held_out: str) -> None:
     """An attribute `view` of a model that is made in Python names the outputs, as for a report from Python."""

@@ -20,7 +20,7 @@ import torch
 import l3d
 from bench.steps import MARKS, table
 from l3d.cli.main import main
-from l3d.gradients import explain, rules
+from l3d.gradients import rules
 from l3d.studies.paper import NAMES
 from l3d.studies.recovery_suite import to_markdown
 
@@ -126,9 +126,7 @@ def test_reports_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_rules_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's rule agrees with autograd, and explain names it."""
-    own = dict(rules.RULES)
-    monkeypatch.setattr(rules, "RULES", own)
-    monkeypatch.setattr(explain, "RULES", own)
+    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
     space = python_of("guides/models")
     found = l3d.explain(space["model"], space["x"])
     assert [use.rule for use in found.uses] == ["matrix", "matrix_bias", "prelu"]

@@ -36,7 +36,7 @@ def test_reasons() -> None:
     """No rule, no use, a custom function, a hook, rows that cannot be told apart."""
     found = l3d.explain(Einsum(), torch.randn(4, 3, 5))
     assert [(use.parameter, use.layout, use.why) for use in found.uses] == [
-        ("w", "dim1", "no rule for it"),
+        ("w", "dim1", "no rule for it, after View, Permute, Permute, Unsqueeze, Unsqueeze"),
         ("unused", "", "the output does not depend on it"),
     ]
     assert [use.parameter for use in found.slow] == ["w"]

@@ -212,13 +212,18 @@ def test_one_backward_pass_per_position(monkeypatch: pytest.MonkeyPatch) -> None
     """The number of backward passes is the number of positions, not of samples."""
     passes: list[int] = []
     grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: passes.append(1) or grad(*args, **options))
+
+    def counted(outputs: Any, inputs: Any, at_outputs: Any, is_grads_batched: bool = False, **options: Any) -> Any:
+        passes.append(len(at_outputs[0]) if is_grads_batched else 1)
+        return grad(outputs, inputs, at_outputs, is_grads_batched=is_grads_batched, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
 
     def count(model: nn.Module, inputs: Tensor, divergence: Any, **options: Any) -> int:
         extractor = Extractor(model, divergence, "mean", **options)
         passes.clear()
         extractor(inputs)
-        return len(passes)
+        return sum(passes)
 
     assert count(mlp(), torch.randn(7, 6), "mse") == 1
     assert count(mlp(), torch.randn(7, 6), "kl") == 1
@@ -229,6 +234,27 @@ def test_one_backward_pass_per_position(monkeypatch: pytest.MonkeyPatch) -> None
         assert count(cumulative, tokens(rows), "kl", positions=2) == 2
         assert count(cumulative, tokens(rows), "kl", positions="last") == 1
         assert count(Head(), tokens(rows), "kl") == LENGTH + 1  # one through the head
+
+
+def test_an_operation_that_vmap_does_not_know_goes_one_pass_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients are the same, and later batches do not try again."""
+    cumulative = Head(Net(lambda self, h: F.linear(h, self.w).cumsum(1), w=weight(9, WIDTH)))
+    rows = tokens(3)
+    expected = extract_gradients(cumulative, rows, "kl", "mean").materialize()
+    grad, batched = torch.autograd.grad, []
+
+    def refusing(*given: Any, is_grads_batched: bool = False, **options: Any) -> Any:
+        batched.append(is_grads_batched)
+        if is_grads_batched:
+            raise RuntimeError("Batching rule not implemented for l3d::nothing")
+        return grad(*given, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", refusing)
+    extractor = Extractor(cumulative, "kl", "mean")
+    for _ in range(2):
+        for name, found in extractor(rows).materialize().items():
+            assert torch.equal(found, expected[name])
+    assert sum(batched) == 1
 
 
 def test_learned_positions_do_not_cost_a_pass_per_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,8 @@ PATTERNS = [
     ("0.wieght", r"params: .*'0\.wieght'.*near matches: .*0\.weight"),
     ("1.weigh", r"params: .*near matches: "),
     (["0.*", "body.*"], r"params: .*'body\.\*'.*near matches: "),
+    ("0.*,1.*", r"params: .*near matches: .*; several patterns are a list: \[\"0\.\*\",\"1\.\*\"\]$"),
+    ("0.weight, 1.bias", r"params: .*; several patterns are a list: \[\"0\.weight\",\"1\.bias\"\]$"),
     ([], r"params: .*empty list"),
     ((), r"params: .*empty list"),
     ("", r"params: .*''"),

@@ -128,11 +128,12 @@ def test_every_tensor_of_every_family(family: str, tied: bool, slow_paths: list[
 
 @pytest.mark.parametrize("positions", ["all", 2, "last"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_mlp_goes_backward_once(family: str, positions: str | int) -> None:
+def test_the_last_mlp_goes_backward_once(family: str, positions: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every family, decomposing a first layer's attention: one pass above the last attention, exact gradients.
 
     But in GPT-NeoX, whose MLP lies beside the attention and not above it.
     """
+    monkeypatch.setattr(extract, "PASSES_BYTES", {})  # a pass each, to be counted
     model = build(family)
     stem = layers_of(family)
     passes: dict[int, int] = {0: 0, 1: 0}
@@ -158,6 +159,30 @@ def test_the_last_mlp_goes_backward_once(family: str, positions: str | int) -> N
         expected = truth(model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, references)
         for name, grad in chosen.items():
             assert_relative(grad, expected[name], 1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_go_together(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every family: the passes of several positions at once give what one after another gives."""
+    model = build(family)
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    calls: list[bool] = []
+    grad = torch.autograd.grad
+
+    def counted(*given: Any, is_grads_batched: bool = False, **options: Any) -> Any:
+        calls.append(is_grads_batched)
+        return grad(*given, is_grads_batched=is_grads_batched, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    found = {}
+    for room in (0, 1 << 17, 1 << 28):
+        monkeypatch.setattr(extract, "PASSES_BYTES", {"cpu": room})
+        calls.clear()
+        found[room] = extract_gradients(model, tokens, "kl", "uniform", f"{layers_of(family)}.0.*.weight").materialize()
+        assert any(calls) == bool(room) or room == 1 << 17
+    for name, expected in found[0].items():
+        for room in (1 << 17, 1 << 28):
+            assert_relative(found[room][name], expected, 1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -282,7 +282,7 @@ def test_rms_norm_as_gpus_compute_it(dims: int) -> None:
     node = SimpleNamespace(_saved_input=x, _saved_result1=rstd, _saved_normalized_shape=list(shape))
     node.name = lambda: "FusedRmsNormBackward0"
     use = SimpleNamespace(node=node, slot=1, transposed=False)
-    rule: Any = rules.RULES["FusedRmsNorm", 1]
+    (rule,) = cast("Any", rules.RULES["FusedRmsNorm", 1])
     part = rule(use, rules.Layout("major", 2), dy.flatten(0, 1)[:, None], weight.shape)
     output = F.rms_norm(x, shape, weight, 1e-6)
     for row, sample in itertools.product(range(2), range(2)):

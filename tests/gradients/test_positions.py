@@ -116,3 +116,34 @@ def test_a_parameter_on_the_way_ends_the_walk() -> None:
     node = last_apart(found[1], *TOKENS.shape).node
     assert node is not model.mixed.grad_fn
     assert node.name().startswith(("View", "Add"))  # of the residual sum
+
+
+COLUMNS: dict[str, Callable[[Tensor, Tensor, nn.Linear], Tensor]] = {
+    "a product": lambda h, w, layer: h @ w,
+    "a product with a transposed weight": lambda h, w, layer: nn.functional.linear(h, w),
+    "a product with a bias": lambda h, w, layer: layer(h),
+    "a product under a residual": lambda h, w, layer: h + torch.tanh(h @ w),
+    "two products": lambda h, w, layer: layer(torch.tanh(h @ w)),
+}
+
+
+@pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_become_positions_are_mixed_by_a_product(name: str, rows: int) -> None:
+    """[rows, positions] @ [positions, positions] mixes positions, though its shape is [rows, positions]."""
+
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(1, N_TOKENS)
+            self.register_buffer("w", torch.randn(WIDTH, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(COLUMNS[name](self.first(x), self.w, self.layer).view(-1, WIDTH, 1))
+
+    torch.manual_seed(0)
+    model, x = Columns().double(), torch.randn(rows, WIDTH, dtype=torch.float64)
+    gradients = extract_gradients(model, x, "kl", "uniform", "first.weight").materialize()["first.weight"]
+    each = -model(x).log_softmax(-1).mean(-1).flatten()  # up to a constant, KL from equal logits
+    expected = torch.stack([torch.autograd.grad(one, model.first.weight, retain_graph=True)[0] for one in each])
+    assert_relative(gradients, expected, 1e-10)

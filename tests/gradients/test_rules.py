@@ -34,8 +34,8 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
         return spy
 
-    for key, apply in rules.RULES.items():
-        monkeypatch.setitem(rules.RULES, key, spied(apply))
+    for key, functions in rules.RULES.items():
+        monkeypatch.setitem(rules.RULES, key, [spied(apply) for apply in functions])
     vector_jacobian_product, from_output = rules.vector_jacobian_product, Extractor._from_output
 
     def spied_vector_jacobian_product(use: Any, *args: Any) -> Any:

@@ -11,6 +11,7 @@ from l3d_kernels.kernels.decode import sparse_decode
 from l3d_kernels.kernels.energy import gram, gram_energy, squared_gradient_norm
 from l3d_kernels.kernels.energy import reconstruct as reconstruction
 from l3d_kernels.kernels.topk import batch_topk
+from l3d_kernels.kernels.update import adam, rescale
 
 from op_cases import Case, kept_of, make
 
@@ -27,6 +28,8 @@ def arguments() -> dict[str, tuple]:
     tiles = (k.values, k.columns, k.row_offsets, i["left"], i["right"])
     side = (k.values, k.rows, k.column_order, k.column_offsets, i["left"], i["right"])
     d_out, value = torch.ones(2, 5), torch.ones(2, 3)
+    ones, pair = torch.ones(len(i["left"])), [i["left"].clone(), i["right"].clone()]
+    lists = [[t.clone() for t in pair] for _ in range(3)]  # moments and gradients
     return {
         "batch_topk": (batch_topk.select, i["grad"][:, 0], 7, None),
         "gram": (gram.gram_forward, i["left"], i["right"]),
@@ -38,6 +41,8 @@ def arguments() -> dict[str, tuple]:
         "residual norm": (reconstruction.residual_norm_forward, *tiles, i["grad"]),
         "residual": (reconstruction.residual, torch.ones(6), i["grad"], *tiles),
         "gradient norm": (squared_gradient_norm.norm_forward, i["x"], i["dy"]),
+        "adam": (adam.step_all, pair, *lists, [ones[:1]] * 2, ones, ones, ones, 0.1, 0.1, 0.001, 1e-8, 1),
+        "rescale": (rescale.rescale_all, pair, [ones, ones + 1], ones),
         "decode": (sparse_decode.decode, CODES, value, WEIGHT, None),
         "decode, offsets": (sparse_decode.decode, CODES.flatten(), value.flatten(), WEIGHT, OFFSETS),
         "decode, values": (sparse_decode.d_values, d_out, CODES, WEIGHT, None),
@@ -47,7 +52,7 @@ def arguments() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", arguments())
 def test_schema_and_shapes(name: str) -> None:
-    """torch's own check: nothing is written into, outputs are no views, fake tensors have the real ones' shapes."""
+    """torch's own check: only what the schema names is written, outputs are no views, fake shapes are the real ones."""
     operator, *own = arguments()[name]
     torch.library.opcheck(operator, tuple(own), test_utils=("test_schema", "test_faketensor"))
 

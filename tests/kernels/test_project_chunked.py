@@ -12,6 +12,7 @@ from l3d_kernels.kernels.project import chunked as project_chunked
 from l3d_kernels.kernels.project import project
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared import path_table as paths
+from l3d_kernels.kernels.shared.launch_table import KINDS
 from l3d_kernels.kernels.topk import radix
 
 from project_cases import CASES, EMPTY, leaves, make
@@ -102,7 +103,7 @@ def test_the_committed_rows_name_paths_that_exist() -> None:
     """Every row is of an operation with kernels, a known device, arithmetic and class, and names one of its paths."""
     for (op, kind, products, width), path in paths.PATHS.items():
         assert op in registry.TRITON
-        assert kind in (None, "sm_80", "sm_90", "sm_100", "gfx942")
+        assert kind in (None, *KINDS)
         assert products in (None, "16", "tf32", "fp32")
         assert width in (None, "narrow", "wide", "widest")
         assert path in (*project.PATHS, paths.TWIN) if op == "project" else path == paths.TWIN

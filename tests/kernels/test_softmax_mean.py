@@ -87,6 +87,15 @@ def test_large_logits_strides_and_bits(way: str, monkeypatch: pytest.MonkeyPatch
     assert_same_twice(run, inputs, ())
 
 
+def test_the_way_follows_the_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 33 doubles are narrow, but not where registers hold half as much."""
+    with launches(*PASSES["narrow"]):
+        run(make("several tiles"), "triton")
+    monkeypatch.setattr(softmax_mean, "kind_of", lambda device: "gfx1100")
+    with launches(*PASSES["pieces"]):
+        run(make("several tiles"), "triton")
+
+
 def test_nothing_to_do() -> None:
     """No samples give no rows."""
     assert lk.softmax_mean(normal(0, 3), normal(4, 3), backend="triton").shape == (0, 3)

@@ -11,12 +11,14 @@ from collections import OrderedDict
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import l3d
 from l3d.cli.main import main
+from l3d.report import report
 from l3d.report.report import MAX_DIAGRAMS, plots, write_report
 
 pytest.importorskip("jinja2")
@@ -148,15 +150,15 @@ def test_headline_figures_are_those_of_the_metrics(run):
     assert {"18.7\u00a0%", "25\u00a0%", "0.997", "1 h 2 min", "1,612", "431 MiB"} <= set(page.text)
 
 
-def test_without_metrics_the_last_training_step_is_shown(run):
+def test_without_metrics_the_end_of_training_is_shown(run):
     """A folder that only d.save wrote still gives a page, and the page says so."""
     (run / "metrics.json").unlink()
     (run / "config.yaml").unlink()
     page = Page(write_report(run))
     history = l3d.load(run).history
     exact = [json.loads(at["value"]) for at in page.all("data")]
-    assert exact == [history[key][-1] for key in ("error", "kept_per_sample")]  # dead ones are not known in few steps
-    assert "Figures of the last training step" in page.text
+    assert exact == [history[key][-1] for key in ("error", "kept_per_sample")]  # dead is not known yet
+    assert "Figures of the end of training" in page.text
     assert page.text.count("run") >= 1
 
 
@@ -173,10 +175,94 @@ def test_columns_of_ones_own_stay_in_the_table(run):
     }
     with pytest.raises(ValueError, match=r"columns: 'short': expected a number for each of 4 subnetworks, got 1"):
         write_report(run, columns={"short": [1.0]})
-    with pytest.raises(ValueError, match=r"columns: expected \{header: list of numbers\}"):
+    with pytest.raises(ValueError, match=r"columns: expected \{header: list of numbers\} \('words': "):
         write_report(run, columns={"words": ["a", "b", "c", "d"]})
     assert (run / "report.html").read_bytes() == again
     assert "mine" not in Page(write_report(run, columns={})).text
+
+
+REFUSED = {
+    "two dimensions": (
+        {"x": torch.ones(4, 1)},
+        r"expected \{header: list of numbers\} \('x': expected one dimension, got Tensor \[4, 1\]\)",
+    ),
+    "numpy's": ({"x": np.ones((4, 2))}, r"expected .* \('x': .* got ndarray \[4, 2\]\)"),
+    "no dimension": ({"x": torch.tensor(1.0)}, r"expected .* \('x': .* got Tensor\)"),
+    "lists": ({"x": [[1.0]] * 4}, r"expected .* \('x': must be real number, not list\)"),
+    "a text": ({"x": "1234"}, r"expected .* \('x': .* got str\)"),
+    "too large": ({"x": [10**400] * 4}, r"expected .* \('x': int too large to convert to float\)"),
+    "a number": ({"x": 4}, r"expected .* \('x': 'int' object is not iterable\)"),
+    "short": ({"x": [1.0]}, r"'x': expected a number for each of 4 subnetworks, got 1"),
+    "long": ({"x": [1.0] * 5}, r"'x': expected a number for each of 4 subnetworks, got 5"),
+    "its number": ({"#": [1.0] * 4}, r"'#': expected a header that the table does not have"),
+    "its impact": ({"impact": [1.0] * 4}, r"'impact': expected a header that the table does not have"),
+    "a tensor": ({"layer0.weight": [1.0] * 4}, r"'layer0.weight': expected a header that the table does not have"),
+    "empty": ({" ": [1.0] * 4}, r"' ': expected a header that the table does not have"),
+}
+
+
+def test_the_headers_of_the_table_are_known():
+    """Those that the template writes are refused for columns of the user's own."""
+    template = (Path(report.__file__).parent / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    assert tuple(re.findall(r'<th scope="col".*>([^<{]+)</button></th>', template)) == report.HEADERS
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_columns_that_cannot_be_shown_are_refused(run, name):
+    """The line names the header; where they stand in the run's file it names that too, and how to be rid of it."""
+    columns, message = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"^columns: {message}$"):
+        write_report(run, columns=columns)
+    assert not (run / "columns.json").exists()
+    if any(isinstance(values, (torch.Tensor, np.ndarray)) for values in columns.values()):
+        return
+    (run / "columns.json").write_text(json.dumps(columns))
+    with pytest.raises(ValueError, match=rf"columns.json: {message}; write_report\(RUN, columns=\{{\}}\) drops them$"):
+        write_report(run)
+    if name == "short":
+        write_report(run, columns={})
+        assert json.loads((run / "columns.json").read_text()) == {}
+
+
+def test_a_column_without_a_number_is_shown_as_unknown(run):
+    """None, NaN and infinities are dashes; what can be read once only is kept too."""
+    page = Page(write_report(run, columns={"none known": iter([None, float("nan"), float("inf"), -float("inf")])}))
+    assert json.loads((run / "columns.json").read_text()) == {"none known": [None] * 4}
+    assert [at["data-value"] for at in page.all("td") if at.get("data-value") == "-Infinity"] == ["-Infinity"] * 4
+
+
+def test_another_decomposition_in_the_folder_has_no_columns_of_the_one_before(run, recwarn):
+    """Saved over, with the same K or another, what was known of each subnetwork is deleted, and that is said."""
+    write_report(run, columns={"mine": [1, 2, 3, 4]})
+    held = {"metrics.json", "columns.json"}
+
+    def there() -> set[str]:
+        return {path.name for path in run.iterdir()} & held
+
+    d = l3d.load(run)
+    d.save(run)  # the same one
+    assert there() == held
+    (run / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no manifest.json"):
+        l3d.load(run).save(run)
+    assert there() == held
+    model, data = mlp(5, 2, 5), torch.rand(32, 5)
+    for other in (
+        l3d.decompose(model, data, 4, rank=1, steps=2, callbacks=[]),
+        l3d.decompose(model, data, 3, rank=1, steps=2, callbacks=[]),
+        l3d.load(run).double(),
+    ):
+        for name in held:
+            (run / name).write_text("{}")
+        with pytest.warns(UserWarning, match=r"run: held another decomposition, so its metrics.json, columns.json are"):
+            other.save(run)
+        assert not there()
+    recwarn.clear()
+    other.save(run)
+    assert not recwarn
+    write_report(run, columns={"mine": [1, 2, 3, 4]})
+    l3d.decompose(model, data, 3, rank=1, steps=2, callbacks=[], out=run, existing="overwrite")
+    assert not (run / "columns.json").exists()
 
 
 def test_a_run_made_from_python_has_a_report(tmp_path, capsys):

@@ -25,6 +25,8 @@ SURPRISES: dict[str, tuple[str | bytes, str]] = {
     "octal": ("name: tms\nsteps: 010\n", "line 2: 010: write 10"),
     "octal in a list": ("name: [1, 07]\n", "line 1: 07: write 7"),
     "a number of 5,000 digits": (f"name: tms\nsteps: {'1' * 5000}\n", "digits"),
+    "a whole number beyond float64": (f"name: tms\nlr: {'1' * 400}\n", "line 2: a number of too many digits"),
+    "one of base 16": (f"name: tms\nlr: -0x{'f' * 300}\n", "line 2: a number of too many digits"),
     "a tag that runs": ("name: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     "bytes": ("name: !!binary aGk=\n", "'binary' is not read; write it as a plain value"),
     "a set": ("name: !!set {b, c}\n", "'set' is not read"),

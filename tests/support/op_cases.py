@@ -230,6 +230,7 @@ OPS = {
     ),
     "dense": Op(lambda _, i: kept_of(i).dense(), true_coefficients, ("values",)),
 }
+IN_PLACE = ("adam_step", "rescale")  # the ops that change tensors and have no derivative: tests/ops/test_update.py
 # the ops that `reference` defines, among those above
 DEFINED = [name for name in OPS if name in lk.__all__]
 

@@ -35,17 +35,20 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def assert_as_good(kernel: Tensor, twin: Tensor, truth: Tensor, what: str = "") -> None:
+def assert_as_good(
+    kernel: Tensor, twin: Tensor, truth: Tensor, what: str = "", eps: float | None = None
+) -> None:
     """Hold a kernel's result to the float64 truth: at most twice the twin's error in the same dtype, plus slack.
 
     The slack is four units in the last place at the largest true element; in float64, where the truth itself is
-    rounded, 1e-13 of it. Every element must have been written.
+    rounded, 1e-13 of it. `eps` is the unit of the arithmetic where that is coarser than the dtype's: tf32's. Every
+    element must have been written.
     """
     assert kernel.dtype == twin.dtype, f"{what}: dtype {kernel.dtype}, the twin's is {twin.dtype}"
     assert kernel.shape == twin.shape == truth.shape, f"{what}: shapes {kernel.shape}, {twin.shape}, {truth.shape}"
     if truth.numel() == 0:
         return
-    unit = 1e-13 if kernel.dtype == torch.float64 else 4 * torch.finfo(kernel.dtype).eps
+    unit = 1e-13 if kernel.dtype == torch.float64 else 4 * (eps or torch.finfo(kernel.dtype).eps)
     slack = unit * float(truth.abs().max())
     kernel, twin, truth = (t.detach().cpu().double() for t in (kernel, twin, truth))
     own = (kernel - truth).abs().nan_to_num(nan=torch.inf)

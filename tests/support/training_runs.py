@@ -36,6 +36,17 @@ def interrupt(_: Tensor) -> Tensor:
     raise KeyboardInterrupt
 
 
+def stopping(turn: Callable[..., bool], at: int) -> Callable[..., bool]:
+    """Interrupt before a step, as Ctrl-C would."""
+
+    def stopped(run: Any, gradients: Any) -> bool:
+        if run.step == at:
+            raise KeyboardInterrupt
+        return turn(run, gradients)
+
+    return stopped
+
+
 def nan(y: Tensor) -> Tensor:
     """Return an output that is NaN throughout."""
     return y * float("nan")

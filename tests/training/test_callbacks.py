@@ -45,7 +45,7 @@ def train(steps: int = 5, **arguments: Any) -> l3d.Decomposition:
 
 
 def test_a_callback_is_told_the_settings_every_record_and_the_end() -> None:
-    """In this order; the figures are the history's."""
+    """In this order; the figures are the history's, but for the dead, who are not known in so few steps."""
     notes = Notes()
     d = train(callbacks=[notes])
     assert [kind for kind, _ in notes.told] == ["start", "note", *["step"] * 5, "end"]

@@ -284,12 +284,37 @@ def test_rows_that_differ_each_time_are_not_compared(tmp_path: Path) -> None:
     assert train(data=Noise(), out=tmp_path / "run", existing="resume").history["step"][-1] == 20
 
 
+@pytest.mark.parametrize(
+    "where, value",
+    [
+        ("exponent", 1.5),
+        ("exponent", "0"),
+        ("exponent", 10**400),
+        ("seen.norm", "x"),
+        ("seen.rows", 3),
+        ("seen.cache", -1),
+    ],
+)
+def test_a_checkpoint_of_before_with_values_of_another_kind(where: str, value: Any, tmp_path: Path) -> None:
+    """One without checksums, whose state.json was edited: one line with the file's name."""
+    begin(tmp_path / "run")
+    for path in (tmp_path / "run").rglob("state.json"):
+        state = json.loads(path.read_text())
+        outer, _, inner = where.rpartition(".")
+        (state[outer] if outer else state)[inner] = value
+        path.write_text(json.dumps(state))
+        (path.parent / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=rf"state\.json: .*{where.rpartition('.')[2]}"):
+        train(out=tmp_path / "run", existing="resume")
+
+
 def test_a_checkpoint_that_tells_less_is_resumed(tmp_path: Path) -> None:
     """As one that an older version wrote."""
     begin(tmp_path / "run")
     for path in (tmp_path / "run").rglob("state.json"):
         state = json.loads(path.read_text())
         state.pop("exponent")
+        state["recorder"].pop("first_errors")
         state["seen"] = {name: state["seen"][name] for name in ("data", "reference")}
         path.write_text(json.dumps(state))
         (path.parent / "manifest.json").unlink()

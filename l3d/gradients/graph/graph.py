@@ -17,6 +17,8 @@ from l3d.gradients.graph.row_order import REARRANGE_DIMS, keeps_rows
 
 # Nodes that only rearrange, copy or cast their one input.
 REARRANGE = REARRANGE_DIMS | {"Alias", "AsStrided", "Chunk", "Clone", "ReshapeAlias", "T", "ToCopy", "UnsafeSplit"}
+# Those that keep the order of the entries.
+KEEP_ORDER = {"Alias", "Clone", "ReshapeAlias", "Squeeze", "ToCopy", "UnsafeView", "Unsqueeze", "View"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,41 @@ class Use:
         moves = tuple(step for step in self.chain if step not in ("ToCopy", "Alias", "Clone"))
         return {(): False, ("T",): True}.get(moves)
 
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """The parameter's axes in the order in which the node takes them, without added dimensions of size 1.
+
+        (0, 1) as stored, (1, 0) transposed, also after einsum; None if the chain does more than move whole axes.
+        """
+        steps, node = [], self.node.next_functions[self.slot][0]
+        for _ in self.chain:
+            steps.append(node)
+            node = node.next_functions[0][0]
+        dims = list(enumerate(node.variable.shape))  # (axis, size); the axis of an added dimension is -1
+        for step in reversed(steps):
+            kind = operation(step)
+            if kind == "T":
+                dims.reverse()
+            elif kind == "Transpose":
+                i, j = (_signed(dim) for dim in (step._saved_dim0, step._saved_dim1))
+                dims[i], dims[j] = dims[j], dims[i]
+            elif kind == "Permute":
+                dims = [dims[_signed(dim)] for dim in step._saved_dims]
+            elif kind in KEEP_ORDER:
+                queue, dims = [dim for dim in dims if dim[0] >= 0], []
+                for size in output_shape(step):
+                    dims.append(queue.pop(0) if queue and queue[0][1] == size else (-1, size))
+                if queue or any(axis < 0 and size != 1 for axis, size in dims):
+                    return None
+            else:
+                return None
+        return tuple(axis for axis, _ in dims if axis >= 0)
+
+
+def _signed(dim: int) -> int:
+    """Return a dimension that autograd may have saved as an unsigned number."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
 
 def operation(node: Node) -> str:
     """Return the name of a node's operation: "Addmm" for AddmmBackward0."""
@@ -47,6 +84,7 @@ class Graph(NamedTuple):
     opaque: bool  # a custom autograd.Function may use parameters without an edge: `uses` may be incomplete
     rows_stay: bool  # dimension 0 of every tensor is the batch, or blocks of it; no operation moves or mixes rows
     n_entries: int  # in all operations' outputs, about what the graph holds
+    n_activations: int  # of them without those that rearrange a parameter
     reached: set[str]  # the chosen parameters that the graph holds
 
 
@@ -61,7 +99,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
     reached: set[str] = set()
     opaque = source_of(root, names, n_rows) is not None  # the output is a rearranged parameter: a use without a node
     rows_stay = True
-    n_entries = 0
+    n_entries = n_activations = 0
     seen = {root}
     stack = [root]
     while stack:
@@ -81,6 +119,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             raise ValueError("params: an embedding scales gradients by frequency, which has no per-sample form")
         opaque = opaque or isinstance(node, torch.autograd.function.BackwardCFunction)
         rearranges = source_of(node, names, n_rows) is not None
+        n_activations += 0 if rearranges else output_shape(node).numel()
         origins = [source_of(below, names, n_rows) if below else None for below, _ in node.next_functions]
         inputs = [  # the shape of each; None for parameters and for inputs without a gradient
             below._input_metadata[place].shape if below and not origin else None
@@ -93,7 +132,7 @@ def read_graph(root: Node, parameters: Mapping[str, Tensor], n_rows: int) -> Gra
             if below and below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return Graph(uses, opaque, rows_stay, n_entries, reached)
+    return Graph(uses, opaque, rows_stay, n_entries, n_activations, reached)
 
 
 def _refuse_below(node: Any, names: Mapping[int, str]) -> None:

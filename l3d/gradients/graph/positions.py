@@ -106,7 +106,7 @@ def _keeps_apart(node: Any, n_rows: int, n_positions: int) -> bool:
     if kind in ELEMENTWISE:
         return all(len(size) == len(shape) for size in inputs)
     if kind in ("Mm", "Addmm"):
-        return slots == [0 if kind == "Mm" else 1]
+        return first == 1 and slots == [0 if kind == "Mm" else 1]  # of [rows, positions] it mixes the positions
     if kind in ("NativeLayerNorm", "FusedRmsNorm"):
         return slots == [0] and len(node._saved_normalized_shape) <= len(shape) - first
     if kind in ("Cat", "Mean", "Softmax", "LogSoftmax", "Slice", "Split", "SplitWithSizes", "Sum"):

@@ -24,7 +24,7 @@ REARRANGE_DIMS = {
     "Expand", "Permute", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Transpose", "Unbind", "UnsafeView",
     "Unsqueeze", "View",
 }  # fmt: skip
-ALONG_DIMS = REARRANGE_DIMS | {"Cat", "Cumsum", "LogSoftmax", "Mean", "Softmax", "Stack", "Sum"}
+ALONG_DIMS = REARRANGE_DIMS | {"Cat", "Cumsum", "LogSoftmax", "Mean", "SafeSoftmax", "Softmax", "Stack", "Sum"}
 
 
 def keeps_rows(kind: str, node: Any, inputs: list[torch.Size | None], n_rows: int) -> bool:

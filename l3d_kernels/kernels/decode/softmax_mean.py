@@ -5,8 +5,9 @@
     hidden [S, D], weight [V, D], bias [V] or none      softmax(hidden @ weight.mT + bias, -1) @ weight
 
 One pass over the vocabulary keeps a running maximum m, the sum of exponentials and the weighted sum of rows; both sums
-decay by exp(m before − m after) as the maximum grows. Up to 512 bytes a row the sums stay in registers, and a tile of
-samples reads each row of `weight` once; several programs share the vocabulary, and their sums are joined at the end.
+decay by exp(m before − m after) as the maximum grows. Up to 512 bytes a row the sums stay in registers (`widest`), and
+a tile of samples reads each row of `weight` once; several programs share the vocabulary, and their sums are joined at
+the end.
 Wider heads take the vocabulary in pieces: logits [S, piece] of at most common.WORKSPACE elements, their exponentials,
 then a library product. Specification: `l3d_kernels.reference.softmax_mean`.
 """
@@ -21,10 +22,16 @@ from torch import Tensor
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, Forms, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, feed, load, row_products, store, zeros
-from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
+from l3d_kernels.kernels.shared.launch_table import TABLE, Launch, kind_of
 from l3d_kernels.splitting import pieces
 
 WIDEST = 512  # bytes of a row up to which the sums stay in registers
+
+
+def widest(kind: str) -> int:
+    """Return WIDEST for a kind of device, or half of it where each half of a warp holds a product's operands."""
+    return WIDEST // 2 if kind == "gfx1100" else WIDEST
+
 
 # --- kernels ----------------------------------------------------------------------------------------------------
 
@@ -144,12 +151,15 @@ def softmax_exponentials(
 TABLE["softmax_mean_narrow"] = {
     ("interpreter", None): Launch({"BLOCK_S": 16, "BLOCK_V": 16}),
     ("gfx942", None): Launch({"BLOCK_S": 32, "BLOCK_V": 32}, 4, 1),
+    ("gfx1100", None): Launch({"BLOCK_S": 16, "BLOCK_V": 32}, 8, 1),
     (None, "16"): Launch({"BLOCK_S": 64, "BLOCK_V": 64}, 8, 2),
     (None, "32"): Launch({"BLOCK_S": 16, "BLOCK_V": 64}, 8, 1),
 }
 TABLE["softmax_logits"] = {
     ("interpreter", None): Launch({"BLOCK_S": 16, "BLOCK_V": 16, "BLOCK_D": 32}),
     ("gfx942", None): Launch({"BLOCK_S": 128, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 2),
+    ("gfx1100", "16"): Launch({"BLOCK_S": 64, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 2),
+    ("gfx1100", "32"): Launch({"BLOCK_S": 64, "BLOCK_V": 64, "BLOCK_D": 16}, 8, 2),
     (None, "16"): Launch({"BLOCK_S": 128, "BLOCK_V": 128, "BLOCK_D": 64}, 8, 3),
     (None, "32"): Launch({"BLOCK_S": 128, "BLOCK_V": 64, "BLOCK_D": 32}, 8, 3),
     ("sm_80", "16"): Launch({"BLOCK_S": 128, "BLOCK_V": 64, "BLOCK_D": 64}, 8, 3),
@@ -202,7 +212,8 @@ def softmax_mean_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     """Launch the pass for this width: sums in registers, or the vocabulary in pieces; [S, D]."""
     if hidden.numel() == 0:
         return torch.zeros_like(hidden)
-    run = narrow if hidden.shape[1] * hidden.element_size() <= WIDEST else in_pieces
+    width = hidden.shape[1] * hidden.element_size()
+    run = narrow if width <= widest(kind_of(hidden.device)) else in_pieces
     return run(hidden, weight, bias).to(hidden.dtype)
 
 
@@ -224,7 +235,7 @@ def compile_cases(kind: str) -> list[CompileCase]:
     """Return every form in which the kernels are launched on a kind of device."""
 
     def narrow_forms(row: Launch, size: int) -> Forms:
-        widths = itertools.product((WIDEST // size, 32), (False, True))
+        widths = itertools.product((widest(kind) // size, 32), (False, True))
         return [({"BIASED": biased, "BLOCK_D": width}, not biased or width == 32) for width, biased in widths]
 
     biases = [({"BIASED": biased}, not biased) for biased in (False, True)]

@@ -81,6 +81,8 @@ TABLE["gram_tile"] = {
     ("sm_80", "32"): Launch({"BLOCK_A": 64, "BLOCK_B": 32, "BLOCK_D": 32}, warps=8, stages=3),
     ("sm_80", "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=4),
     ("sm_90", "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 16}, warps=8, stages=4),
+    ("gfx1100", "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=2),
+    ("gfx1100", "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 16}, warps=16, stages=2),
     (None, "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 64}, warps=8, stages=3),
     (None, "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=3),
 }
@@ -112,7 +114,7 @@ def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
         products = (other[piece].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
         products = products * both[piece, None, :, None]
         out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
-    return torch.cat(out)
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def coactive_energy(
 TABLE["coactive_energy"] = {
     ("interpreter", None): Launch({"BLOCK_P": 16, "BLOCK_Q": 16, "BLOCK_D": 16}),
     ("sm_80", "32"): Launch({"BLOCK_P": 64, "BLOCK_Q": 32, "BLOCK_D": 32}, warps=8, stages=3),
+    ("gfx1100", "32"): Launch({"BLOCK_P": 64, "BLOCK_Q": 64, "BLOCK_D": 16}, warps=8, stages=2),
     (None, "16"): Launch({"BLOCK_P": 64, "BLOCK_Q": 64, "BLOCK_D": 64}, warps=8, stages=3),
     (None, "32"): Launch({"BLOCK_P": 64, "BLOCK_Q": 64, "BLOCK_D": 32}, warps=8, stages=3),
 }

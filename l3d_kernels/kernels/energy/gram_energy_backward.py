@@ -27,7 +27,7 @@ def rows_of(columns_ptr, first, offs, n_rows, R):
 
 @triton.jit
 def coactive_backward(
-    d_a_ptr,  # [splits, K, R, A] wide, zeros: gradient to one side
+    d_a_ptr,  # [splits, K, R, A] wide: gradient to one side
     upstream_ptr,  # [S]
     values_ptr,  # [N]
     rows_ptr,  # [N] int64
@@ -55,6 +55,11 @@ def coactive_backward(
     sum_ptr = d_a_ptr + split.to(tl.int64) * tl.num_programs(0) * R * A
     n_before = tl.load(column_offsets_ptr + column)
     n_entries = (tl.load(column_offsets_ptr + column + 1) - n_before).to(tl.int32)
+    for start_d in range(0, A, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        nothing = tl.zeros([BLOCK_R, BLOCK_D], dtype=sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + rows_k[:, None] * A + offs_d[None, :], nothing, mask=mask_r[:, None] & (offs_d < A)[None, :])
+    tl.debug_barrier()  # a thread may load what another has stored
     for place in range(split, n_entries, tl.num_programs(2)):
         entry = tl.load(column_order_ptr + n_before + place)
         sample = tl.load(rows_ptr + entry)
@@ -83,6 +88,7 @@ def coactive_backward(
 TABLE["coactive_backward"] = {
     ("interpreter", None): Launch({"BLOCK_Q": 16, "BLOCK_D": 16}),
     ("sm_80", "32"): Launch({"BLOCK_Q": 32, "BLOCK_D": 32}, warps=8, stages=3),
+    ("gfx1100", None): Launch({"BLOCK_Q": 32, "BLOCK_D": 32}, warps=8, stages=2),
     (None, "16"): Launch({"BLOCK_Q": 64, "BLOCK_D": 64}, warps=8, stages=3),
     (None, "32"): Launch({"BLOCK_Q": 64, "BLOCK_D": 32}, warps=8, stages=3),
 }
@@ -107,13 +113,13 @@ def energy_backward(
     tiles_r = common.ceil_div(R, block_r)
     most = common.ceil_div(common.PROGRAMS, max(1, K * tiles_r))
     splits = max(1, min(most, common.ceil_div(values.numel(), max(1, K))))
-    sums = torch.zeros(splits, K, R, A, dtype=common.wide(side.dtype), device=side.device)
+    sums = common.empty((splits, K, R, A), side, common.wide(side.dtype))
     pointers = {"d_a_ptr": sums, "upstream_ptr": upstream.contiguous(), "values_ptr": values, "rows_ptr": rows}
     pointers |= {"columns_ptr": columns, "row_offsets_ptr": row_offsets, "column_order_ptr": column_order}
     pointers |= {"column_offsets_ptr": column_offsets, "a_ptr": side, "b_ptr": other}
     sizes, grid = {"A": A, "B": other.shape[2], "R": R, "BLOCK_R": block_r}, (K, tiles_r, splits)
     common.launch(coactive_backward, grid, row, side.device, **pointers, **sizes)
-    return sums.sum(0).to(side.dtype)
+    return (sums[0] if splits == 1 else sums.sum(0)).to(side.dtype)
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

@@ -185,11 +185,14 @@ for kernel in TILES:
     TABLE[kernel.fn.__name__] = {
         ("interpreter", None): Launch({"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_Q": 16}),
         ("sm_80", "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_Q": 32}, warps=8, stages=3),
+        ("gfx1100", "16"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_Q": 32}, warps=8, stages=2),
+        ("gfx1100", "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_Q": 16}, warps=8, stages=2),
         (None, "16"): Launch({"BLOCK_O": 128, "BLOCK_I": 64, "BLOCK_Q": 64}, warps=8, stages=3),
         (None, "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_Q": 32}, warps=8, stages=3),
     }
 TABLE["reconstruct_backward"] = {
     ("interpreter", None): Launch({"BLOCK_A": 16, "BLOCK_B": 16}),
+    ("gfx1100", None): Launch({"BLOCK_A": 64, "BLOCK_B": 32}, warps=8, stages=2),
     (None, "16"): Launch({"BLOCK_A": 64, "BLOCK_B": 64}, warps=4, stages=3),
     (None, "32"): Launch({"BLOCK_A": 64, "BLOCK_B": 32}, warps=8, stages=3),
 }

@@ -123,11 +123,16 @@ def sum_squares(row_ptr, start, D, BLOCK_D: tl.constexpr):
 TABLE["norm_pairs"] = {
     ("interpreter", None): Launch({"BLOCK_D": 16}),
     ("sm_80", "32"): Launch({"BLOCK_D": 32}, warps=8, stages=3),
+    ("sm_120", "16"): Launch({"BLOCK_D": 128}, warps=8, stages=3),
+    ("gfx1100", "16"): Launch({"BLOCK_D": 64}, warps=8, stages=2),
+    ("gfx1100", "32"): Launch({"BLOCK_D": 16}, warps=8, stages=2),
     (None, "16"): Launch({"BLOCK_D": 128}, warps=4, stages=3),
     (None, "32"): Launch({"BLOCK_D": 32}, warps=4, stages=3),  # twice as deep spills in triton 3.9
 }
 TABLE["norm_outer"] = {
     ("interpreter", None): Launch({"BLOCK_O": 16, "BLOCK_I": 16, "BLOCK_T": 16}),
+    ("gfx1100", "16"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 64}, warps=8, stages=2),
+    ("gfx1100", "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 16}, warps=8, stages=2),
     (None, "16"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 64}, warps=4, stages=3),
     (None, "32"): Launch({"BLOCK_O": 64, "BLOCK_I": 64, "BLOCK_T": 32}, warps=4, stages=3),
 }

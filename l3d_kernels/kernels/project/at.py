@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l3d_kernels.kernels.project.at_backward import project_at_backward
-from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile
+from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, pairs_of_tile, products_of_lines, tile
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase
 from l3d_kernels.kernels.shared.device import store, zeros
@@ -26,13 +26,18 @@ from l3d_kernels.sparse import SparseCoefficients
 
 @triton.jit
 def project_at_values(
-    out_ptr,  # [N] in column order
-    tile_ptr,  # [tiles, 3] int64, of `schedule`
-    sample_ptr,  # [N] int64, in column order
+    out_ptr,  # [N]
+    offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
+    order_ptr,  # [N] int64, the pair at each place
+    rows_ptr,  # [N] int64, each pair's sample
     x_ptr,  # as in products_of_lines
     dy_ptr,
     left_ptr,
     right_ptr,
+    first,  # the pairs of this launch: places first..stop, those of subnetworks from first_k on
+    stop,
+    first_k,
+    columns,
     T,
     I,
     O,
@@ -46,8 +51,11 @@ def project_at_values(
     BLOCK_D: tl.constexpr,
 ):
     """Compute the coefficients of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
-    k, places, mask_pairs, offs_s = lines_of_tile(tile_ptr, sample_ptr, SLOT_T, BLOCK_ROWS)
-    if k >= 0:
+    PER_TILE: tl.constexpr = BLOCK_ROWS // SLOT_T
+    column, place, end = pairs_of_tile(offsets_ptr, first, stop, columns, PER_TILE)
+    if place < end:
+        k = first_k + column
+        _, mask_pairs, _, offs_s = lines_of_tile(order_ptr, rows_ptr, place, end, SLOT_T, BLOCK_ROWS)
         total = tl.sum(zeros(dy_ptr, BLOCK_ROWS, 1), 1)  # [ROWS]
         for start_t in range(0, T, SLOT_T):
             offs_t = start_t + tl.arange(0, BLOCK_ROWS) % SLOT_T
@@ -59,10 +67,10 @@ def project_at_values(
                     T, I, O, R, share, SOURCE, PRECISION, BLOCK_D,
                 )  # fmt: skip
                 total += tl.sum(x_right * dy_left, 1)
-        values = tl.sum(tl.reshape(total, [BLOCK_ROWS // SLOT_T, SLOT_T]), 1)
-        own_ptr = tile_ptr + tl.program_id(0).to(tl.int64) * 3
-        own_places = tl.load(own_ptr + 1) + tl.arange(0, BLOCK_ROWS // SLOT_T)
-        store(out_ptr + own_places, values, own_places < tl.load(own_ptr + 2))
+        values = tl.sum(tl.reshape(total, [PER_TILE, SLOT_T]), 1)
+        own_places = place + tl.arange(0, PER_TILE)
+        entries = tl.load(order_ptr + own_places, mask=own_places < end, other=0)
+        store(out_ptr + entries, values, (own_places < end) & (entries < stop - first))
 
 
 # --- launch -----------------------------------------------------------------------------------------------------
@@ -79,9 +87,8 @@ def project_at_forward(
     if n_pairs == 0 or dy.shape[1] == 0 or left.shape[1] == 0:
         return dy.new_zeros(n_pairs)
     pairs = Pairs(x, dy, left, right, (order, offsets, rows))
-    by_column, out = common.empty((n_pairs,), dy), common.empty((n_pairs,), dy)
-    pairs.launch(project_at_values, 0, len(left), 0, n_pairs, out_ptr=by_column)
-    out[order] = by_column
+    out = common.empty((n_pairs,), dy)
+    pairs.launch(project_at_values, 0, len(left), 0, n_pairs, out_ptr=out)
     return out
 
 

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from l3d_kernels.kernels.project.pairs import Pairs, cases_of, lines_of_tile, products_of_lines, tile, wide_ranks
+from l3d_kernels.kernels.project.pairs import (
+    Pairs,
+    cases_of,
+    lines_of_tile,
+    pairs_of_tile,
+    products_of_lines,
+    tile,
+    wide_ranks,
+)
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
 from l3d_kernels.kernels.shared.device import add_dot, load, store, zeros
@@ -27,13 +35,18 @@ from l3d_kernels.kernels.shared.segment_sum import sum_by_key
 def project_at_rows(
     x_right_out_ptr,  # [places, T, R] g x·right, in column order
     dy_left_out_ptr,  # [places, T, R] g dy·left
-    weight_ptr,  # [places] g, in column order
-    tile_ptr,  # [tiles, 3] int64, of `schedule`
-    sample_ptr,  # [places] int64
+    weight_ptr,  # [N] g
+    offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
+    order_ptr,  # [N] int64, the pair at each place
+    rows_ptr,  # [N] int64, each pair's sample
     x_ptr,  # as in products_of_lines
     dy_ptr,
     left_ptr,
     right_ptr,
+    first,  # the pairs of this launch: places first..stop, those of subnetworks from first_k on
+    stop,
+    first_k,
+    columns,
     T,
     I,
     O,
@@ -47,9 +60,11 @@ def project_at_rows(
     BLOCK_D: tl.constexpr,
 ):
     """Compute both weighted products of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
-    k, places, mask_pairs, offs_s = lines_of_tile(tile_ptr, sample_ptr, SLOT_T, BLOCK_ROWS)
-    if k >= 0:
-        weight = load(weight_ptr + places, mask_pairs)  # [ROWS]
+    column, place, end = pairs_of_tile(offsets_ptr, first, stop, columns, BLOCK_ROWS // SLOT_T)
+    if place < end:
+        k = first_k + column
+        places, mask_pairs, entries, offs_s = lines_of_tile(order_ptr, rows_ptr, place, end, SLOT_T, BLOCK_ROWS)
+        weight = load(weight_ptr + entries, mask_pairs)  # [ROWS]
         for start_t in range(0, T, SLOT_T):
             offs_t = start_t + tl.arange(0, BLOCK_ROWS) % SLOT_T
             mask_rows = mask_pairs & (offs_t < T)
@@ -59,7 +74,7 @@ def project_at_rows(
                     x_ptr, dy_ptr, left_ptr, right_ptr, offs_s, offs_t, mask_rows, k, offs_r,
                     T, I, O, R, share, SOURCE, PRECISION, BLOCK_D,
                 )  # fmt: skip
-                starts = ((places * T + offs_t) * R)[:, None] + offs_r[None, :]
+                starts = (((places - first) * T + offs_t) * R)[:, None] + offs_r[None, :]
                 mask = mask_rows[:, None] & (offs_r < R)[None, :]
                 store(x_right_out_ptr + starts, x_right * weight[:, None], mask)
                 store(dy_left_out_ptr + starts, dy_left * weight[:, None], mask)
@@ -71,7 +86,9 @@ def project_at_outer(
     product_ptr,  # [places, T, R]
     side_ptr,  # [S / divide, T, D] dy or x
     offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
-    sample_ptr,  # [places] int64
+    order_ptr,  # [N] int64, the pair at each place
+    rows_ptr,  # [N] int64, each pair's sample
+    before,  # the first of the launch's places
     T,
     R,
     D,
@@ -91,8 +108,9 @@ def project_at_outer(
     for start in range(0, (stop - first).to(tl.int32), BLOCK_D):
         lines = first + start + tl.arange(0, BLOCK_D)
         mask = lines < stop
-        offs_s = tl.load(sample_ptr + lines // T, mask=mask, other=0) // divide
-        places = (product_ptr + lines * R)[None, :] + offs_r[:, None]
+        entries = tl.load(order_ptr + lines // T, mask=mask, other=0)
+        offs_s = tl.load(rows_ptr + entries, mask=mask, other=0) // divide
+        places = (product_ptr + (lines - before * T) * R)[None, :] + offs_r[:, None]
         rows = load(places, mask[None, :] & mask_r[:, None])  # [R, lines]
         places = (side_ptr + (offs_s * T + lines % T) * D)[:, None] + offs_d[None, :]
         side = load(places, mask[:, None] & mask_d[None, :])  # [lines, D]
@@ -105,26 +123,30 @@ def project_at_outer(
 TABLE["project_at_rows"] = {
     ("interpreter", None): tile(16, 32, 4),
     ("gfx942", None): tile(64, 32, 4, 2),
+    ("gfx1100", "16"): tile(64, 32, 8, 2),
+    ("gfx1100", "32"): tile(64, 16, 8, 2),
     (None, "16"): tile(64, 64, 8),
     (None, "32"): tile(64, 32, 8),
 }
 TABLE["project_at_outer"] = {
     ("interpreter", None): Launch({"BLOCK_COLS": 16, "BLOCK_D": 16}, 4, 3),
     ("gfx942", None): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 4, 2),
+    ("gfx1100", "16"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 8, 2),
+    ("gfx1100", "32"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 16}, 8, 2),
     (None, "16"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 64}, 4, 3),
     (None, "32"): Launch({"BLOCK_COLS": 128, "BLOCK_D": 32}, 8, 3),
 }
 
 
-def sum_outer(rows: Tensor, side: Tensor, offsets: Tensor, samples: Tensor, divide: int) -> Tensor:
-    """Launch the gradient to one factor: rows [places, T, R], with dy or x as `side` -> [columns, R, D]."""
-    (_, T, R), D, columns = rows.shape, side.shape[2], len(offsets) - 1
-    out, row, block = common.empty((columns, R, D), rows), common.row_for(project_at_outer, rows), wide_ranks(R, 64)
+def sum_outer(out: Tensor, rows: Tensor, side: Tensor, pairs: Pairs, start: int, first: int, divide: int) -> None:
+    """Launch the gradient to one factor into `out` [columns, R, D]: of rows [places, T, R] and `side`, dy or x."""
+    (_, T, R), (columns, _, D) = rows.shape, out.shape
+    row, block = common.row_for(project_at_outer, rows), wide_ranks(R, 64)
     grid = (columns, common.ceil_div(R, block), *row.tiles(COLS=D))
-    pointers = {"out_ptr": out, "product_ptr": rows, "side_ptr": side, "offsets_ptr": offsets, "sample_ptr": samples}
-    sizes = {"T": T, "R": R, "D": D, "divide": divide, "BLOCK_R": block}
+    pointers = {"out_ptr": out, "product_ptr": rows, "side_ptr": side, "offsets_ptr": pairs.offsets[start:]}
+    pointers |= {"order_ptr": pairs.order, "rows_ptr": pairs.rows}
+    sizes = {"before": first, "T": T, "R": R, "D": D, "divide": divide, "BLOCK_R": block}
     common.launch(project_at_outer, grid, row, out.device, **pointers, **sizes)
-    return out
 
 
 def sum_by_index(rows: Tensor, index: Tensor, offsets: Tensor, n_inputs: int) -> Tensor:
@@ -157,21 +179,23 @@ def project_at_backward(
     d_out: Tensor, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Launch the gradients to left and right."""
-    d_left, d_right = torch.zeros_like(left), torch.zeros_like(right)
-    (_, T, _), (_, R, I) = dy.shape, right.shape
-    if rows.numel() == 0 or T == 0 or R == 0:
+    (_, T, _), (_, R, I), n_pairs = dy.shape, right.shape, rows.numel()
+    own = pieces(offsets, n_pairs, T * R) if T and R else []
+    # one piece covers all subnetworks, several leave out those without pairs
+    d_left, d_right = ((torch.empty_like if len(own) == 1 and n_pairs else torch.zeros_like)(s) for s in (left, right))
+    if n_pairs == 0 or not own:
         return d_left, d_right
-    pairs, weight = Pairs(x, dy, left, right, (order, offsets, rows)), d_out[order]
-    for start, stop, first, n_pairs in pieces(offsets, rows.numel(), T * R):
-        x_right, dy_left = (common.empty((n_pairs, T, R), dy) for _ in range(2))
-        own, ends = slice(first, first + n_pairs), offsets[start : stop + 1] - first
-        outputs = {"x_right_out_ptr": x_right, "dy_left_out_ptr": dy_left, "weight_ptr": weight[own]}
-        pairs.launch(project_at_rows, start, stop, first, n_pairs, **outputs)
-        samples = pairs.samples[own]
-        d_left[start:stop] = sum_outer(x_right, dy, ends, samples, 1)
+    pairs = Pairs(x, dy, left, right, (order, offsets, rows))
+    for start, stop, first, n in own:
+        x_right, dy_left = (common.empty((n, T, R), dy) for _ in range(2))
+        outputs = {"x_right_out_ptr": x_right, "dy_left_out_ptr": dy_left, "weight_ptr": d_out.contiguous()}
+        pairs.launch(project_at_rows, start, stop, first, n, **outputs)
+        sum_outer(d_left[start:stop], x_right, dy, pairs, start, first, 1)
         if x.is_floating_point():
-            d_right[start:stop] = sum_outer(dy_left, x, ends, samples, pairs.share)
+            sum_outer(d_right[start:stop], dy_left, x, pairs, start, first, pairs.share)
         else:
+            samples = rows[order[first : first + n]]
+            ends = offsets[start : stop + 1] - first
             d_right[start:stop] = sum_by_index(dy_left, x[samples // pairs.share], ends, I)
     return d_left, d_right
 

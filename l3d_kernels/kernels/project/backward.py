@@ -112,9 +112,12 @@ TABLE["project_returned"] = OTHERS | {(None, "32"): tile(64, 64, 32, 8), ("sm_80
 TABLE["project_weighted"] = {
     ("interpreter", None): tile(16, 16, 16, 4),
     ("gfx942", None): tile(128, 128, 32, 8, 2),
+    ("gfx1100", "16"): tile(128, 64, 32, 8, 2),
+    ("gfx1100", "32"): tile(64, 64, 16, 8, 2),
     (None, "16"): tile(128, 64, 32, 8),  # twice as wide, and below twice as deep, spills in triton 3.9
     (None, "32"): tile(128, 64, 16, 8),
     ("sm_80", "32"): tile(64, 64, 32, 8),
+    ("sm_120", "32"): tile(64, 64, 32, 8, 2),
 }
 
 

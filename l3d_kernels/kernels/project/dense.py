@@ -91,7 +91,10 @@ def tile(s: int, k: int, o: int, i: int, warps: int, stages: int = 2) -> Launch:
 TABLE["project_dense_sum"] = {
     ("interpreter", None): tile(16, 16, 4, 8, 4),
     ("gfx942", None): tile(64, 16, 16, 16, 4, 1),
+    ("gfx1100", "16"): tile(32, 16, 16, 16, 8, 1),
+    ("gfx1100", "32"): tile(32, 16, 8, 8, 8, 1),
     ("sm_100", "32"): tile(64, 16, 8, 16, 8),
+    ("sm_120", "32"): tile(32, 16, 8, 16, 8, 1),
     (None, "16"): tile(128, 16, 16, 16, 8),
     (None, "32"): tile(32, 16, 8, 16, 8),
 }
@@ -136,8 +139,12 @@ def project_dense_backward(
     """
     (_, O, I), K = grad.shape, len(left)
     d_grad = grad.new_empty(grad.shape if needs[0] else 0)
+    own = pieces(O, K * I, common.WORKSPACE)
+    if len(own) == 1 and not needs[0]:
+        d_v = torch.einsum("sk,soi->koi", d_out, grad)
+        return d_grad, right @ d_v.mT, left @ d_v
     d_left, d_right = torch.empty_like(left), torch.zeros_like(right, dtype=common.wide(right.dtype))
-    for rows in pieces(O, K * I, common.WORKSPACE):
+    for rows in own:
         d_v = torch.einsum("sk,soi->koi", d_out, grad[:, rows])
         d_left[:, :, rows] = right @ d_v.mT
         d_right += left[:, :, rows] @ d_v

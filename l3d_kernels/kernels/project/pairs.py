@@ -1,12 +1,11 @@
 """Deal the kept pairs to programs, grouped by subnetwork as tokens are by expert.
 
 The kernels of `project_at` share this. Pairs are taken in the order of kept.column_order. A program gets a tile of
-pairs, all of one subnetwork. The device computes which ones, so that no launch waits for counts.
+pairs, all of one subnetwork; it finds out which by a binary search, so that no launch waits for counts.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,12 +23,34 @@ PRODUCT, LOOK_UP, INDEX = 0, 1, 2
 
 
 @triton.jit
-def lines_of_tile(tile_ptr, sample_ptr, SLOT_T: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Return (subnetwork or -1, each line's place among the pairs, whether it has one, its sample), lines [ROWS]."""
-    tile_ptr += tl.program_id(0).to(tl.int64) * 3
-    places = tl.load(tile_ptr + 1) + tl.arange(0, BLOCK_ROWS) // SLOT_T
-    mask_pairs = places < tl.load(tile_ptr + 2)
-    return tl.load(tile_ptr), places, mask_pairs, tl.load(sample_ptr + places, mask=mask_pairs, other=0)
+def first_tile(offsets_ptr, k, first, PER_TILE: tl.constexpr):
+    """Return the first tile of subnetwork k: its pairs fill no more tiles than there are up to that of k + 1."""
+    return (tl.load(offsets_ptr + k) - first) // PER_TILE + k
+
+
+@triton.jit
+def pairs_of_tile(offsets_ptr, first, stop, columns, PER_TILE: tl.constexpr):
+    """Return (subnetwork, its tile's first place, where its places end) of this program; there may be none.
+
+    offsets_ptr [columns+1] int64: the places of each subnetwork's pairs; the launch has those from `first` to `stop`.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    low, high = tile * 0, tile * 0 + columns
+    while high - low > 1:
+        middle = (low + high) // 2
+        starts_later = first_tile(offsets_ptr, middle, first, PER_TILE) > tile
+        low, high = tl.where(starts_later, low, middle), tl.where(starts_later, middle, high)
+    place = tl.load(offsets_ptr + low) + (tile - first_tile(offsets_ptr, low, first, PER_TILE)) * PER_TILE
+    return low, place, tl.minimum(tl.load(offsets_ptr + low + 1), stop)
+
+
+@triton.jit
+def lines_of_tile(order_ptr, rows_ptr, place, end, SLOT_T: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Return (place among the pairs, whether there is one, entry, sample) of each line of a tile, [ROWS] each."""
+    places = place + tl.arange(0, BLOCK_ROWS) // SLOT_T
+    mask_pairs = places < end
+    entries = tl.load(order_ptr + places, mask=mask_pairs, other=0)
+    return places, mask_pairs, entries, tl.load(rows_ptr + entries, mask=mask_pairs, other=0)
 
 
 @triton.jit
@@ -81,32 +102,16 @@ def wide_ranks(R: int, most: int) -> int:
     return min(most, common.power_of_two(R, 16))
 
 
-def schedule(offsets: Tensor, per_tile: int, n_pairs: int) -> Tensor:
-    """Deal each subnetwork's pairs to tiles of `per_tile`: (subnetwork, its first place, where they end) [tiles, 3].
-
-    offsets [columns+1] int64. There are as many tiles as could be needed; a tile that is not needed has subnetwork -1.
-    No count leaves the device.
-    """
-    counts = offsets.diff()
-    ends = torch.div(counts + per_tile - 1, per_tile, rounding_mode="floor").cumsum(0)
-    tiles = torch.arange(n_pairs // per_tile + min(len(counts), n_pairs), device=counts.device)
-    column = torch.searchsorted(ends, tiles, right=True)
-    own = column.clamp_max(len(counts) - 1)
-    before = torch.where(own > 0, ends[(own - 1).clamp_min(0)], 0)
-    column = torch.where(column < len(counts), column, -1)
-    return torch.stack([column, offsets[own] + (tiles - before) * per_tile, offsets[own + 1]], 1)
-
-
 class Pairs:
     """The kept pairs in column order, and the arguments that all launches on them take."""
 
     def __init__(self, x: Tensor, dy: Tensor, left: Tensor, right: Tensor, kept: tuple[Tensor, Tensor, Tensor]) -> None:
-        order, self.offsets, rows = kept
+        self.order, self.offsets, self.rows = kept
         (_, T, O), (K, R, I) = dy.shape, right.shape
-        self.samples, self.share = rows[order], len(dy) // len(x)
+        self.share = len(dy) // len(x)
         if not x.is_floating_point():
             source, mode, width = x, INDEX, I
-        elif len(x) * K <= len(rows) and self.share > 1:
+        elif len(x) * K <= len(self.rows) and self.share > 1:
             source, mode, width = x.flatten(0, 1) @ right.flatten(0, 1).mT, LOOK_UP, K * R
         else:
             source, mode, width = x, PRODUCT, I
@@ -119,12 +124,13 @@ class Pairs:
         dy = self.tensors["dy_ptr"]
         row = common.row_for(kernel, dy)
         slot = slots(dy.shape[1], row.blocks["BLOCK_ROWS"])
-        tiles = schedule(self.offsets[start : stop + 1], row.blocks["BLOCK_ROWS"] // slot, n_pairs)
-        if start or first:  # else there is nothing to add, and the copy would wait for the GPU
-            tiles += torch.where(tiles[:, :1] < 0, 0, tiles.new_tensor([start, -first, -first]))
-        tiles[:, 2].clamp_max_(n_pairs)  # no pair is written beyond the outputs, also where the offsets are wrong
-        pointers = {"tile_ptr": tiles, "sample_ptr": self.samples[first : first + n_pairs], **outputs, **self.tensors}
-        common.launch(kernel, (len(tiles),), row, dy.device, **pointers, SLOT_T=slot, **self.flags, **self.sizes)
+        columns = stop - start
+        grid = (n_pairs // (row.blocks["BLOCK_ROWS"] // slot) + columns,)
+        pointers = {"offsets_ptr": self.offsets[start:], "order_ptr": self.order, "rows_ptr": self.rows, **outputs}
+        places = {"first": first, "stop": first + n_pairs, "first_k": start, "columns": columns}
+        common.launch(
+            kernel, grid, row, dy.device, **pointers, **self.tensors, **places, SLOT_T=slot, **self.flags, **self.sizes
+        )  # fmt: skip
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 from l3d_kernels.kernels.shared.common import float32_precision
 from l3d_kernels.kernels.shared.launch_table import Launch, lookup
 
-# The types of pointers that are not of the call's dtype, by name: a name has one type in all kernels.
+# The types, by name, of pointers that are not of the call's dtype and of numbers that are no sizes: a name has one type
+# in all kernels.
 INDICES = (
     "codes column_offsets column_order columns earlier histogram index indices key limit offsets order previous ranks "
     "row_offsets rows sample segments sorted starts state state_out stop tile totals"
 )
-SUMS = "d_a decay highest logits mean parts scale sums total"  # kept wider than 16 bits
+# kept wider than 16 bits
+SUMS = "correction d_a decay factor gram highest logits mean moves parts scale size sums total"
 TYPES = {f"{name}_ptr": "*i64" for name in INDICES.split()} | {f"{name}_ptr": "*fp32" for name in SUMS.split()}
 TYPES |= {"row_counts_ptr": "*i32", "column_counts_ptr": "*i32"}
+TYPES |= dict.fromkeys(("eps", "lr", "weight1", "weight2"), "fp32")
 
 
 Forms = Sequence[tuple[dict[str, Any], bool]]  # pairs of (constants, only in the long test)
@@ -65,8 +68,10 @@ def cases_of_kernel(
     """
     found, is_matrix = [], "PRECISION" in kernel.arg_names
     exact, fast = float32_precision(True, kind), float32_precision(False, kind)
-    dtypes = [("bf16", "ieee", False), ("fp16", "ieee", True), ("fp32", exact, False), ("fp32", fast, True)]
-    for dtype, precision, late in dtypes if is_matrix else dtypes[:3]:  # without dots one precision is like another
+    dtypes = [("bf16", "ieee", False), ("fp16", "ieee", True), ("fp32", exact, False)]
+    if is_matrix and fast != exact:  # without dots one precision is like another
+        dtypes.append(("fp32", fast, True))
+    for dtype, precision, late in dtypes:
         row = lookup(kernel.fn.__name__ + row_form, kind, dtype[-2:])
         for constants, long in forms(row, int(dtype[-2:]) // 8) if callable(forms) else forms:
             own = {"PRECISION": precision, **constants} if is_matrix else constants

@@ -16,8 +16,11 @@ from l3d_kernels.kernels.shared.launch_table import Launch, kind_of, lookup, siz
 # Tests add a function here; it is given the name of each kernel that is launched.
 WATCHERS: list[Callable[[str], None]] = []
 
+# By name, the function that launches each operator's kernels: to count them, tests call it on tensors without values.
+OPERATORS: dict[str, Callable[..., Any]] = {}
+
 # A launch that needs memory between two steps cuts that memory into pieces of about this many elements.
-WORKSPACE = 1 << 24
+WORKSPACE = 36 << 20
 
 # The most programs that CUDA launches along the second or third axis of a grid; along the first it is 2**31 - 1.
 MOST_PROGRAMS = 65_535
@@ -47,7 +50,7 @@ def float32_precision(highest: bool, kind: str) -> str:
     """Return the precision of a float32 dot: for "highest" one that keeps float32's accuracy, else tf32."""
     if kind.startswith("sm_"):
         return "tf32x3" if highest else "tf32"
-    return "ieee" if highest or kind == "interpreter" else "tf32"
+    return "tf32" if kind == "gfx942" and not highest else "ieee"
 
 
 def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, **arguments: Any) -> None:
@@ -65,6 +68,8 @@ def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, 
         )
     for watcher in WATCHERS:
         watcher(name)
+    if device.type == "meta":
+        return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))
 
@@ -114,16 +119,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 # --- binding ----------------------------------------------------------------------------------------------------
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Make a launch function an operator `l3d::name`, which torch.compile, vmap and autograd functions can call.
 
     `fake` takes the same arguments and returns outputs of the right shapes and dtypes. Under vmap the launches are made
-    one by one.
+    one by one; an operator that writes into its arguments, those named in `mutates`, is refused there.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=())
+        OPERATORS[name] = function
+        bound = torch.library.custom_op(f"l3d::{name}", function, mutates_args=tuple(mutates))
         bound.register_fake(fake)
+        if mutates:
+            return bound
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             each = [
@@ -190,11 +198,14 @@ def differentiable(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*output[1:])
+                ctx.set_materialize_grads(False)  # else torch fills zeros for each of them
             ctx.save_for_backward(*save(inputs, output))
 
         @staticmethod
-        def backward(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+            if d_out is None:
+                return (None,) * len(needs)
             found = iter(Once.apply(needs, d_out, *saved) if torch.is_grad_enabled() else wanted(needs, saved, d_out))
             return tuple(next(found) if need else None for need in needs)
 
@@ -207,7 +218,7 @@ def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
     Integers keep their dtype.
     """
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
     return tuple(t.contiguous() for t in tensors)
