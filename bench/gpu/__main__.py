@@ -3,6 +3,7 @@
 Needs torch, triton and numpy, and no installation: run it in the repository's root. Without a GPU it says so and writes
 nothing. Operations whose check fails are named, and nothing is said of their speed. Takes under eight minutes: what
 there was no time for is marked as such.
+`--model` prints what a step should take on five GPUs, computed on paper: without a GPU, in less than a minute.
 `TRITON_INTERPRET=1 python3 -m bench.gpu --dry` runs all of it on a CPU, tiny: to see that it runs, for no figures.
 """
 
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu import checks, report
+from bench.gpu import checks, model, report
 from bench.gpu.block import BLOCKS, StepSizes
 from bench.gpu.cases import DRY, LARGE, MEDIUM, OPS, SMALL, Sizes, fitting, make, moved_bytes, tensors_of
 from bench.gpu.measure import (
@@ -34,6 +35,7 @@ from bench.gpu.measure import (
     workspace_bytes,
 )
 from bench.gpu.step import time_steps
+from l3d_kernels import registry
 
 HARD_LIMIT = 470  # seconds for everything
 LIMIT = 400  # of them for all but the search for accesses beyond memory
@@ -209,9 +211,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="only check, and only at small sizes")
     parser.add_argument("--seed", type=int, help="of the checks' inputs (default: a new one)")
     parser.add_argument("--dry", action="store_true", help="all of it, tiny, on a CPU; nothing is written")
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="print a model of a step on paper, without a GPU too; write nothing. FLOPs, bytes, launches and waits by "
+        f"phase and size, and the time they take at published rates of {', '.join(gpu.name for gpu in model.GPUS)}; "
+        "where bench/results holds a GPU's figures, at its measured rates, with the measured times below",
+    )
     parser.add_argument("--out", type=Path, help="where to write (default: bench/results/DEVICE.json)")
     options = parser.parse_args(arguments)
     started = time.monotonic()
+    if options.model:
+        if missing := registry.load_kernels():
+            parser.error(f"--model counts the kernels' launches: {missing}")
+        print(model.page(BLOCKS, TIMED, model.committed()))
+        return 0
     seed = secrets.randbits(31) if options.seed is None else options.seed
     if options.dry:
         if os.environ.get("TRITON_INTERPRET") != "1":  # read when triton is first imported, which torch may have done
@@ -242,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": round(time.monotonic() - started, 1),
     }
     report.write(path, content)
-    print(f"written to {path}")
+    print(f"written to {path}\n{model.page(BLOCKS, TIMED, [content])}")
     if failed:
         print(f"FAILED their checks, and were not timed: {', '.join(failed)}; the steps may be wrong too")
     return 1 if failed or sanitized.startswith("FAILED") else 0

@@ -75,7 +75,7 @@ def table(timings: Sequence[Timing], best: Ceilings) -> str:
         f"ceilings: copy {best.copy_bytes_per_second / 1e9:.0f} GB/s, {rates}, "
         f"empty launch {best.launch_seconds * 1e6:.1f} us"
     ]
-    return "\n".join([*lines, *_aligned([HEADER, *(_cells(timing) for timing in timings)])])
+    return "\n".join([*lines, *aligned([HEADER, *(_cells(timing) for timing in timings)])])
 
 
 def step_table(steps: Sequence[StepTiming]) -> str:
@@ -86,7 +86,7 @@ def step_table(steps: Sequence[StepTiming]) -> str:
         total = (f"{s.seconds * 1e3:.2f}", f"{s.seconds / s.roofline_seconds:.2f}")
         peak = "-" if s.peak_bytes is None else f"{s.peak_bytes / 1e9:.2f}"
         rows.append((s.size, s.dtype, *total, *phases, f"{s.phases[0].seconds / s.bare_seconds:.2f}", peak))
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))
 
 
 def path_rows(timings: Sequence[Timing], sizes: Sequence[Sizes], kind: str) -> list[tuple[tuple[str, ...], str]]:
@@ -108,7 +108,7 @@ def path_rows(timings: Sequence[Timing], sizes: Sequence[Sizes], kind: str) -> l
     return [(row, min(own, key=own.__getitem__)) for row, own in times.items()]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -46,7 +46,11 @@ class StepTiming(NamedTuple):
 
 
 def work(step: Step) -> dict[str, tuple[int, int]]:
-    """Count the operations and bytes of each phase of a step that was taken, by the cheapest route: (flops, bytes)."""
+    """Count the operations and bytes of each phase of a step that was taken, by the cheapest route: (flops, bytes).
+
+    Of a step on tensors of shapes only it is unknown which coefficients are kept: the pairs are the fewest, as if every
+    sample kept equally many, and the subnetworks that move the most.
+    """
     z, n, width = step.z, step.z.n_kept, step.z.width
     tensors, itemsize = 4, step.model.head.weight.element_size()
     with FlopCounterMode(display=False) as bare:
@@ -60,20 +64,25 @@ def work(step: Step) -> dict[str, tuple[int, int]]:
         (forming + dense, 2 * sampled),
     ]
     plain, differentiable = min(routes, key=lambda route: route[0] + 3 * route[1])
-    pairs = int(step.kept.row_offsets.diff().square().sum())
+    if step.tokens.is_meta:
+        pairs, moving = n * n // z.S, min(z.K, n)
+    else:
+        pairs = int(step.kept.row_offsets.diff().square().sum())
+        moving = int(step.kept.column_offsets.diff().count_nonzero())
     gram = min(z.K**2 * z.R**2 * 2 * width, z.K * (z.K + z.R) * width**2) + z.S * z.K**2
     energies = min(pairs * z.R**2 * 2 * width, gram)
     norms = min(z.T**2 * (z.B + z.S) * width, forming)
     factors, held = step.gradients.nbytes(), sum(p.numel() for p in step.optimizer.parameters) * itemsize
     weights = tensors * width**2 * itemsize
-    head = step.model.head.weight.numel() * itemsize
+    head, logits = step.model.head.weight.numel() * itemsize, z.S * z.vocabulary * itemsize
     return {
-        "extract": (bare.get_total_flops(), weights * (1 + z.T) + 2 * head + factors),
+        # all positions pass back through the last matrix together; logits and their gradient are written and read
+        "extract": (bare.get_total_flops(), weights + weights // tensors + 2 * head + 4 * logits + factors),
         "select": (2 * tensors * (plain + differentiable), held + 2 * factors + z.S * z.K * itemsize),
         "loss": (2 * tensors * (norms + energies), held // 2 + factors),
         "backward": (4 * tensors * (differentiable + energies), 2 * held + factors),  # repeats the forward's products
         # of subnetworks that move: reads the gradient, reads and writes the parameter and both moments, rescales a half
-        "update": (0, 8 * held * int(step.kept.column_offsets.diff().count_nonzero()) // z.K),
+        "update": (0, 8 * held * moving // z.K),
     }
 
 

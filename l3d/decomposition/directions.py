@@ -257,7 +257,9 @@ class Directions(nn.Module):
         """Yield each tensor's factors of the chosen directions: (left, right), or of a vector (vector [K, P],)."""
         for _, piece in self.items():
             found = (piece.vector,) if isinstance(piece, Whole) else piece.factors()
-            yield found if isinstance(chosen, slice) and chosen == slice(None) else tuple(each[chosen] for each in found)
+            yield (
+                found if isinstance(chosen, slice) and chosen == slice(None) else tuple(each[chosen] for each in found)
+            )
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """Return (R, O, I) of every tensor read as matrices, a vector as one column."""
