@@ -16,7 +16,7 @@ assert registry.load_kernels() == ""
 
 OPS = (
     "project project_tiled project_at project_dense project_topk batch_topk gram gram_energy gram_energy_coactive "
-    "squared_gradient_norm reconstruct squared_residual_norm sparse_decode softmax_mean"
+    "squared_gradient_norm reconstruct squared_residual_norm sparse_decode softmax_mean update"
 ).split()
 KINDS = ("bfloat16", "float16", "float32", "tf32")
 # forms that `OPS` at the sizes "odd", "tiles" and "divisible" do not reach: of other kernels, or of other constants
