@@ -134,7 +134,6 @@ TABLE["project_pair"] = OTHERS | {
     ("sm_80", "16"): tile(128, 64, 32, 8),
     ("sm_80", "32"): tile(64, 32, 32, 8),
     ("sm_90", "16"): tile(128, 128, 32, 8, 4),
-    ("sm_120", "16"): tile(128, 64, 32, 8, 2),  # one stage more spills in triton 3.6
 }
 TABLE["project_seen"] = OTHERS | {("sm_80", "32"): tile(64, 32, 32, 8)}
 # "spread": few positions share a sum, so that the sums need registers beside the products
