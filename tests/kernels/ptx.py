@@ -302,6 +302,8 @@ class Kernel:
     def _literal(self, text: str, kind: str) -> str:
         if text == "global_smem":
             return self._constant(numpy_type(kind)(0))
+        if text in self.parameters:  # the address of a parameter: its number
+            return self._constant(numpy_type(kind)(self.parameters[text]))
         if kind == "pred":
             return self._constant(np.bool_(int(text) != 0))
         if re.match(r"^0[fFdD][0-9a-fA-F]+$", text):
@@ -518,7 +520,9 @@ class Kernel:
         )
         if space == "param":
             place = o[1].strip("[] ")
-            kind, number = "b" + kind[1:] if kind[0] == "f" else kind, self.parameters[place]
+            kind, number = "b" + kind[1:] if kind[0] == "f" else kind, self.parameters.get(place)
+            if number is None:  # an address that the program selected
+                return self._put(line, o[0], kind, f"X.selected({self._value(place, 'u64')}, np.{numpy_type(kind).__name__})")
             return self._put(line, o[0], kind, f"X.parameters[{number}].astype(np.{numpy_type(kind).__name__})")
         if space is None:
             self._unknown(line, "no space")

@@ -319,6 +319,10 @@ class Program:
     def full(self, value: Any) -> Any:
         return value if getattr(value, "ndim", 0) else np.full(self.n, value)
 
+    def selected(self, numbers: Any, dtype: Any) -> Any:
+        """Return the parameters at addresses that were computed."""
+        return np.stack([own.astype(dtype) for own in self.parameters])[numbers]
+
     def fault(self, line: int, what: str, thread: int | None = None) -> Any:
         text = self.kernel.text.split("\n")[line - 1].strip()
         who = f"program {self.place}" + ("" if thread is None else f", thread {thread}")

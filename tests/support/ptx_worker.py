@@ -41,23 +41,36 @@ TYPES |= {"int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "bool": 
 TARGET = GPUTarget("cuda", 80, 32)
 
 
-def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Return a launch's types, constants and attributes, as Triton's own launcher specialises them."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = arguments[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def specialised(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialised((*path, j), member) for j, member in enumerate(value))
+        if kernel.params[path[0]].is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
         if isinstance(value, torch.Tensor):
-            signature[name], number = "*" + TYPES[str(value.dtype)[6:]], value.data_ptr()
-        elif isinstance(value, float):
-            signature[name], number = "fp32", 1  # of which no divisor is known
+            kind, number = "*" + TYPES[str(value.dtype)[6:]], value.data_ptr()
         else:
-            signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+            kind, number = "i32" if -(2**31) <= value < 2**31 else "i64", value
         if number % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {name: specialised((i,), arguments[name]) for i, name in enumerate(kernel.arg_names)}
     return signature, constants, attributes
+
+
+def passed(kind: Any, value: Any) -> list[Any]:
+    """Return what of an argument the compiled code takes: tuples member by member, no constants."""
+    if isinstance(kind, tuple):
+        return [each for own in zip(kind, value, strict=True) for each in passed(*own)]
+    return [] if kind == "constexpr" else [value]
 
 
 def compile_ptx(kernel: Any, signature: Any, options: dict[str, int]) -> tuple[str, dict[str, Any]]:
@@ -108,11 +121,11 @@ class Launcher:
         if key not in self.kernels:
             text, metadata = compile_ptx(kernel, signature, options)
             self.kernels[key] = ptx.Kernel(text, metadata["shared"])
-        passed = [own[n] for n, kind in signature[0].items() if kind != "constexpr"]
-        before = bytes_of(passed) if self.deleting else []
-        count = self.kernels[key].launch(tuple(grid), passed, seed=len(self.done))
+        values = [each for n, kind in signature[0].items() for each in passed(kind, own[n])]
+        before = bytes_of(values) if self.deleting else []
+        count = self.kernels[key].launch(tuple(grid), values, seed=len(self.done))
         if self.deleting and self.kernels[key].synchronisations:
-            self.delete(self.kernels[key], name, tuple(grid), passed, before)
+            self.delete(self.kernels[key], name, tuple(grid), values, before)
         self.done.append(Executed(name, count, time.process_time() - began))
 
     def delete(self, kernel: ptx.Kernel, name: str, grid: Any, passed: list[Any], before: list[torch.Tensor]) -> None:
