@@ -4,6 +4,7 @@ Every message has one form: `dy: expected shape [S, T, O] with S a multiple of 4
 of indices and offsets are checked on a CPU only: on a GPU the check would wait for the device.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,31 @@ def check_factors(left: Tensor, right: Tensor) -> None:
     """Refuse low-rank factors that do not fit each other: left [K, R, O], right [K, R, I]."""
     check_alike(left=left, right=right)
     _check_factor_shapes(left, right)
+
+
+def check_pairs(check: Callable[[Tensor, Tensor], None], like: str, **pairs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Refuse two tensors, or two lists of them, that `check` refuses; return the first of those named `like`.
+
+    Their first axes must have one size.
+    """
+    (name, every), (other, others) = pairs.items()
+    if not all(isinstance(own, (list, tuple)) and all(isinstance(t, Tensor) for t in own) for own in pairs.values()):
+        check(every, others)  # type: ignore[arg-type]
+        return pairs[like]  # type: ignore[return-value]
+    if not every or len(every) != len(others):
+        short, expected, got = (other, len(every), len(others)) if len(every) else (name, "at least 1", 0)
+        raise ValueError(f"{short}: expected {expected} tensors, got {got}")
+    first = pairs[like][0]
+    for i, own in enumerate(zip(every, others, strict=True)):
+        same = pairs[like][i]
+        try:
+            check_alike(first=first, **{like: same})
+            check(*own)
+        except ValueError as error:
+            raise ValueError(re.sub(rf"^({name}|{other})", rf"\1[{i}]", str(error))) from None
+        if len(same) != len(first):
+            raise ValueError(f"{like}[{i}]: expected a first axis of {len(first)} as in {like}[0], got {len(same)}")
+    return first
 
 
 def _check_factor_shapes(left: Tensor, right: Tensor) -> None:

@@ -20,7 +20,7 @@ run the definition, which forms V and G whole. backend="triton" works under vmap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -232,15 +232,21 @@ def batch_topk_over_columns(
 # --- energies and reconstructions -------------------------------------------------------------------------------
 
 
-def gram(left: Float[Tensor, "K R O"], right: Float[Tensor, "K R I"], *, backend: str = "auto") -> Float[Tensor, "K K"]:
+def gram(
+    left: Float[Tensor, "K R O"] | Sequence[Float[Tensor, "K _ _"]],
+    right: Float[Tensor, "K R I"] | Sequence[Float[Tensor, "K _ _"]],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "K K"]:
     """Compute the inner products of all directions: M_kj = <V_k, V_j>, [K, K].
 
-    M_kj = Σ_rr' (left_kr . left_jr') (right_kr . right_jr'), summed over both ranks. Differentiable in both tensors.
+    M_kj = Σ_rr' (left_kr . left_jr') (right_kr . right_jr'), summed over both ranks; of lists, one left and right for
+    each tensor, the sum over tensors, of which kernels take those of equal R together. Differentiable in all tensors.
 
     Torch: `einsum("koi,joi->kj", V, V)` with V [K, O, I]
     """
-    checks.check_factors(left, right)
-    return implementation(cpu.gram, backend, left)(left, right)
+    first = checks.check_pairs(checks.check_factors, "left", left=left, right=right)
+    return implementation(cpu.gram, backend, first)(left, right)
 
 
 def gram_energy(
@@ -259,30 +265,40 @@ def gram_energy(
 
 
 def gram_energy_coactive(
-    kept: SparseCoefficients, left: Float[Tensor, "K R O"], right: Float[Tensor, "K R I"], *, backend: str = "auto"
+    kept: SparseCoefficients,
+    left: Float[Tensor, "K R O"] | Sequence[Float[Tensor, "K _ _"]],
+    right: Float[Tensor, "K R I"] | Sequence[Float[Tensor, "K _ _"]],
+    *,
+    backend: str = "auto",
 ) -> Float[Tensor, "S"]:
     """Compute `gram_energy` over the pairs of subnetworks kept in the same sample, whatever their number: [S].
 
-    R²(I+O) Σ_s n_s² multiply-adds, n_s kept in sample s. Differentiable in the kept values, left and right.
+    Of lists, one left and right for each tensor that the subnetworks have factors for, the sum over tensors; kernels
+    take those of equal R together. R²(I+O) Σ_s n_s² multiply-adds, n_s kept in sample s. Differentiable in the kept
+    values, left and right.
 
     Torch: `reconstruct(kept, left, right).square().sum((1, 2))`
     """
-    checks.check_factors(left, right)
-    checks.check_kept(kept, left)
-    return implementation(cpu.gram_energy_coactive, backend, left)(kept, left, right)
+    first = checks.check_pairs(checks.check_factors, "left", left=left, right=right)
+    checks.check_kept(kept, first)
+    return implementation(cpu.gram_energy_coactive, backend, first)(kept, left, right)
 
 
 def squared_gradient_norm(
-    x: Float[Tensor, "B T I"] | Int[Tensor, "B T"], dy: Float[Tensor, "S T O"], *, backend: str = "auto"
+    x: Float[Tensor, "B T I"] | Int[Tensor, "B T"] | Sequence[Float[Tensor, "_ _ _"] | Int[Tensor, "_ _"]],
+    dy: Float[Tensor, "S T O"] | Sequence[Float[Tensor, "S _ _"]],
+    *,
+    backend: str = "auto",
 ) -> Float[Tensor, "S"]:
     """Compute the squared norm of every sample's gradient: ‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st'), [S].
 
-    Summed over O and I, not averaged. G [S, O, I] is not formed. Differentiable in x and dy.
+    Summed over O and I, not averaged; of lists, one x and dy for each parameter, the sum over them. Kernels take those
+    of equal T together. G [S, O, I] is not formed. Differentiable in x and dy.
 
     Torch: `einsum("sti,sto->soi", x.repeat_interleave(S // B, 0), dy).square().sum((1, 2))`
     """
-    checks.check_rows(x, dy)
-    return implementation(cpu.squared_gradient_norm, backend, dy)(x, dy)
+    first = checks.check_pairs(checks.check_rows, "dy", x=x, dy=dy)
+    return implementation(cpu.squared_gradient_norm, backend, first)(x, dy)
 
 
 def reconstruct(

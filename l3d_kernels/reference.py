@@ -79,8 +79,10 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
 # --- energies and reconstructions -------------------------------------------------------------------------------
 
 
-def gram(left: Tensor, right: Tensor) -> Tensor:
-    """M_kj = <V_k, V_j>: [K, K]."""
+def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
+    """M_kj = <V_k, V_j>, summed over the tensors of a list: [K, K]."""
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return torch.stack([gram(*own) for own in zip(left, right, strict=True)]).sum(0)
     v = directions(left, right)
     return einsum("koi,joi->kj", v, v)
 
@@ -91,13 +93,19 @@ def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor
     return einsum("sk,kj,sj->s", c, gram(left, right), c)
 
 
-def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
-    """‖ĝ_s‖² = c_sᵀ M c_s: [S]."""
-    return gram_energy(kept, left, right)
+def gram_energy_coactive(
+    kept: SparseCoefficients, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
+) -> Tensor:
+    """‖ĝ_s‖² = c_sᵀ M c_s, summed over the tensors of a list: [S]."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return gram_energy(kept, left, right)
+    return torch.stack([gram_energy(kept, *own) for own in zip(left, right, strict=True)]).sum(0)
 
 
-def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
-    """‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st') = Σ_o Σ_i G_s[o, i]²: [S]."""
+def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
+    """‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st') = Σ_o Σ_i G_s[o, i]², summed over a list: [S]."""
+    if not (isinstance(x, Tensor) and isinstance(dy, Tensor)):
+        return torch.stack([squared_gradient_norm(*own) for own in zip(x, dy, strict=True)]).sum(0)
     same = x @ x.mT if x.is_floating_point() else (x[:, :, None] == x[:, None, :]).to(dy.dtype)
     return einsum("stu,sto,suo->s", same.repeat_interleave(len(dy) // max(1, len(x)), 0), dy, dy)
 

@@ -56,9 +56,10 @@ def source_of(case: Any) -> Any:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = case.types.get(name, f"*{case.dtype}" if name.endswith("_ptr") else "i32")
-        if name.endswith("_ptr") or name in case.divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[name] = case.type_of(name)
+        if case.is_divisible(name):
+            paths = [(i, j) for j in range(len(signature[name]))] if isinstance(signature[name], tuple) else [(i,)]
+            attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     unknown = set(constants) - set(case.kernel.arg_names)
     assert not unknown, f"{case.name()}: the kernel has no {unknown}"
     return ASTSource(case.kernel, signature, constants, attributes)

@@ -245,8 +245,13 @@ class Directions(nn.Module):
 
     def gram(self, chosen: slice = slice(None), backend: str = "auto") -> Tensor:
         """Return <V_k, V_j> over all tensors together, for all directions or some: [K, K]."""
-        every = self.factors(chosen)
-        return reduce(torch.add, (f[0] @ f[0].mT if len(f) == 1 else lk.gram(*f, backend=backend) for f in every))
+        every, grams = list(self.factors(chosen)), []
+        if backend == "triton" or every[0][0].device.type != "cpu":  # kernels take many matrices in one launch
+            matrices = [factors for factors in every if len(factors) == 2]
+            grams = [lk.gram(*zip(*matrices, strict=True), backend=backend)] if matrices else []
+            every = [factors for factors in every if len(factors) == 1]
+        grams += [f[0] @ f[0].mT if len(f) == 1 else lk.gram(*f, backend=backend) for f in every]
+        return reduce(torch.add, grams)
 
     def inner(self, other: "Directions") -> Tensor:
         """Return <V_k, U_j> with directions U of the same tensors, over all together: [K, J]."""

@@ -143,4 +143,12 @@ def energy(kept: SparseCoefficients, decoder: Directions, plan: Plan) -> Tensor:
             return lk.gram_energy_coactive(by_group, *piece.factors(), backend=backend)
         return cpu.energy_by_tiles(dense(), *piece.factors())
 
-    return reduce(torch.add, (of_piece(piece) for _, piece in decoder.items())).unflatten(0, (-1, n_groups))
+    alone, energies = [piece for _, piece in decoder.items()], []
+    if coactive and (
+        backend == "triton" or kept.values.device.type != "cpu"
+    ):  # kernels take many matrices in one launch
+        factors = [piece.factors() for piece in alone if not isinstance(piece, Whole)]
+        if factors:
+            energies.append(lk.gram_energy_coactive(by_group, *zip(*factors, strict=True), backend=backend))
+        alone = [piece for piece in alone if isinstance(piece, Whole)]
+    return reduce(torch.add, energies + [of_piece(piece) for piece in alone]).unflatten(0, (-1, n_groups))

@@ -181,7 +181,15 @@ class Gradients:
 
     def squared_norm_in_range(self, backend: str = "auto") -> Tensor:
         """Return what `squared_norm` does, without a look at the gradients' size: for those whose exponent is 0."""
-        norms = [self._squared_norm_of(name, backend) for name in self.shapes if self.parts[name]]
+        names, norms = [name for name in self.shapes if self.parts[name]], []
+        if backend == "triton" or self.device.type != "cpu":  # kernels take many parameters in one launch
+            held = {name: self.widened(name) for name in names if name not in self._matrices}
+            rows = {name: parts[0] for name, parts in held.items() if len(parts) == 1 and isinstance(parts[0], Rows)}
+            if rows:
+                x, dy, _ = zip(*rows.values(), strict=True)
+                norms.append(lk.squared_gradient_norm(x, dy, backend=backend))
+            names = [name for name in names if name not in rows]
+        norms += [self._squared_norm_of(name, backend) for name in names]
         return reduce(torch.add, norms) if norms else self._like().new_zeros(self.n_samples)
 
     def _squared_norm_of(self, name: str, backend: str) -> Tensor:

@@ -5,7 +5,8 @@
 Each has several paths that agree in value; the counted multiply-adds decide which one a call takes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from l3d_kernels.sparse import SparseCoefficients
 from l3d_kernels.splitting import energy_costs, outer, pieces
 
 
-def gram(left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner products <V_k, V_j> of all directions: [K, K].
+def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return the inner products <V_k, V_j> of all directions: [K, K]; of lists the sum over their tensors, in order.
 
     From the factors that takes K²R²(I+O) multiply-adds, from tiles of V K(K+R)·I·O; the cheaper is taken.
     """
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return reduce(torch.add, (gram(*own) for own in zip(left, right, strict=True)))
     n_subnetworks, rank, n_outputs = left.shape
     n_inputs = right.shape[2]
     if rank == 1:
@@ -117,8 +120,15 @@ class _EnergyByTiles(torch.autograd.Function):
         return d_coefficients, *to_factors(d_v(), left, right)
 
 
-def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
-    """Return ‖ĝ_s‖² over the pairs of subnetworks kept in the same sample: [S]. R²(I+O) Σ_s n_s² multiply-adds."""
+def gram_energy_coactive(
+    kept: SparseCoefficients, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
+) -> Tensor:
+    """Return ‖ĝ_s‖² over the pairs of subnetworks kept in the same sample: [S]. R²(I+O) Σ_s n_s² multiply-adds.
+
+    Of lists the sum over their tensors, in order.
+    """
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return reduce(torch.add, (gram_energy_coactive(kept, *own) for own in zip(left, right, strict=True)))
     n_samples, _ = kept.shape
     rank = left.shape[1]
     counts = kept.row_offsets.diff()
@@ -140,11 +150,13 @@ def gram_energy_coactive(kept: SparseCoefficients, left: Tensor, right: Tensor) 
     return torch.cat(chunks)
 
 
-def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
-    """Return ‖G_s‖² of every sample: [S].
+def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return ‖G_s‖² of every sample: [S]; of lists the sum over their tensors, in order.
 
     From the factors that takes T²(I+O) multiply-adds a sample, from G T·I·O; the cheaper is taken.
     """
+    if not (isinstance(x, Tensor) and isinstance(dy, Tensor)):
+        return reduce(torch.add, (squared_gradient_norm(*own) for own in zip(x, dy, strict=True)))
     n_sequences, n_positions = x.shape[:2]
     if n_sequences == 0:
         return dy.sum((1, 2))

@@ -11,7 +11,7 @@ import l3d_kernels as lk
 
 from op_cases import CASES as SHARED
 from op_cases import Case, kept_of, make
-from tools import DTYPES, Run, assert_kernel, assert_same_twice, launches, strided
+from tools import DTYPES, Run, assert_kernel, assert_same_twice, launches, normal, strided
 
 # sizes of their own: several tiles of samples, rows, ranks and features in the interpreter's blocks of 16
 CASES = {
@@ -48,6 +48,52 @@ def test_as_the_twin_in_float64(case: str) -> None:
     inputs = make(CASES[case])
     assert_kernel(run, inputs, LEAVES, torch.float64, *COACTIVE)
     assert_kernel(run_gram, inputs, LEAVES[1:], torch.float64, "gram_tile")
+
+
+def several(case: str) -> dict[str, Any]:
+    """Return inputs with three tensors of one rank and other widths, and one of another rank, in one dictionary."""
+    inputs, own = make(CASES[case]), CASES[case]
+    for n, (rank, outputs, wide) in enumerate([(own.R, 3, 21), (own.R, 21, 3), (own.R + 1, 4, 6)]):
+        inputs[f"left{n}"] = normal(own.K, rank, outputs, seed=20 + n)
+        inputs[f"right{n}"] = normal(own.K, rank, wide, seed=30 + n)
+    return inputs
+
+
+SIDES = [[f"{side}{n}" for n in ("", 0, 1, 2)] for side in ("left", "right")]
+
+
+def run_several(i: dict[str, Any], backend: str) -> Tensor:
+    lefts, rights = ([i[name] for name in names] for names in SIDES)
+    return lk.gram_energy_coactive(kept_of(i), lefts, rights, backend=backend)
+
+
+def run_grams(i: dict[str, Any], backend: str) -> Tensor:
+    return lk.gram(*([i[name] for name in names] for names in SIDES), backend=backend)
+
+
+@pytest.mark.parametrize("case", ["odd", "many tiles"])
+def test_several_tensors_in_one_launch(case: str) -> None:
+    """The sum over tensors, and all gradients; tensors of one rank share a launch, forward and backward."""
+    inputs = several(case)
+    assert_kernel(run_several, inputs, ("values", *SIDES[0], *SIDES[1]), torch.float64, *COACTIVE)
+    assert_kernel(run_several, inputs, ("values", *SIDES[0], *SIDES[1]), torch.float32, *COACTIVE)
+    assert_kernel(run_several, inputs, ("right0", "left1"), torch.float32, *COACTIVE)
+    with launches(*COACTIVE) as seen:
+        leaves = [inputs[name].requires_grad_() for name in (*SIDES[0], *SIDES[1])]
+        together = run_several(inputs, "triton")
+        torch.autograd.grad(together.sum(), leaves)
+    assert [seen[kernel] for kernel in COACTIVE] == [2, 2]
+    for dtype in DTYPES[:2]:
+        assert_kernel(run_grams, inputs, (*SIDES[0], *SIDES[1]), dtype, "gram_tile")
+    assert_kernel(run_grams, inputs, ("right0", "left1"), torch.float32, "gram_tile")
+    with launches("gram_tile") as seen:
+        run_grams(inputs, "triton")
+    assert seen["gram_tile"] == 2
+    alone = [
+        lk.gram_energy_coactive(kept_of(inputs), inputs[left], inputs[right], backend="torch")
+        for left, right in zip(*SIDES, strict=True)
+    ]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -11,7 +11,7 @@ from l3d_kernels.kernels.energy import squared_gradient_norm
 
 from op_cases import CASES as SHARED
 from op_cases import Case, make
-from tools import DTYPES, assert_kernel, assert_same_twice, strided
+from tools import DTYPES, assert_kernel, assert_same_twice, launches, normal, strided
 
 PAIRS = {  # T² (I+O) is less
     "short": Case(B=2, S=6, T=2, I=19, O=33),
@@ -55,6 +55,41 @@ def test_as_the_twin_in_float64(kernel: str, case: str) -> None:
     """Each route has its kernel, value and gradients."""
     inputs = make(ROUTES[kernel][case])
     assert_kernel(run, inputs, leaves(inputs), torch.float64, kernel)
+
+
+SEVERAL = {  # (T, I, O) or (T, None, O) for indices, and how often each kernel is launched
+    "one T": ([(18, 60, 40), (18, 50, 61), (18, 45, 33)], {"norm_pairs": 1}),
+    "two Ts, and indices": ([(3, 9, 8), (2, 9, 8), (3, None, 7), (3, 12, 5), (2, None, 4)], {"norm_pairs": 4}),
+    "every kernel": (
+        [(20, 9, 8), (1, 5, 4), (2, 30, 20), (2, 31, 5)],
+        {"norm_pairs": 1, "norm_outer": 1, "norm_single": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_parameters(case: str) -> None:
+    """The sum over parameters, and all gradients; pairs of equal T share a launch, with other sequences for each."""
+    sizes, expected = SEVERAL[case]
+    inputs: dict[str, Any] = {}
+    for i, (T, I, O) in enumerate(sizes):
+        B = 6 if i % 2 else 3  # of six samples
+        inputs[f"x{i}"] = torch.arange(B * T).view(B, T) % 3 if I is None else normal(B, T, I, seed=2 * i)
+        inputs[f"dy{i}"] = normal(6, T, O, seed=2 * i + 1)
+
+    def run_several(i: dict[str, Any], backend: str) -> Tensor:
+        lists = ([i[f"{name}{n}"] for n in range(len(sizes))] for name in ("x", "dy"))
+        return lk.squared_gradient_norm(*lists, backend=backend)
+
+    names = tuple(name for name, tensor in inputs.items() if tensor.is_floating_point())
+    for dtype in DTYPES[:2]:
+        assert_kernel(run_several, inputs, names, dtype, *expected)
+    assert_kernel(run_several, inputs, ("dy1",), torch.float32, *expected)
+    with launches(*expected) as seen:
+        together = run_several(inputs, "triton")
+    assert seen == expected
+    alone = [lk.squared_gradient_norm(inputs[f"x{i}"], inputs[f"dy{i}"]) for i in range(len(sizes))]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

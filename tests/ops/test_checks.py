@@ -36,6 +36,17 @@ REFUSED: list[tuple[str, Inputs, str]] = [
     ("gram", {"right": zeros(2, 5)}, r"right: expected shape \[2, 2, I\] to match left, got \[2, 5\]"),
     ("gram_energy", {"left": zeros(3, 2, 7), "right": zeros(3, 2, 5)}, r"kept: expected .* \[6, 3\], got \[6, 2\]"),
     ("gram_energy_coactive", {"left": zeros(1, 2, 7), "right": zeros(1, 2, 5)}, r"kept: .* \[6, 1\], got \[6, 2\]"),
+    ("gram_energy_coactive", {"left": [], "right": []}, r"left: expected at least 1 tensors, got 0"),
+    ("gram_energy_coactive", {"left": [zeros(2, 2, 7)], "right": []}, r"right: expected 1 tensors, got 0"),
+    ("gram_energy_coactive", {"left": [zeros(2, 2, 7)]}, r"left: expected a tensor, got list"),
+    *(
+        ("gram_energy_coactive", {"left": [zeros(2, 2, 7), left], "right": [zeros(2, 2, 5), right]}, message)
+        for left, right, message in [
+            (zeros(2, 3, 4), zeros(2, 2, 4), r"right\[1\]: expected shape \[2, 3, I\] to match left, got \[2, 2, 4\]"),
+            (zeros(3, 2, 4), zeros(3, 2, 4), r"left\[1\]: expected a first axis of 2 as in left\[0\], got 3"),
+            (zeros(2, 2, 4).half(), zeros(2, 2, 4).half(), r"left\[1\]: expected dtype torch.float32 .* torch.float16"),
+        ]
+    ),
     ("reconstruct", {"left": zeros(1, 2, 7), "right": zeros(1, 2, 5)}, r"kept: .* \[6, 1\], got \[6, 2\]"),
     ("squared_residual_norm", {"grad": zeros(4, 7, 5)}, r"kept: expected .* \[4, 2\], got \[6, 2\]"),
     ("squared_residual_norm", {"grad": zeros(6, 7, 6)}, r"grad: expected shape \[S, 7, 5\] .* got \[6, 7, 6\]"),

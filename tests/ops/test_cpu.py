@@ -23,11 +23,13 @@ from op_cases import (
     assert_true,
     combinations,
     decode_inputs,
+    kept_of,
     make,
     results,
     true_reconstruction,
     with_leaves,
 )
+from tools import normal
 
 
 def run(name: str, inputs: Inputs) -> Tensor:
@@ -204,6 +206,20 @@ def test_energy_takes_the_cheaper_route(sizes: Case, route: str, monkeypatch: py
     inputs = make(sizes)
     assert_relative(run("gram_energy", inputs), OPS["gram_energy"].truth(inputs), VALUES)
     assert taken == [route]
+
+
+def test_the_energy_of_several_tensors_is_their_sum_in_order() -> None:
+    """Lists of tensors of any ranks and widths: to the bit the sum one by one, and by value the definition's."""
+    inputs = make(CASES["odd"])
+    kept, K = kept_of(inputs), len(inputs["left"])
+    left, right = [inputs["left"], normal(K, 4, 3, seed=1)], [inputs["right"], normal(K, 4, 6, seed=2)]
+    together = lk.gram_energy_coactive(kept, left, right)
+    alone = [lk.gram_energy_coactive(kept, *own) for own in zip(left, right, strict=True)]
+    assert torch.equal(together, alone[0] + alone[1])
+    assert_relative(together, reference.gram_energy_coactive(kept, left, right), VALUES)
+    grams = [lk.gram(*own) for own in zip(left, right, strict=True)]
+    assert torch.equal(lk.gram(left, right), grams[0] + grams[1])
+    assert_relative(lk.gram(left, right), reference.gram(left, right), VALUES)
 
 
 @pytest.mark.parametrize(

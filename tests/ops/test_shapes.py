@@ -14,8 +14,20 @@ from l3d_kernels import ops
 
 from op_cases import Case, decode_inputs, kept_of, make
 
+
+class Members(type):
+    """The type of a list whose members all fit an annotation: isinstance does not look into lists."""
+
+    def __getitem__(cls, member: Any) -> Any:
+        return Members("Sequence", (), {"member": member})
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(each, cls.member) for each in value)
+
+
 NAMES = {"Float": Float, "Int": Int, "Tensor": Tensor, "SparseCoefficients": lk.SparseCoefficients} | {
-    "Callable": Callable
+    "Callable": Callable,
+    "Sequence": Members("Sequence", (), {}),
 }
 
 
@@ -56,9 +68,12 @@ def test_every_op_has_the_shapes_of_its_signature(case: str) -> None:
     hold(ops.batch_topk_over_ranks, base, 0, lambda t: t, torch.zeros_like)
     hold(ops.batch_topk_over_columns, base, 0, 0, lambda t: t[None])
     hold(ops.gram, *factors)
+    hold(ops.gram, *([each, each[:, :, :1]] for each in factors))
     hold(ops.gram_energy, kept, *factors)
     hold(ops.gram_energy_coactive, kept, *factors)
+    hold(ops.gram_energy_coactive, kept, *([each, each[:, :, :1]] for each in factors))
     hold(ops.squared_gradient_norm, i["x"], i["dy"])
+    hold(ops.squared_gradient_norm, [i["x"]] * 2, [i["dy"]] * 2)
     hold(ops.reconstruct, kept, *factors)
     hold(ops.squared_residual_norm, kept, *factors, i["grad"])
 

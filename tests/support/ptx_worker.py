@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "kernels")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton._C.libtriton import ir  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -26,11 +27,12 @@ import l3d_kernels as lk  # noqa: E402
 from l3d_kernels import registry  # noqa: E402
 
 assert registry.load_kernels() == ""
-import ptx  # noqa: E402
+from l3d_kernels.kernels.decode import softmax_mean  # noqa: E402
 from l3d_kernels.kernels.project import project  # noqa: E402
 from l3d_kernels.kernels.shared import common  # noqa: E402
 from l3d_kernels.kernels.update import adam  # noqa: E402
 
+import ptx  # noqa: E402
 from op_cases import OPS, Case, Op, decode_inputs, make  # noqa: E402
 from tools import Run, assert_as_good, gradients, normal, to_dtype  # noqa: E402
 
@@ -39,23 +41,36 @@ TYPES |= {"int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "bool": 
 TARGET = GPUTarget("cuda", 80, 32)
 
 
-def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def signature_of(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Return a launch's types, constants and attributes, as Triton's own launcher specialises them."""
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = arguments[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def specialised(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialised((*path, j), member) for j, member in enumerate(value))
+        if kernel.params[path[0]].is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
         if isinstance(value, torch.Tensor):
-            signature[name], number = "*" + TYPES[str(value.dtype)[6:]], value.data_ptr()
-        elif isinstance(value, float):
-            signature[name], number = "fp32", 1  # of which no divisor is known
+            kind, number = "*" + TYPES[str(value.dtype)[6:]], value.data_ptr()
         else:
-            signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+            kind, number = "i32" if -(2**31) <= value < 2**31 else "i64", value
         if number % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {name: specialised((i,), arguments[name]) for i, name in enumerate(kernel.arg_names)}
     return signature, constants, attributes
+
+
+def passed(kind: Any, value: Any) -> list[Any]:
+    """Return what of an argument the compiled code takes: tuples member by member, no constants."""
+    if isinstance(kind, tuple):
+        return [each for own in zip(kind, value, strict=True) for each in passed(*own)]
+    return [] if kind == "constexpr" else [value]
 
 
 def compile_ptx(kernel: Any, signature: Any, options: dict[str, int]) -> tuple[str, dict[str, Any]]:
@@ -83,12 +98,16 @@ class Executed(NamedTuple):
 
 
 class Launcher:
-    """Launches kernels in place of `common.launch`, as PTX; `edit` may change the text of one before it runs."""
+    """Launches kernels in place of `common.launch`, as PTX.
+
+    With `deleting`, every kernel runs again without each of its barriers and waits for copies, one at a time.
+    """
 
     def __init__(self) -> None:
         self.done: list[Executed] = []
         self.kernels: dict[Any, ptx.Kernel] = {}
-        self.edit: Callable[[str, str], str] = lambda name, text: text
+        self.deleting = False
+        self.deleted: dict[str, str] = {}  # what was noticed where a barrier or wait was left out, or why nothing was
 
     def __call__(self, kernel: Any, grid: Sequence[int], row: Any, device: torch.device, **arguments: Any) -> None:
         if 0 in grid:
@@ -101,10 +120,55 @@ class Launcher:
         key = (name, repr(signature), repr(options))
         if key not in self.kernels:
             text, metadata = compile_ptx(kernel, signature, options)
-            self.kernels[key] = ptx.Kernel(self.edit(name, text), metadata["shared"])
+<<<<<<< HEAD
+            self.kernels[key] = ptx.Kernel(text, metadata["shared"])
         passed = [own[n] for n, kind in signature[0].items() if kind != "constexpr"]
+        before = bytes_of(passed) if self.deleting else []
         count = self.kernels[key].launch(tuple(grid), passed, seed=len(self.done))
+        if self.deleting and self.kernels[key].synchronisations:
+            self.delete(self.kernels[key], name, tuple(grid), passed, before)
+=======
+            self.kernels[key] = ptx.Kernel(self.edit(name, text), metadata["shared"])
+        values = [each for n, kind in signature[0].items() for each in passed(kind, own[n])]
+        count = self.kernels[key].launch(tuple(grid), values, seed=len(self.done))
+>>>>>>> 024e60f8fb0e48d691e90007ce96c66e09509e1e
         self.done.append(Executed(name, count, time.process_time() - began))
+
+    def delete(self, kernel: ptx.Kernel, name: str, grid: Any, passed: list[Any], before: list[torch.Tensor]) -> None:
+        after = [own.clone() for own in bytes_of(passed, False)]
+        for number, line in enumerate(kernel.synchronisations):
+            kernel.skipped, kernel.passed = {line}, set()
+            for own, start in zip(bytes_of(passed, False), before, strict=True):
+                own.copy_(start)
+            try:
+                kernel.launch(grid, passed)
+                pairs = zip(bytes_of(passed, False), after, strict=True)
+                noticed = (
+                    why_redundant(kernel.passed) if all(torch.equal(*pair) for pair in pairs) else "another result"
+                )
+            except ptx.Fault as fault:
+                noticed = str(fault)
+            text = kernel.text.split("\n")[line - 1].strip().replace("\t", "")
+            place = f"{name} {number}: {text} ({kernel.sources[line]})"
+            if self.deleted.get(place, "redundant").startswith("redundant"):
+                self.deleted[place] = noticed
+        kernel.skipped = set()
+        for own, end in zip(bytes_of(passed, False), after, strict=True):
+            own.copy_(end)
+
+
+def why_redundant(passed: set[str]) -> str:
+    """Return why nothing was noticed without a barrier, from what was met in its place."""
+    if "busy" in passed:
+        return "redundant: what a warp touches up to the next barrier, no other touched since the barrier before"
+    return "redundant: nothing was touched since the barrier before" if passed else "redundant: it is not reached"
+
+
+def bytes_of(arguments: list[Any], is_copy: bool = True) -> list[torch.Tensor]:
+    """Return the bytes behind tensors, each storage once."""
+    storages = {a.untyped_storage().data_ptr(): a.untyped_storage() for a in arguments if isinstance(a, torch.Tensor)}
+    own = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+    return [t.clone() for t in own] if is_copy else own
 
 
 def install() -> Launcher:
@@ -117,24 +181,43 @@ def install() -> Launcher:
 
 # --- the ops and sizes ------------------------------------------------------------------------------------------
 
-# sizes that nothing divides, of several of sm_80's tiles, and such that 16 divides; A, L, D, k and V are the decoders'
+# sizes that nothing divides, of several of sm_80's tiles, and such that 16 divides; then other forms of kernels
 SIZES = {
     "odd": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16),
-    "tiles": Case(B=3, S=6, T=23, I=71, O=135, K=19, R=7, kept=40),
-    "divisible": Case(B=16, S=16, T=16, I=32, O=48, K=16, R=16, kept=64),
+    "tiles": Case(B=3, S=12, T=23, I=71, O=135, K=40, R=7, kept=120),
+    "divisible": Case(B=16, S=16, T=16, I=80, O=144, K=16, R=16, kept=96),
+    "loops": Case(B=1, S=2, T=40, I=71, O=135, K=3, R=40, kept=5),
+    "narrow": Case(B=1, S=2, T=2, I=8, O=16, K=3, R=40, kept=5),
+    "alone": Case(B=5, S=5, T=3, I=5, O=7, K=7, R=3, kept=9),
+    "indices": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16, indices=True),
+    "single": Case(B=6, S=6, T=1, I=5, O=7, K=7, R=1, kept=16),
 }
-DECODED = {"odd": (5, 3, 11, 7), "tiles": (9, 21, 13, 1100), "divisible": (16, 16, 32, 48)}
-HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32)}  # S, V, D
+PROGRAMS = {"tiles": 2, "divisible": 2, "loops": 1, "narrow": 1}  # sums are split over so few: each has several entries
+DECODED = {
+    "odd": (5, 3, 11, 7),
+    "tiles": (9, 21, 13, 1100),
+    "divisible": (16, 16, 32, 48),
+    "loops": (3, 9, 3, 1100),
+}  # A, k, L, D
+HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32), "loops": (5, 150, 33)}  # S, V, D
 
 
 def inputs_of(name: str, size: str) -> dict[str, Any]:
-    if name == "sparse_decode":
+    if name.startswith("sparse_decode"):
         indices, values, weight = decode_inputs(*DECODED[size])
-        return {"indices": indices, "values": values, "weight": weight}
-    if name == "softmax_mean":
+        codes = {"indices": indices, "values": values, "weight": weight, "offsets": None}
+        if name == "sparse_decode_flat":
+            cuts = torch.arange(len(indices) + 1).pow(2) % (indices.numel() + 1)
+            cuts[0], cuts[-1] = 0, indices.numel()
+            codes |= {"indices": indices.flatten(), "values": values.flatten(), "offsets": cuts.sort().values}
+        return codes
+    if name.startswith("softmax_mean"):
         S, V, D = HEAD[size]
         return {"hidden": normal(S, D, seed=1), "weight": normal(V, D, seed=2), "bias": normal(V, seed=3)}
     inputs = make(SIZES[size])
+    inputs["left"] /= 8  # so that squared norms stay in float16's range
+    if inputs["x"].is_floating_point():
+        inputs["x"] /= 4
     if name in ("batch_topk", "project_topk"):
         inputs |= {"n": SIZES[size].kept, "c": normal(SIZES[size].S, 16 * SIZES[size].K, seed=8)}
         inputs["base"] = normal(SIZES[size].S, SIZES[size].K, seed=9)
@@ -151,16 +234,44 @@ class Backend:
         return functools.partial(getattr(lk, name), backend=self.backend)
 
 
-OTHERS: dict[str, Op] = {
-    "sparse_decode": Op(lambda o, i: o.sparse_decode(i["indices"], i["values"], i["weight"]), None, ("values", "weight")),
-    "softmax_mean": Op(lambda o, i: o.softmax_mean(i["hidden"], i["weight"], i["bias"]), None, ()),
-    "batch_topk": Op(lambda o, i: o.batch_topk(i["c"], i["n"]).values, None, ("c",)),
+def decode(ops: Backend, i: dict[str, Any]) -> Tensor:
+    return ops.sparse_decode(i["indices"], i["values"], i["weight"], i["offsets"])
+
+
+def head(ops: Backend, i: dict[str, Any], widest: int = softmax_mean.WIDEST) -> Tensor:
+    """Average a head's rows; where they are wider than `widest`, by the kernels that write logits."""
+    usual, softmax_mean.WIDEST = softmax_mean.WIDEST, widest
+    try:
+        return ops.softmax_mean(i["hidden"], i["weight"], i["bias"])
+    finally:
+        softmax_mean.WIDEST = usual
+
+
+def chunked(ops: Backend, i: dict[str, Any]) -> Tensor:
+    """Project on the path of wide layers."""
+    inputs = i["x"], i["dy"], i["left"], i["right"]
+    return project.project(*inputs, path="chunked") if ops.backend == "triton" else ops.project(*inputs)
+
+
+OTHERS = {
+    "sparse_decode": Op(decode, decode, ("values", "weight")),
+    "sparse_decode_flat": Op(decode, decode, ("values", "weight")),
+    "softmax_mean": Op(head, head, ()),
+    "softmax_mean_wide": Op(lambda o, i: head(o, i, 0), head, ()),
+    "batch_topk": Op(lambda o, i: o.batch_topk(i["c"], i["n"]).values, head, ("c",)),
+    "project_chunked": Op(chunked, chunked, ("x", "dy", "left", "right")),
 }
-NAMES = [name for name in lk.__all__ if name in OPS or name in OTHERS or name == "project_topk"] + ["update"]
+
+
+def hold(value: Tensor, twin: Tensor, truth: Tensor, what: str, eps: float) -> None:
+    """Hold a result to the truth, which the dtype must be able to represent: else infinities would pass."""
+    assert float(truth.abs().max()) < torch.finfo(twin.dtype).max, f"{what}: too large for {twin.dtype}"
+    assert_as_good(value, twin, truth, what, eps)
 
 
 def check(name: str, size: str, kind: str) -> None:
     """Hold an op's value and gradients to the truth, by the tests' rule; `kind` is a dtype or "tf32"."""
+    common.PROGRAMS = PROGRAMS.get(size, 264)
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     eps = torch.finfo(torch.float16 if kind == "tf32" else dtype).eps  # tf32 keeps as many bits as float16
     if name == "update":
@@ -174,9 +285,9 @@ def check(name: str, size: str, kind: str) -> None:
     value, grads = as_tf32(kind, lambda: gradients(run, inputs, leaves, "triton"))
     twin, twin_grads = gradients(run, inputs, leaves, "torch")
     truth, true_grads = gradients(run, to_dtype(inputs, torch.float64), leaves, "torch")
-    assert_as_good(value, twin, truth, "value", eps)
+    hold(value, twin, truth, "value", eps)
     for leaf, grad, twin_grad, true_grad in zip(leaves, grads, twin_grads, true_grads, strict=True):
-        assert_as_good(grad, twin_grad, true_grad, f"gradient of {leaf}", eps)
+        hold(grad, twin_grad, true_grad, f"gradient of {leaf}", eps)
     if name == "batch_topk":
         own, other = (lk.batch_topk(inputs["c"], inputs["n"], backend=backend) for backend in ("triton", "torch"))
         assert all(torch.equal(a, b) for a, b in zip(own[:-1], other[:-1], strict=True)), "another selection"
@@ -196,12 +307,12 @@ def check_topk(inputs: dict[str, Any], kind: str, eps: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept[:-1], expected[:-1], strict=True)), "another selection"
     exact = to_dtype(inputs, torch.float64)
     twin, truth = (i["base"] + lk.project(*(i[f] for f in factors), backend="torch") for i in (inputs, exact))
-    assert_as_good(dense, twin, truth, "coefficients", eps)
+    hold(dense, twin, truth, "coefficients", eps)
     _, grads = as_tf32(kind, lambda: gradients(lambda i, b: select(i, b).values, inputs, leaves, "triton"))
     at: Run = lambda i, b: lk.project_at(*(i[f] for f in factors), kept, backend=b)  # noqa: E731
     (_, twins), (_, truths) = gradients(at, inputs, leaves, "torch"), gradients(at, exact, leaves, "torch")
     for leaf, grad, twin_grad, true_grad in zip(leaves, grads, twins, truths, strict=True):
-        assert_as_good(grad, twin_grad, true_grad, f"gradient of {leaf}", eps)
+        hold(grad, twin_grad, true_grad, f"gradient of {leaf}", eps)
 
 
 def check_update(size: Case, dtype: torch.dtype, eps: float, kind: str) -> None:
@@ -241,18 +352,27 @@ def as_tf32(kind: str, call: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
-    """Run the jobs of the command line, NAME/SIZE/KIND each; print a JSON list of what each did or raised."""
+    """Run the jobs of the command line, OP/SIZE/KIND each; print a JSON list of what each did or raised.
+
+    `--delete`: see `Launcher`.
+    """
     launcher, found = install(), []
-    for job in sys.argv[1:]:
+    launcher.deleting = "--delete" in sys.argv
+    for job in (argument for argument in sys.argv[1:] if argument != "--delete"):
         launcher.done.clear()
+        launcher.deleted = {}
         began, error = time.process_time(), ""
         try:
             check(*job.split("/"))
         except Exception as exception:
-            error = f"{type(exception).__name__}: {exception}" if isinstance(exception, AssertionError) else traceback.format_exc()
-        counts = {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
+            error = (
+                f"{type(exception).__name__}: {exception}"
+                if isinstance(exception, AssertionError)
+                else traceback.format_exc()
+            )
+        counts: dict[str, Any] = {"kernels": sorted({own.kernel for own in launcher.done}), "deleted": launcher.deleted}
+        counts |= {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
         found.append({"job": job, "error": error, **counts, "seconds": round(time.process_time() - began, 2)})
-        print(found[-1], file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 

@@ -7,10 +7,12 @@
 
 A tile holds as many ranks of as many subnetworks as fit, with ranks padded to a power of two. Both products stay in
 registers, are multiplied there and summed over ranks; entries below the diagonal are copied from those above it. No
-array [K*R, K*R] is formed; the backward pass forms at most CHUNK elements of one at a time. Specification:
-`l3d_kernels.reference.gram`.
+array [K*R, K*R] is formed; the backward pass forms at most CHUNK elements of such at a time. For tensors that the
+subnetworks share the sum over them is taken inside the kernel. Specification: `l3d_kernels.reference.gram`.
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, Forms, cases_of_kernel
-from l3d_kernels.kernels.shared.device import row_products, store, sum_groups, zeros
+from l3d_kernels.kernels.shared.device import nth, row_products, store, sum_groups, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.splitting import pieces
 
@@ -30,12 +32,12 @@ CHUNK = 1 << 26  # elements of the rows' products that the backward pass forms a
 @triton.jit
 def gram_tile(
     out_ptr,  # [K, K]
-    left_ptr,  # [K, R, O]
-    right_ptr,  # [K, R, I]
+    left_ptrs,  # of each tensor [K, R, O]
+    right_ptrs,  # of each tensor [K, R, I]
     K,
     R,
-    O,
-    I,
+    O_of,  # of each tensor
+    I_of,
     PRECISION: tl.constexpr,
     RANKS: tl.constexpr,  # of one subnetwork in a tile, a power of two
     BLOCK_A: tl.constexpr,
@@ -48,16 +50,16 @@ def gram_tile(
     first_a, first_b = tl.program_id(0) * GROUPS_A, tl.program_id(1) * GROUPS_B
     if first_a < first_b + GROUPS_B:
         slot_a, slot_b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
-        total = zeros(left_ptr, GROUPS_A, GROUPS_B)
+        total = zeros(left_ptrs[0], GROUPS_A, GROUPS_B)
         for start_a in range(0, R, RANKS):
             rows_a, mask_a = rows_of(first_a, slot_a, start_a, K, R, RANKS)
             for start_b in range(0, R, RANKS):
                 rows_b, mask_b = rows_of(first_b, slot_b, start_b, K, R, RANKS)
-                lefts = row_products(left_ptr, rows_a * O, mask_a, left_ptr, rows_b * O, mask_b, O, PRECISION, BLOCK_D)
-                rights = row_products(
-                    right_ptr, rows_a * I, mask_a, right_ptr, rows_b * I, mask_b, I, PRECISION, BLOCK_D
-                )
-                total += sum_groups(lefts * rights, RANKS, RANKS)
+                for n in range(len(left_ptrs)):
+                    left, O, right, I = nth(left_ptrs, n), nth(O_of, n), nth(right_ptrs, n), nth(I_of, n)
+                    lefts = row_products(left, rows_a * O, mask_a, left, rows_b * O, mask_b, O, PRECISION, BLOCK_D)
+                    rights = row_products(right, rows_a * I, mask_a, right, rows_b * I, mask_b, I, PRECISION, BLOCK_D)
+                    total += sum_groups(lefts * rights, RANKS, RANKS)
         own_a, own_b = tl.arange(0, GROUPS_A)[:, None], tl.arange(0, GROUPS_B)[None, :]
         offs_a, offs_b = first_a + own_a, first_b + own_b
         mask = (offs_b < K) & (offs_a <= offs_b)
@@ -88,50 +90,59 @@ TABLE["gram_tile"] = {
 }
 
 
-@common.operator("gram", lambda left, right: left.new_empty(left.shape[0], left.shape[0]))
-def gram_forward(left: Tensor, right: Tensor) -> Tensor:
-    """Launch the forward kernel: [K, K]."""
-    K, R, O = left.shape
-    row = common.row_for(gram_tile, left)
+@common.operator("gram", lambda left, right: left[0].new_empty(len(left[0]), len(left[0])))
+def gram_forward(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Launch the forward kernel for tensors of one K and R: [K, K]."""
+    K, R, _ = left[0].shape
+    row = common.row_for(gram_tile, left[0])
     ranks = min(row.blocks["BLOCK_A"], row.blocks["BLOCK_B"], common.power_of_two(R))
-    out, tiles = common.empty((K, K), left), row.tiles(A=K * ranks, B=K * ranks)
-    sizes = {"K": K, "R": R, "O": O, "I": right.shape[2], "RANKS": ranks}
-    common.launch(gram_tile, tiles, row, left.device, out_ptr=out, left_ptr=left, right_ptr=right, **sizes)
+    out, tiles = common.empty((K, K), left[0]), row.tiles(A=K * ranks, B=K * ranks)
+    sizes: dict[str, Any] = {"K": K, "R": R, "RANKS": ranks, "left_ptrs": tuple(left), "right_ptrs": tuple(right)}
+    sizes |= {"O_of": tuple(each.shape[2] for each in left), "I_of": tuple(each.shape[2] for each in right)}
+    common.launch(gram_tile, tiles, row, out.device, out_ptr=out, **sizes)
     return out
 
 
-def side_gradient(both: Tensor, side: Tensor, other: Tensor) -> Tensor:
-    """Compute the gradient to one side from library products, some rows at a time: in the shape of `side`.
+def side_gradients(both: Tensor, sides: list[Tensor], others: list[Tensor]) -> Sequence[Tensor]:
+    """Compute the gradients to sides of one shape from library products, some rows at a time: in the sides' shape.
 
     Σ_jr' both[k, j] (other_kr . other_jr') side_jr', with both = d_out + d_outᵀ [K, K].
     """
-    K, R, A = side.shape
-    if not (side.numel() and other.numel()):
-        return torch.zeros_like(side)
-    flat_side, flat_other = side.flatten(0, 1), other.flatten(0, 1)
+    (K, R, _), n = sides[0].shape, len(sides)
+    if not (sides[0].numel() and others[0].numel()):
+        return [torch.zeros_like(side) for side in sides]
+    side, other = (own[0] if n == 1 else torch.stack(own) for own in (sides, others))  # [.., K, R, A]
     out = []
-    for piece in pieces(K, K * R * R, CHUNK):
-        products = (other[piece].flatten(0, 1) @ flat_other.mT).view(-1, R, K, R)
-        products = products * both[piece, None, :, None]
-        out.append((products.view(-1, K * R) @ flat_side).view(-1, R, A))
-    return out[0] if len(out) == 1 else torch.cat(out)
+    for piece in pieces(K, n * K * R * R, CHUNK):
+        products = other[..., piece, :, :].flatten(-3, -2) @ other.flatten(-3, -2).mT
+        products = products.unflatten(-1, (K, R)).unflatten(-3, (-1, R)) * both[piece, None, :, None]
+        out.append((products.flatten(-2).flatten(-3, -2) @ side.flatten(-3, -2)).unflatten(-2, (-1, R)))
+    grad = out[0] if len(out) == 1 else torch.cat(out, -3)
+    return [grad] if n == 1 else grad.unbind()
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------
 
 
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
-    left, right = saved
-    both, sides = d_out + d_out.mT, ((left, right), (right, left))
-    return [side_gradient(both, *own) if need else None for own, need in zip(sides, needs, strict=True)]
+    both, found = d_out + d_out.mT, list[Tensor | None]([None] * len(saved))
+    wanted = [i for i, need in enumerate(needs) if need]
+    for places in common.together(((saved[i].shape, saved[i ^ 1].shape) for i in wanted), len(saved)):
+        own = [wanted[place] for place in places]
+        grads = side_gradients(both, [saved[i] for i in own], [saved[i ^ 1] for i in own])
+        for i, grad in zip(own, grads, strict=True):
+            found[i] = grad
+    return found
 
 
-_gram = common.differentiable(lambda left, right: gram_forward(left, right), _backward)
+_gram = common.differentiable(common.paired(lambda left, right: gram_forward(left, right)), _backward)
 
 
-def gram(left: Tensor, right: Tensor) -> Tensor:
+def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
     """Run `l3d_kernels.reference.gram` with Triton kernels."""
-    return _gram(*common.contiguous(left, right))
+    lefts, rights = common.lists(left, right)
+    by_rank = common.together((each.shape[1] for each in lefts), common.MOST_PAIRS)
+    return reduce(torch.add, (_gram(*common.padded((lefts[i], rights[i]) for i in own)) for own in by_rank))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

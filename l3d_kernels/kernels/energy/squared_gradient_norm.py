@@ -6,10 +6,14 @@
     torch.einsum("sti,sto->soi", x.repeat_interleave(S // B, 0), dy).square().sum((1, 2))
 
 From pairs of positions that takes T²(I+O) multiply-adds a sample, from tiles of G T·I·O; the cheaper is taken. One
-position needs two sums of squares. Memory traffic bounds the time up to some hundred positions. The gradients, which
-training never asks for, are library products. Specification: `l3d_kernels.reference.squared_gradient_norm`.
+position needs two sums of squares. Memory traffic bounds the time up to some hundred positions. Parameters of equal T
+share a launch of pairs. The gradients, which training never asks for, are library products.
+
+Specification: `l3d_kernels.reference.squared_gradient_norm`.
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,27 +23,30 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.device import add_dot, load, row_products, store, zeros
+from l3d_kernels.kernels.shared.device import add_dot, load, nth, row_products, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.splitting import pieces
 
 
 @triton.jit
 def norm_pairs(
-    parts_ptr,  # [S, tiles, tiles] wide
-    x_ptr,  # [B, T, I]; [B, T] integers where INDEXED
-    dy_ptr,  # [S, T, O]
+    parts_ptr,  # [S, tensors * tiles, tiles] wide
+    x_ptrs,  # of each parameter [B, T, I]; [B, T] integers where INDEXED
+    dy_ptrs,  # [S, T, O]
     T,
-    I,
-    O,
-    share,  # samples of one sequence
+    I_of,  # of each parameter
+    O_of,
+    share_of,  # samples of one sequence
     INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Sum over the pairs of two tiles of a sample's positions; pairs above the diagonal count twice, none below it."""
-    sample, tile_a, tile_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sample, tile_b, tiles = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    tensor, tile_a = tl.program_id(1) // tiles, tl.program_id(1) % tiles
+    x_ptr, dy_ptr, I, O = nth(x_ptrs, tensor), nth(dy_ptrs, tensor), nth(I_of, tensor), nth(O_of, tensor)
+    share = nth(share_of, tensor)
     total = tl.sum(zeros(dy_ptr, BLOCK_T, 1))
     if tile_a <= tile_b:
         offs_a, offs_b = tile_a * BLOCK_T + tl.arange(0, BLOCK_T), tile_b * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -55,7 +62,7 @@ def norm_pairs(
         rows_a, rows_b = (first + offs_a) * O, (first + offs_b) * O
         dy_products = row_products(dy_ptr, rows_a, mask_a, dy_ptr, rows_b, mask_b, O, PRECISION, BLOCK_D)
         total += tl.sum(x_products * dy_products) * tl.where(tile_a < tile_b, 2, 1)
-    place = (sample.to(tl.int64) * tl.num_programs(1) + tile_a) * tl.num_programs(2) + tile_b
+    place = (sample.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * tiles + tile_b
     tl.store(parts_ptr + place, total)
 
 
@@ -140,29 +147,48 @@ TABLE["norm_single"] = {("interpreter", None): Launch({"BLOCK_D": 16}), (None, N
 LARGEST_TILE = 64  # positions
 
 
-@common.operator("squared_gradient_norm", lambda x, dy: dy.new_empty(dy.shape[0]))
-def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
-    """Launch the kernel that has least to do: [S]."""
+@common.operator("squared_gradient_norm", lambda x, dy: dy[0].new_empty(len(dy[0])))
+def norm_forward(x: Sequence[Tensor], dy: Sequence[Tensor]) -> Tensor:
+    """Launch for every parameter the kernel that has least to do, that of pairs once for all of one T: [S]."""
+
+    def by_pairs(x: Tensor, dy: Tensor) -> bool:
+        (_, T, O), I = dy.shape, x.shape[-1]
+        return T > 1 and len(dy) > 0 and (not x.is_floating_point() or I * O >= T * (I + O))
+
+    kinds = [(dy[i].shape[1], x[i].dtype) if by_pairs(x[i], dy[i]) else i for i in range(len(x))]
+    norms = []
+    for places in common.together(kinds):
+        own, first = ([x[i] for i in places], [dy[i] for i in places]), places[0]
+        norms.append(_pairs(*own) if by_pairs(x[first], dy[first]) else _alone(x[first], dy[first]))
+    return reduce(torch.add, norms)
+
+
+def _pairs(x: list[Tensor], dy: list[Tensor]) -> Tensor:
+    (S, T, _), indexed = dy[0].shape, not x[0].is_floating_point()
+    row, block = common.row_for(norm_pairs, dy[0]), min(LARGEST_TILE, common.power_of_two(T, 16))
+    tiles = common.ceil_div(T, block)
+    sizes: dict[str, Any] = {"T": T, "INDEXED": indexed, "BLOCK_T": block}
+    sizes |= {"I_of": tuple(0 if indexed else own.shape[2] for own in x), "O_of": tuple(own.shape[2] for own in dy)}
+    sizes |= {"share_of": tuple(S // len(own) for own in x), "x_ptrs": tuple(x), "dy_ptrs": tuple(dy)}
+    parts = common.empty((S, len(x) * tiles, tiles), dy[0], common.wide(dy[0].dtype))
+    common.launch(norm_pairs, parts.shape, row, parts.device, parts_ptr=parts, **sizes)
+    return parts.sum((1, 2)).to(dy[0].dtype)
+
+
+def _alone(x: Tensor, dy: Tensor) -> Tensor:
     S, T, O = dy.shape
-    indexed = not x.is_floating_point()
     if S == 0 or T == 0:
         return dy.new_zeros(S)
-    share, I = S // len(x), 0 if indexed else x.shape[2]
-    shared = {"x_ptr": x, "dy_ptr": dy, "I": I, "O": O, "share": share}
+    indexed = not x.is_floating_point()
+    I = 0 if indexed else x.shape[2]
+    shared = {"x_ptr": x, "dy_ptr": dy, "I": I, "O": O, "share": S // len(x)}
     if T == 1:
         out, row = common.empty((S,), dy), common.row_for(norm_single, dy)
         common.launch(norm_single, (S,), row, dy.device, out_ptr=out, INDEXED=indexed, **shared)
         return out
-    shared["T"] = T
-    if not indexed and I * O < T * (I + O):
-        kernel, row = norm_outer, common.row_for(norm_outer, dy)
-        tiles = row.tiles(O=O, I=I)
-    else:
-        kernel, row, block = norm_pairs, common.row_for(norm_pairs, dy), min(LARGEST_TILE, common.power_of_two(T, 16))
-        tiles = (common.ceil_div(T, block),) * 2
-        shared |= {"INDEXED": indexed, "BLOCK_T": block}
-    parts = common.empty((S, *tiles), dy, common.wide(dy.dtype))
-    common.launch(kernel, parts.shape, row, dy.device, parts_ptr=parts, **shared)
+    row = common.row_for(norm_outer, dy)
+    parts = common.empty((S, *row.tiles(O=O, I=I)), dy, common.wide(dy.dtype))
+    common.launch(norm_outer, parts.shape, row, dy.device, parts_ptr=parts, T=T, **shared)
     return parts.sum((1, 2)).to(dy.dtype)
 
 
@@ -170,8 +196,15 @@ def norm_forward(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for i in range(0, len(saved), 2):
+        own = needs[i : i + 2]
+        found += _gradients(d_out, own, *saved[i : i + 2]) if any(own) else [None, None]
+    return found
+
+
+def _gradients(d_out: Tensor, needs: Any, x: Tensor, dy: Tensor) -> list[Tensor | None]:
     """Compute the gradients by library products: d_dy = 2 g (x xᵀ) dy, d_x = Σ_s 2 g (dy dyᵀ) x."""
-    x, dy = saved
     B, T = x.shape[:2]
     share = dy.shape[0] // B if B else 1
     d_x, d_dy = [], []
@@ -190,12 +223,14 @@ def _backward(needs: Any, saved: tuple[Tensor, ...], d_out: Tensor) -> list[Tens
     ]
 
 
-_norm = common.differentiable(lambda x, dy: norm_forward(x, dy), _backward)
+_norm = common.differentiable(common.paired(lambda x, dy: norm_forward(x, dy)), _backward)
 
 
-def squared_gradient_norm(x: Tensor, dy: Tensor) -> Tensor:
+def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
     """Run `l3d_kernels.reference.squared_gradient_norm` with Triton kernels."""
-    return _norm(*common.contiguous(x, dy))
+    pairs = list(zip(*common.lists(x, dy), strict=True))
+    starts = range(0, len(pairs), common.MOST_PAIRS)
+    return reduce(torch.add, (_norm(*common.padded(pairs[n : n + common.MOST_PAIRS])) for n in starts))
 
 
 def compile_cases(kind: str) -> list[CompileCase]:

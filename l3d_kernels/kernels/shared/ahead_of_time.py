@@ -17,10 +17,12 @@ INDICES = (
 )
 # kept wider than 16 bits
 SUMS = "correction d_a decay factor gram highest logits mean moves parts scale size sums total"
-TYPES = {f"{name}_ptr": "*i64" for name in INDICES.split()} | {f"{name}_ptr": "*fp32" for name in SUMS.split()}
+Type = str | tuple[str, ...]
+TYPES: dict[str, Type] = {f"{name}_ptr": "*i64" for name in INDICES.split()}
+TYPES |= {f"{name}_ptr": "*fp32" for name in SUMS.split()}
 TYPES |= {"row_counts_ptr": "*i32", "column_counts_ptr": "*i32"}
-TYPES |= dict.fromkeys(("eps", "lr", "weight1", "weight2"), "fp32")
-
+TYPES["numbers"] = ("fp32",) * 4
+TENSORS = 4  # of a launch that serves several: its arguments named .._ptrs and .._of are tuples
 
 Forms = Sequence[tuple[dict[str, Any], bool]]  # pairs of (constants, only in the long test)
 
@@ -32,7 +34,7 @@ class CompileCase(NamedTuple):
     dtype: str  # of every pointer not named in `types`: "bf16", "fp16", "fp32"
     constants: dict[str, Any]  # constexprs beside the blocks; None for a pointer that is not passed
     row: Launch
-    types: dict[str, str]  # other arguments' types, such as {"index_ptr": "*i64"}; sizes are i32
+    types: dict[str, Type]  # other arguments' types, such as {"index_ptr": "*i64"}; sizes are i32
     long: bool = False  # compiled by `make test-kernels` only
     divisible: tuple[str, ...] = ("I", "O", "D", "A", "B")  # sizes taken to be multiples of 16
 
@@ -41,16 +43,26 @@ class CompileCase(NamedTuple):
         """Return whether the kernel must compile to matrix instructions."""
         return "PRECISION" in self.kernel.arg_names
 
+    def type_of(self, name: str) -> Type:
+        """Return the type of an argument that is no constant; a tuple for one that has a member for each tensor."""
+        single = self.types.get(name, f"*{self.dtype}" if name.endswith(("_ptr", "_ptrs")) else "i32")
+        return (single,) * TENSORS if isinstance(single, str) and name.endswith(("_ptrs", "_of")) else single
+
+    def is_divisible(self, name: str) -> bool:
+        """Return whether an argument is taken to be a multiple of 16: pointers and `divisible` sizes."""
+        return name.endswith(("_ptr", "_ptrs")) or name.removesuffix("_of") in self.divisible
+
     def name(self) -> str:
         """Return a name that tells the kernel's cases apart: kernel, dtype, constants and unusual types."""
         flags = [f"{key}={value}" for key, value in self.constants.items()]
-        types = [f"{key}={value}" for key, value in self.types.items() if value not in ("*i64", "i64")]
+        types = [f"{key}={value}" for key, value in self.types.items() if value[0] == "*" and value != "*i64"]
         return "-".join([self.kernel.fn.__name__, self.dtype, *flags, *types])
 
 
-def types_of(kernel: Any, **others: str) -> dict[str, str]:
-    """Return the types of a kernel's pointers that are not of the call's dtype; `others` beside those of TYPES."""
-    return {name: pointer for name, pointer in (TYPES | others).items() if name in kernel.arg_names}
+def types_of(kernel: Any, **others: Type) -> dict[str, Type]:
+    """Return the types of a kernel's arguments that are not the usual; `others` beside those of TYPES."""
+    types = TYPES | others
+    return {name: types[known] for name in kernel.arg_names if (known := name.replace("_ptrs", "_ptr")) in types}
 
 
 def cases_of_kernel(
@@ -59,7 +71,7 @@ def cases_of_kernel(
     forms: Forms | Callable[[Launch, int], Forms] = (({}, False),),
     row_form: str = "",
     divisible: tuple[str, ...] = CompileCase._field_defaults["divisible"],
-    **types: str,
+    **types: Type,
 ) -> list[CompileCase]:
     """List a kernel's cases for every dtype, and for every precision of a matrix kernel.
 

@@ -5,7 +5,8 @@ from `device`.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ MOST_PROGRAMS = 65_535
 
 # A launch whose sum is long enough to be split should have at least this many programs: twice a large GPU's processors.
 PROGRAMS = 264
+
+# The most tensors that one launch serves: a program selects its own, at an instruction for each and each argument.
+MOST_TENSORS = 8
 
 # Tests set this to find elements that no kernel wrote: fresh outputs are filled with NaN, or with NOWHERE.
 POISON = False
@@ -72,6 +76,28 @@ def launch(kernel: Any, grid: Sequence[int], row: Launch, device: torch.device, 
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[tuple(grid)](**arguments, **row.blocks, **row.options(kind_of(device)))
+
+
+def together(kinds: Iterable[Hashable], most: int = MOST_TENSORS) -> list[list[int]]:
+    """Return which tensors share a launch: the places of each kind, at most so many of them.
+
+    >>> together("aba")
+    [[0, 2], [1]]
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(i)
+    return [own[n : n + most] for own in alike.values() for n in range(0, len(own), most)]
+
+
+def starts(counts: Iterable[int]) -> tuple[tuple[int, ...], int]:
+    """Return where each tensor's programs begin along the axis of a grid that tensors share, and how many there are.
+
+    >>> starts([3, 1, 2])
+    ((0, 3, 4), 6)
+    """
+    *begins, total = itertools.accumulate(counts, initial=0)
+    return tuple(begins), total
 
 
 def row_for(kernel: Any, tensor: Tensor, form: str = "") -> Launch:
@@ -134,14 +160,16 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
             return bound
 
         def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-            each = [
-                a.unbind(d) if isinstance(a, Tensor) and d is not None else [a] * info.batch_size
-                for a, d in zip(args, in_dims, strict=True)
-            ]
-            results = [bound(*own) for own in zip(*each, strict=True)]
+            def unbound(a: Any, d: Any) -> Sequence[Any]:
+                if isinstance(a, (list, tuple)) and d is not None:
+                    return list(zip(*(unbound(*own) for own in zip(a, d, strict=True)), strict=True))
+                return a.unbind(d) if isinstance(a, Tensor) and d is not None else [a] * info.batch_size
+
+            results = [bound(*own) for own in unbound(args, in_dims)]
             if isinstance(results[0], Tensor):
                 return torch.stack(results), 0
-            return tuple(torch.stack(same) for same in zip(*results, strict=True)), (0,) * len(results[0])
+            kind = type(results[0])
+            return kind(torch.stack(same) for same in zip(*results, strict=True)), kind([0] * len(results[0]))
 
         bound.register_vmap(one_by_one)
         return bound
@@ -210,6 +238,43 @@ def differentiable(
             return tuple(next(found) if need else None for need in needs)
 
     return Differentiable.apply
+
+
+# The most pairs of tensors, as left and right, that one call takes: a backward pass has a launch for all of both.
+MOST_PAIRS = MOST_TENSORS // 2
+
+
+def paired(function: Callable[[list[Tensor], list[Tensor]], Any]) -> Callable[..., Any]:
+    """Return a function of MOST_PAIRS pairs of tensors, some of them None, that calls one of two lists.
+
+    `differentiable` takes no lists, and torch.compile demands that it has every parameter named.
+    """
+
+    def named(
+        a0: Tensor,
+        b0: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        a2: Tensor | None,
+        b2: Tensor | None,
+        a3: Tensor | None,
+        b3: Tensor | None,
+    ) -> Any:
+        pairs = [(a0, b0)] + [(a, b) for a, b in ((a1, b1), (a2, b2), (a3, b3)) if a is not None and b is not None]
+        return function([a for a, _ in pairs], [b for _, b in pairs])
+
+    return named
+
+
+def padded(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """Return the arguments of a function that `paired` has made, packed as `contiguous` packs them."""
+    own = contiguous(*(each for pair in pairs for each in pair))
+    return [*own, *[None] * (2 * MOST_PAIRS - len(own))]
+
+
+def lists(*given: Tensor | Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Return lists as they are, and a tensor as a list of its own."""
+    return [[each] if isinstance(each, Tensor) else each for each in given]
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,24 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def nth(items, n):
+    """Return the n-th item of a tuple, n a number that the program computes."""
+    item = items[0]
+    for i in tl.static_range(1, len(items)):
+        item = tl.where(n >= i, items[i], item)
+    return item
+
+
+@triton.jit
+def chosen(items, start_of, place):
+    """Return the item of the tensor whose programs `place` is among, where tensor i's begin at `start_of[i]`."""
+    item = items[0]
+    for i in tl.static_range(1, len(items)):
+        item = tl.where(place >= start_of[i], items[i], item)
+    return item
+
+
+@triton.jit
 def load(pointers, mask):
     """Load a tile, with zeros where `mask` is false; bfloat16 becomes float32 in the interpreter."""
     tile = tl.load(pointers, mask=mask, other=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.device import add_dot, feed, load, store, zeros
+from l3d_kernels.kernels.shared.device import add_dot, chosen, feed, load, store, zeros
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 from l3d_kernels.splitting import as_rows
 
@@ -40,26 +40,29 @@ def step_tile(parameter_ptr, first_ptr, second_ptr, grad_ptr, places, mask, rate
 
 @triton.jit
 def adam_slices(
-    parameter_ptr,  # [K, N], written
-    first_ptr,  # [K, N], written
-    second_ptr,  # [K, N], written
-    grad_ptr,  # [K, N]
-    scale_ptr,  # [K] wide, or [1] with a stride of 0
+    parameter_ptrs,  # of each tensor [K, N], written
+    first_ptrs,  # [K, N], written
+    second_ptrs,  # [K, N], written
+    grad_ptrs,  # [K, N]
+    scale_ptrs,  # [K] wide, or [1] with a stride of 0
     moves_ptr,  # [K] wide
     correction_ptr,  # [K] wide: (1 − β₂^c)^½
     size_ptr,  # [K] wide: the correction over 1 − β₁^c
-    N,
-    tiles,
-    stride_scale,
-    lr,
-    weight1,  # 1 − β₁
-    weight2,
-    eps,
+    N_of,  # of each tensor
+    stride_of,  # of its scale
+    start_of,  # the tiles of a slice in the tensors before it
+    tiles,  # of a slice in all tensors
+    numbers,  # lr, 1 − β₁, 1 − β₂, eps
     BLOCK: tl.constexpr,
 ):
-    """Update a tile of one slice, without a Gram matrix."""
-    k, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    """Update a tile of one slice of one tensor, without a Gram matrix."""
+    k, place = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if tl.load(moves_ptr + k) != 0:
+        parameter_ptr, grad_ptr = chosen(parameter_ptrs, start_of, place), chosen(grad_ptrs, start_of, place)
+        first_ptr, second_ptr = chosen(first_ptrs, start_of, place), chosen(second_ptrs, start_of, place)
+        scale_ptr, stride_scale = chosen(scale_ptrs, start_of, place), chosen(stride_of, start_of, place)
+        N, tile = chosen(N_of, start_of, place), place - chosen(start_of, start_of, place)
+        lr, weight1, weight2, eps = numbers
         rate = tl.load(scale_ptr + k * stride_scale) * tl.load(size_ptr + k) * lr
         offs_n = tile * BLOCK + tl.arange(0, BLOCK)
         places = k.to(tl.int64) * N + offs_n
@@ -69,34 +72,40 @@ def adam_slices(
 
 @triton.jit
 def adam_gram(
-    parameter_ptr,  # [K, R, D], written
-    first_ptr,  # [K, R, D], written
-    second_ptr,  # [K, R, D], written
-    gram_ptr,  # [K, splits, R, R] wide: each split's part
-    grad_ptr,  # [K, R, D]
-    scale_ptr,  # [K] wide, or [1] with a stride of 0
+    parameter_ptrs,  # of each tensor [K, R, D], written
+    first_ptrs,  # [K, R, D], written
+    second_ptrs,  # [K, R, D], written
+    gram_ptrs,  # [K, splits, R, R] wide: each split's part
+    grad_ptrs,  # [K, R, D]
+    scale_ptrs,  # [K] wide, or [1] with a stride of 0
     moves_ptr,  # [K] wide
     correction_ptr,  # [K] wide
     size_ptr,  # [K] wide
-    R,
-    D,
-    share,  # of D, for each split
-    stride_scale,
-    lr,
-    weight1,
-    weight2,
-    eps,
+    R_of,  # of each tensor
+    D_of,
+    share_of,  # of D, for each split
+    splits_of,
+    stride_of,  # of its scale
+    start_of,  # the splits of the tensors before it
+    numbers,  # lr, 1 − β₁, 1 − β₂, eps
     PRECISION: tl.constexpr,
     RANKS: tl.constexpr,  # R padded to a power of two
     BLOCK: tl.constexpr,
 ):
-    """Update a share of one slice, and sum the products of its rows."""
+    """Update a share of one slice of one tensor, and sum the products of its rows."""
     BLOCK_D: tl.constexpr = BLOCK // RANKS if BLOCK > 16 * RANKS else 16
-    k, split = tl.program_id(0), tl.program_id(1)
+    k, place = tl.program_id(0), tl.program_id(1)
+    parameter_ptr, gram_ptr = chosen(parameter_ptrs, start_of, place), chosen(gram_ptrs, start_of, place)
+    R, split = chosen(R_of, start_of, place), place - chosen(start_of, start_of, place)
     offs_r = tl.arange(0, RANKS)
     mask_r = offs_r < R
     gram = zeros(parameter_ptr, RANKS, RANKS)
     if tl.load(moves_ptr + k) != 0:
+        first_ptr, second_ptr = chosen(first_ptrs, start_of, place), chosen(second_ptrs, start_of, place)
+        scale_ptr, stride_scale = chosen(scale_ptrs, start_of, place), chosen(stride_of, start_of, place)
+        grad_ptr, D = chosen(grad_ptrs, start_of, place), chosen(D_of, start_of, place)
+        share = chosen(share_of, start_of, place)
+        lr, weight1, weight2, eps = numbers
         rate = tl.load(scale_ptr + k * stride_scale) * tl.load(size_ptr + k) * lr
         floor = tl.load(correction_ptr + k) * eps
         rows = (k.to(tl.int64) * R + offs_r) * D
@@ -109,7 +118,7 @@ def adam_gram(
             )  # [R, D]
             tile = feed(tile, parameter_ptr)
             gram = add_dot(tile, tl.trans(tile), gram, PRECISION)
-    own = (k.to(tl.int64) * tl.num_programs(1) + split) * R * R
+    own = (k.to(tl.int64) * chosen(splits_of, start_of, place) + split) * R * R
     store(gram_ptr + own + offs_r[:, None] * R + offs_r[None, :], gram, mask_r[:, None] & mask_r[None, :])
 
 
@@ -143,39 +152,54 @@ def step_all(
     eps: float,
     grams: int,
 ) -> list[Tensor]:
-    """Launch a kernel for each tensor; return the Gram matrices [K, R, R] of the first ones."""
-    found = []
+    """Launch a kernel for tensors of a kind together; return the Gram matrices [K, R, R] of the first ones."""
+    found: dict[int, Tensor] = {}
+    rows = [as_rows(parameter) for parameter in parameters]
+    ranks = [common.power_of_two(p.shape[1], 16) if i < grams else 0 for i, p in enumerate(rows)]
+    lists: dict[str, Sequence[Tensor]]
+    lists = {"parameter_ptrs": parameters, "first_ptrs": first, "second_ptrs": second, "grad_ptrs": grads}
+    lists["scale_ptrs"] = scales
     vectors = {"moves_ptr": moves, "correction_ptr": correction, "size_ptr": size}
-    numbers = {"lr": lr, "weight1": weight1, "weight2": weight2, "eps": eps}
-    for i, (parameter, m, v, grad, scale) in enumerate(zip(parameters, first, second, grads, scales, strict=True)):
-        pointers = {"parameter_ptr": parameter, "first_ptr": m, "second_ptr": v, "grad_ptr": grad}
-        own = {**pointers, **vectors, **numbers, "scale_ptr": scale, "stride_scale": int(scale.numel() > 1)}
-        K, R, D = as_rows(parameter).shape
-        if i < grams and R <= MOST_RANKS:
-            found.append(_launch_with_gram(parameter, own))
+    shared: dict[str, Any] = {**vectors, "numbers": (lr, weight1, weight2, eps)}
+    kinds = [(r if r <= MOST_RANKS else 0, *(own[i].dtype for own in lists.values())) for i, r in enumerate(ranks)]
+    for places in common.together(kinds):
+        own: dict[str, Any] = {name: tuple(tensors[i] for i in places) for name, tensors in lists.items()}
+        own["stride_of"] = tuple(int(scale.numel() > 1) for scale in own["scale_ptrs"])
+        if kinds[places[0]][0]:
+            found |= zip(places, _launch_with_gram(ranks[places[0]], own | shared), strict=True)
             continue
-        row = common.row_for(adam_slices, parameter)
-        tiles = common.ceil_div(R * D, row.blocks["BLOCK"])
-        common.launch(adam_slices, (K * tiles,), row, parameter.device, N=R * D, tiles=tiles, **own)
-        if i < grams:
-            rows = as_rows(parameter).to(common.wide(parameter.dtype))
-            found.append(rows @ rows.mT)
-    return found
+        row = common.row_for(adam_slices, parameters[places[0]])
+        sizes = tuple(rows[i].shape[1:].numel() for i in places)
+        start_of, tiles = common.starts(common.ceil_div(N, row.blocks["BLOCK"]) for N in sizes)
+        place = {"N_of": sizes, "start_of": start_of, "tiles": tiles}
+        common.launch(adam_slices, (len(moves) * tiles,), row, moves.device, **place, **own, **shared)
+    for i in set(range(grams)) - set(found):
+        wide = rows[i].to(common.wide(rows[i].dtype))
+        found[i] = wide @ wide.mT
+    return [found[i] for i in range(grams)]
 
 
-def _launch_with_gram(parameter: Tensor, arguments: dict[str, Any]) -> Tensor:
-    K, R, D = as_rows(parameter).shape
-    ranks = common.power_of_two(R, 16)
-    row = common.row_for(adam_gram, parameter)
-    block = max(16, row.blocks["BLOCK"] // ranks)
-    most = max(1, R * D // LEAST_SHARE)  # a few large slices are shared among programs
-    splits = min(most, common.ceil_div(common.PROGRAMS, max(1, K)))
-    share = common.ceil_div(common.ceil_div(max(1, D), splits), block) * block
-    splits = common.ceil_div(max(1, D), share)
-    parts = common.empty((K, splits, R, R), parameter, common.wide(parameter.dtype))
-    sizes = {"R": R, "D": D, "share": share, "RANKS": ranks}
-    common.launch(adam_gram, (K, splits), row, parameter.device, gram_ptr=parts, **arguments, **sizes)
-    return parts.sum(1) if splits > 1 else parts[:, 0]
+def _launch_with_gram(ranks: int, arguments: dict[str, Any]) -> list[Tensor]:
+    parameters = arguments["parameter_ptrs"]
+    row = common.row_for(adam_gram, parameters[0])
+    block, parts, shares = max(16, row.blocks["BLOCK"] // ranks), [], []
+    for parameter in parameters:
+        K, R, D = as_rows(parameter).shape
+        most = max(1, R * D // LEAST_SHARE)  # a few large slices are shared among programs
+        splits = min(most, common.ceil_div(common.PROGRAMS, max(1, K)))
+        shares.append(common.ceil_div(common.ceil_div(max(1, D), splits), block) * block)
+        splits = common.ceil_div(max(1, D), shares[-1])
+        parts.append(common.empty((K, splits, R, R), parameter, common.wide(parameter.dtype)))
+    start_of, programs = common.starts(part.shape[1] for part in parts)
+    sizes = {
+        "R_of": tuple(part.shape[2] for part in parts),
+        "D_of": tuple(as_rows(parameter).shape[2] for parameter in parameters),
+        "share_of": tuple(shares),
+        "splits_of": tuple(part.shape[1] for part in parts),
+    }
+    arguments = arguments | sizes | {"gram_ptrs": tuple(parts), "start_of": start_of, "RANKS": ranks}
+    common.launch(adam_gram, (len(parts[0]), programs), row, parts[0].device, **arguments)
+    return [part.sum(1) if part.shape[1] > 1 else part[:, 0] for part in parts]
 
 
 def adam_step(

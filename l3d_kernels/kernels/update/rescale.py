@@ -15,25 +15,28 @@ from torch import Tensor
 from l3d_kernels.cpu.update import shared_factors
 from l3d_kernels.kernels.shared import common
 from l3d_kernels.kernels.shared.ahead_of_time import CompileCase, cases_of_kernel
-from l3d_kernels.kernels.shared.device import load, store
+from l3d_kernels.kernels.shared.device import chosen, load, store
 from l3d_kernels.kernels.shared.launch_table import TABLE, Launch
 
 
 @triton.jit
 def rescale_slices(
-    parameter_ptr,  # [K, N], written
-    factor_ptr,  # [K] wide
+    parameter_ptrs,  # of each tensor [K, N], written
+    factor_ptrs,  # [K] wide
     moves_ptr,  # [K] wide
-    N,
-    tiles,
+    N_of,  # of each tensor
+    start_of,  # the tiles of a slice in the tensors before it
+    tiles,  # of a slice in all tensors
     BLOCK: tl.constexpr,
 ):
-    """Multiply a tile of one slice by the slice's factor."""
-    k, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    """Multiply a tile of one slice of one tensor by the slice's factor."""
+    k, place = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if tl.load(moves_ptr + k) != 0:
+        N, tile = chosen(N_of, start_of, place), place - chosen(start_of, start_of, place)
         offs_n = tile * BLOCK + tl.arange(0, BLOCK)
-        places, mask = parameter_ptr + k.to(tl.int64) * N + offs_n, offs_n < N
-        factor = tl.load(factor_ptr + k)
+        places = chosen(parameter_ptrs, start_of, place) + k.to(tl.int64) * N + offs_n
+        mask = offs_n < N
+        factor = tl.load(chosen(factor_ptrs, start_of, place) + k)
         store(places, load(places, mask).to(factor.dtype) * factor, mask)
 
 
@@ -42,14 +45,14 @@ TABLE["rescale_slices"] = {("interpreter", None): Launch({"BLOCK": 32}), (None, 
 
 @common.operator("rescale", lambda *_: None, mutates=("parameters",))
 def rescale_all(parameters: Sequence[Tensor], factors: Sequence[Tensor], moves: Tensor) -> None:
-    """Launch the kernel for each tensor, with its factors [K]."""
-    for parameter, factor in zip(parameters, factors, strict=True):
-        row = common.row_for(rescale_slices, parameter)
-        size = parameter[:1].numel()
-        tiles = common.ceil_div(size, row.blocks["BLOCK"])
-        pointers = {"parameter_ptr": parameter, "factor_ptr": factor, "moves_ptr": moves}
-        grid = (len(parameter) * tiles,)
-        common.launch(rescale_slices, grid, row, parameter.device, N=size, tiles=tiles, **pointers)
+    """Launch the kernel for tensors of a dtype together, each with its factors [K]."""
+    for places in common.together((p.dtype, factor.dtype) for p, factor in zip(parameters, factors, strict=True)):
+        own = [parameters[i] for i in places]
+        row, sizes = common.row_for(rescale_slices, own[0]), tuple(parameter[:1].numel() for parameter in own)
+        start_of, tiles = common.starts(common.ceil_div(size, row.blocks["BLOCK"]) for size in sizes)
+        pointers = {"parameter_ptrs": tuple(own), "factor_ptrs": tuple(factors[i] for i in places), "moves_ptr": moves}
+        place = {"N_of": sizes, "start_of": start_of, "tiles": tiles}
+        common.launch(rescale_slices, (len(moves) * tiles,), row, moves.device, **pointers, **place)
 
 
 def rescale(
