@@ -120,18 +120,12 @@ class Launcher:
         key = (name, repr(signature), repr(options))
         if key not in self.kernels:
             text, metadata = compile_ptx(kernel, signature, options)
-<<<<<<< HEAD
             self.kernels[key] = ptx.Kernel(text, metadata["shared"])
-        passed = [own[n] for n, kind in signature[0].items() if kind != "constexpr"]
-        before = bytes_of(passed) if self.deleting else []
-        count = self.kernels[key].launch(tuple(grid), passed, seed=len(self.done))
-        if self.deleting and self.kernels[key].synchronisations:
-            self.delete(self.kernels[key], name, tuple(grid), passed, before)
-=======
-            self.kernels[key] = ptx.Kernel(self.edit(name, text), metadata["shared"])
         values = [each for n, kind in signature[0].items() for each in passed(kind, own[n])]
+        before = bytes_of(values) if self.deleting else []
         count = self.kernels[key].launch(tuple(grid), values, seed=len(self.done))
->>>>>>> 024e60f8fb0e48d691e90007ce96c66e09509e1e
+        if self.deleting and self.kernels[key].synchronisations:
+            self.delete(self.kernels[key], name, tuple(grid), values, before)
         self.done.append(Executed(name, count, time.process_time() - began))
 
     def delete(self, kernel: ptx.Kernel, name: str, grid: Any, passed: list[Any], before: list[torch.Tensor]) -> None:
