@@ -46,7 +46,7 @@ test: $(STAMP)  ## run the whole test suite, docstring examples included
 test-kernels: $(STAMP)  ## run the longer form of the kernels' tests: every launch configuration, larger sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow_kernels or not slow_kernels" tests/kernels $(PYTEST_ARGS)
 
-test-long: $(STAMP)  ## kill runs and damage files, again and again; prints what was counted
+test-long: $(STAMP)  ## kill runs, damage files, draw random models and losses, watch memory; prints the counts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "long or not long" tests/long $(PYTEST_ARGS)
 
 # The quick part of the suite in environments of their own. `interpreter` looks for a release of Python in pyenv's folder

@@ -1,4 +1,4 @@
-"""Write the site's generated pages: the reference of every public name and command, and the notebooks.
+"""Write the site's generated pages: every public name and command, the table of compiled kernels, and the notebooks.
 
 MkDocs runs this file as a hook (`hooks:` in mkdocs.yml). It adds pages to the build and writes nothing into docs/.
 Python entries are `::: name` lines, which mkdocstrings fills from the docstrings without importing the code. Pages of
@@ -49,6 +49,7 @@ def pages() -> dict[str, str | bytes]:
             if ismodule(getattr(module, name)):
                 written[f"reference/{package}.{name}.md"] = python_page(getattr(module, name))
     written["reference/commands.md"] = command_page()
+    written["benchmarks/forms.md"] = import_module("bench.gpu.forms").page()
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         written |= notebook_pages(notebook)
     return written
@@ -138,9 +139,11 @@ def python_page(module: ModuleType) -> str:
 
 
 def for_all(module: ModuleType) -> str:
-    """Return what holds for all functions of a package: the docstring of the one file that they share, if they do."""
+    """Return what holds for all functions of a package: its files' docstrings; nothing if some lie deeper."""
     homes = {item.__module__ for item in (getattr(module, name) for name in public_names(module)) if isfunction(item)}
-    return plain(getdoc(import_module(homes.pop())) or "") if len(homes) == 1 and module.__name__ not in homes else ""
+    if any(home.rpartition(".")[0] != module.__name__ for home in homes):
+        return ""
+    return "\n\n".join(plain(getdoc(import_module(home)) or "") for home in sorted(homes))
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

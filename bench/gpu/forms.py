@@ -155,11 +155,6 @@ def read_amd(compiled: Any) -> dict[str, Any]:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def names_of(kind: str) -> list[str]:
-    """Return the names of all forms on a kind of device."""
-    return [case.name() for case in cases_of(kind, [], long=True)]
-
-
 def write(found: Sequence[dict[str, Any]]) -> Path:
     """Put figures into the committed file; forms that are no more leave it."""
     import triton
@@ -174,7 +169,7 @@ def write(found: Sequence[dict[str, Any]]) -> Path:
         forms.setdefault(case["name"], {})[case["kind"]] = [case["registers"], case["shared"], case["spills"]]
     kept: dict[str, dict[str, list[int]]] = {}
     for kind in KINDS:
-        for name in names_of(kind):
+        for name in (case.name() for case in cases_of(kind, [], long=True)):
             if kind in forms.get(name, {}):
                 kept.setdefault(name, {})[kind] = forms[name][kind]
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))

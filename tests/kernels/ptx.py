@@ -205,6 +205,8 @@ class Kernel:
         parameters = re.findall(r"\.param\s+\.(\w+)[^,\n]*?([\w$]+),?\n", header)
         self.kinds, self.parameters = [k for k, _ in parameters], {name: i for i, (_, name) in enumerate(parameters)}
         self.blocks, self.sources = [Block()], {}
+        self.synchronisations: list[int] = []  # lines of barriers and of waits for copies
+        self.skipped: set[int] = set()  # those of them that are passed over, to see whether that is noticed
         lines = self._lines(body, text[: text.index(body)].count("\n"))
         self.uses = Counter(name for line in lines if isinstance(line, Line) for o in line.operands for name in re.findall(r"%?[\w.$]+", o))
         labels: dict[str, int] = {}
@@ -382,6 +384,7 @@ class Kernel:
             if line.guard or line.operands != ["0"] or not {"sync"} & set(line.parts):
                 self._unknown(line)
             block.end = "bar"
+            self.synchronisations.append(line.number)
         else:
             block.end = "bra" if name == "bra" else "ret"
             block.target = line.operands[0] if name == "bra" else ""
@@ -494,6 +497,7 @@ class Kernel:
             if "commit_group" in parts:
                 return [f"X.commit({guard}, {line.number})"]
             if "wait_group" in parts or "wait_all" in parts:
+                self.synchronisations.append(line.number)
                 return [f"X.wait({o[0] if o else 0}, {guard}, {line.number})"]
             if parts[1] != "async" or "bulk" in parts or "mbarrier" in parts:
                 self._unknown(line)
@@ -885,7 +889,7 @@ class Program:
                 continue
             taken = block.run(registers, mask, self)
             done += block.count * (self.n // 32 if mask is None else int(mask.reshape(-1, 32).any(1).sum()))
-            if block.end == "bar":
+            if block.end == "bar" and block.line not in self.kernel.skipped:
                 add(waiting, number, mask)
                 if waiting.get(number, ...) is None:
                     waiting.pop(number)
@@ -893,7 +897,7 @@ class Program:
                     live[number + 1] = None
             elif taken is None or not isinstance(taken, np.ndarray):
                 if taken is None or taken:
-                    if block.end == "fall":
+                    if block.end in ("fall", "bar"):
                         add(live, number + 1, mask)
                     elif block.end == "bra":
                         add(live, block.target, mask)
@@ -937,6 +941,8 @@ class Program:
 
     def wait(self, left: int, guard: Any, line: int) -> None:
         self._all(guard, line)
+        if line in self.kernel.skipped:
+            return
         while len(self.groups) > left:
             for part, size, i, marks in self.groups.pop(0):
                 view = part.views[size]

@@ -74,6 +74,19 @@ def test_faults_are_found() -> None:
     assert faults(sound | {"matrix": [], "is_matrix": False}) == []
 
 
+def test_the_committed_table_is_of_these_forms() -> None:
+    """It has figures of the short test's forms on every kind, and of no form that is no more; none spills, all fit."""
+    table = json.loads(forms.FILE.read_text(encoding="utf-8"))["forms"]
+    found = {(kind, name) for name, cells in table.items() for kind in cells}
+    every, short = ({(k, case.name()) for k in KINDS for case in forms.cases_of(k, [], long)} for long in (True, False))
+    assert short <= found <= every, "make it again: python -m bench.gpu.forms --long --write"
+    for name, cells in table.items():
+        for kind, (registers, shared, spills) in cells.items():
+            assert (registers > 0, shared <= forms.SHARED[kind], spills) == (True, True, 0), f"{name} on {kind}"
+    shown = forms.page()
+    assert len([line for line in shown.splitlines() if line.startswith("| ")]) == len(table) + shown.count("\n## ")
+
+
 @pytest.mark.parametrize(
     "name, kind",
     [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx90a", "gfx942"), ("gfx950", "gfx950"), ("gfx1151", "gfx1100")],

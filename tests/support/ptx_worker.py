@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "kernels")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton._C.libtriton import ir  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -27,8 +28,10 @@ from l3d_kernels import registry  # noqa: E402
 
 assert registry.load_kernels() == ""
 import ptx  # noqa: E402
+from l3d_kernels.kernels.decode import softmax_mean  # noqa: E402
 from l3d_kernels.kernels.project import project  # noqa: E402
 from l3d_kernels.kernels.shared import common  # noqa: E402
+from l3d_kernels.kernels.update import adam  # noqa: E402
 
 from op_cases import OPS, Case, Op, decode_inputs, make  # noqa: E402
 from tools import Run, assert_as_good, gradients, normal, to_dtype  # noqa: E402
@@ -95,12 +98,16 @@ class Executed(NamedTuple):
 
 
 class Launcher:
-    """Launches kernels in place of `common.launch`, as PTX; `edit` may change the text of one before it runs."""
+    """Launches kernels in place of `common.launch`, as PTX.
+
+    With `deleting`, every kernel runs again without each of its barriers and waits for copies, one at a time.
+    """
 
     def __init__(self) -> None:
         self.done: list[Executed] = []
         self.kernels: dict[Any, ptx.Kernel] = {}
-        self.edit: Callable[[str, str], str] = lambda name, text: text
+        self.deleting = False
+        self.deleted: dict[str, str] = {}  # what was noticed where a barrier or wait was left out; "" for nothing
 
     def __call__(self, kernel: Any, grid: Sequence[int], row: Any, device: torch.device, **arguments: Any) -> None:
         if 0 in grid:
@@ -113,37 +120,78 @@ class Launcher:
         key = (name, repr(signature), repr(options))
         if key not in self.kernels:
             text, metadata = compile_ptx(kernel, signature, options)
-            self.kernels[key] = ptx.Kernel(self.edit(name, text), metadata["shared"])
+            self.kernels[key] = ptx.Kernel(text, metadata["shared"])
         values = [each for n, kind in signature[0].items() for each in passed(kind, own[n])]
+        before = bytes_of(values) if self.deleting else []
         count = self.kernels[key].launch(tuple(grid), values, seed=len(self.done))
+        if self.deleting and self.kernels[key].synchronisations:
+            self.delete(self.kernels[key], name, tuple(grid), values, before)
         self.done.append(Executed(name, count, time.process_time() - began))
+
+
+    def delete(self, kernel: ptx.Kernel, name: str, grid: Any, passed: list[Any], before: list[torch.Tensor]) -> None:
+        after = [own.clone() for own in bytes_of(passed, False)]
+        for number, line in enumerate(kernel.synchronisations):
+            kernel.skipped, noticed = {line}, ""
+            for own, start in zip(bytes_of(passed, False), before, strict=True):
+                own.copy_(start)
+            try:
+                kernel.launch(grid, passed)
+                pairs = zip(bytes_of(passed, False), after, strict=True)
+                noticed = "" if all(torch.equal(*pair) for pair in pairs) else "another result"
+            except ptx.Fault as fault:
+                noticed = str(fault)
+            text = kernel.text.split("\n")[line - 1].strip().replace("\t", "")
+            place = f"{name} {number}: {text} ({kernel.sources[line]})"
+            self.deleted[place] = self.deleted.get(place) or noticed
+        kernel.skipped = set()
+        for own, end in zip(bytes_of(passed, False), after, strict=True):
+            own.copy_(end)
+
+
+def bytes_of(arguments: list[Any], is_copy: bool = True) -> list[torch.Tensor]:
+    """Return the bytes behind tensors, each storage once."""
+    storages = {a.untyped_storage().data_ptr(): a.untyped_storage() for a in arguments if isinstance(a, torch.Tensor)}
+    own = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+    return [t.clone() for t in own] if is_copy else own
 
 
 def install() -> Launcher:
     """Let backend="triton" take CPU tensors, and launch what it launches as PTX for sm_80."""
     launcher = Launcher()
     registry.interpreted, common.kind_of, common.launch = lambda: True, lambda device: "sm_80", launcher
-    common.POISON = True
+    common.POISON, adam.LEAST_SHARE = True, 400  # so that a slice of several tiles is cut into shares
     return launcher
 
 
 # --- the ops and sizes ------------------------------------------------------------------------------------------
 
-# sizes that nothing divides, of several of sm_80's tiles, and such that 16 divides; A, L, D, k and V are the decoders'
+# sizes that nothing divides, of several of sm_80's tiles, and such that 16 divides; then other forms of kernels
 SIZES = {
     "odd": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16),
-    "tiles": Case(B=3, S=6, T=23, I=71, O=135, K=19, R=7, kept=40),
-    "divisible": Case(B=16, S=16, T=16, I=32, O=48, K=16, R=16, kept=64),
+    "tiles": Case(B=3, S=12, T=23, I=71, O=135, K=40, R=7, kept=120),
+    "divisible": Case(B=16, S=16, T=16, I=80, O=144, K=16, R=16, kept=96),
+    "loops": Case(B=1, S=2, T=40, I=71, O=135, K=3, R=40, kept=5),
+    "narrow": Case(B=1, S=2, T=2, I=8, O=16, K=3, R=40, kept=5),
+    "alone": Case(B=5, S=5, T=3, I=5, O=7, K=7, R=3, kept=9),
+    "indices": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16, indices=True),
+    "single": Case(B=6, S=6, T=1, I=5, O=7, K=7, R=1, kept=16),
 }
-DECODED = {"odd": (5, 3, 11, 7), "tiles": (9, 21, 13, 1100), "divisible": (16, 16, 32, 48)}
-HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32)}  # S, V, D
+PROGRAMS = {"tiles": 2, "divisible": 2, "loops": 1, "narrow": 1}  # where sums are split over so few programs, each has several entries
+DECODED = {"odd": (5, 3, 11, 7), "tiles": (9, 21, 13, 1100), "divisible": (16, 16, 32, 48), "loops": (3, 9, 3, 1100)}  # A, k, L, D
+HEAD = {"odd": (5, 37, 7), "tiles": (70, 150, 33), "divisible": (16, 64, 32), "loops": (5, 150, 33)}  # S, V, D
 
 
 def inputs_of(name: str, size: str) -> dict[str, Any]:
-    if name == "sparse_decode":
+    if name.startswith("sparse_decode"):
         indices, values, weight = decode_inputs(*DECODED[size])
-        return {"indices": indices, "values": values, "weight": weight}
-    if name == "softmax_mean":
+        codes = {"indices": indices, "values": values, "weight": weight, "offsets": None}
+        if name == "sparse_decode_flat":
+            cuts = torch.arange(len(indices) + 1).pow(2) % (indices.numel() + 1)
+            cuts[0], cuts[-1] = 0, indices.numel()
+            codes |= {"indices": indices.flatten(), "values": values.flatten(), "offsets": cuts.sort().values}
+        return codes
+    if name.startswith("softmax_mean"):
         S, V, D = HEAD[size]
         return {"hidden": normal(S, D, seed=1), "weight": normal(V, D, seed=2), "bias": normal(V, seed=3)}
     inputs = make(SIZES[size])
@@ -163,18 +211,42 @@ class Backend:
         return functools.partial(getattr(lk, name), backend=self.backend)
 
 
-OTHERS: dict[str, Op] = {
-    "sparse_decode": Op(lambda o, i: o.sparse_decode(i["indices"], i["values"], i["weight"]), None, ("values", "weight")),
-    "softmax_mean": Op(lambda o, i: o.softmax_mean(i["hidden"], i["weight"], i["bias"]), None, ()),
-    "batch_topk": Op(lambda o, i: o.batch_topk(i["c"], i["n"]).values, None, ("c",)),
+def decode(ops: Backend, i: dict[str, Any]) -> Tensor:
+    return ops.sparse_decode(i["indices"], i["values"], i["weight"], i["offsets"])
+
+
+def head(ops: Backend, i: dict[str, Any], widest: int = softmax_mean.WIDEST) -> Tensor:
+    """Average a head's rows; where they are wider than `widest`, by the kernels that write logits."""
+    usual, softmax_mean.WIDEST = softmax_mean.WIDEST, widest
+    try:
+        return ops.softmax_mean(i["hidden"], i["weight"], i["bias"])
+    finally:
+        softmax_mean.WIDEST = usual
+
+
+def chunked(ops: Backend, i: dict[str, Any]) -> Tensor:
+    """Project on the path of wide layers."""
+    inputs = i["x"], i["dy"], i["left"], i["right"]
+    return project.project(*inputs, path="chunked") if ops.backend == "triton" else ops.project(*inputs)
+
+
+OTHERS = {
+    "sparse_decode": Op(decode, decode, ("values", "weight")),
+    "sparse_decode_flat": Op(decode, decode, ("values", "weight")),
+    "softmax_mean": Op(head, head, ()),
+    "softmax_mean_wide": Op(lambda o, i: head(o, i, 0), head, ()),
+    "batch_topk": Op(lambda o, i: o.batch_topk(i["c"], i["n"]).values, head, ("c",)),
+    "project_chunked": Op(chunked, chunked, ("x", "dy", "left", "right")),
 }
-NAMES = [name for name in lk.__all__ if name in OPS or name in OTHERS or name == "project_topk"]
 
 
 def check(name: str, size: str, kind: str) -> None:
     """Hold an op's value and gradients to the truth, by the tests' rule; `kind` is a dtype or "tf32"."""
+    common.PROGRAMS = PROGRAMS.get(size, 264)
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
     eps = torch.finfo(torch.float16 if kind == "tf32" else dtype).eps  # tf32 keeps as many bits as float16
+    if name == "update":
+        return check_update(SIZES[size], dtype, eps, kind)
     inputs = to_dtype(inputs_of(name, size), dtype)
     if name == "project_topk":
         return check_topk(inputs, kind, eps)
@@ -214,6 +286,33 @@ def check_topk(inputs: dict[str, Any], kind: str, eps: float) -> None:
         assert_as_good(grad, twin_grad, true_grad, f"gradient of {leaf}", eps)
 
 
+def check_update(size: Case, dtype: torch.dtype, eps: float, kind: str) -> None:
+    """Hold a step of Adam on matrices and a vector, with its Gram matrices, and the rescaling to the truth."""
+    shapes = [(size.K, size.R, size.O), (size.K, size.R, size.I), (size.K, size.O), (size.K, size.R, size.O)]
+    drawn = [normal(*shape, seed=10 * i + j, dtype=dtype) for i in range(4) for j, shape in enumerate(shapes)]
+    moves = (torch.arange(size.K) % 3 != 1).float()
+    grads = [g * moves.to(dtype).view(-1, *[1] * (g.ndim - 1)) for g in drawn[4:8]]
+    own_scales = [torch.tensor([0.5]).view(1, *[1] * (len(shape) - 1)) for shape in shapes]
+
+    def step(backend: str, wide: torch.dtype) -> list[torch.Tensor]:
+        every = [t.clone() if wide == torch.float32 else t.double() for t in (*drawn[:4], *grads, *drawn[8:])]
+        parameters, first = every[:4], every[8:12]
+        moments = (every[4:8], first, [v.square() + 0.1 for v in every[12:]])
+        vectors = (torch.arange(1.0, size.K + 1).to(wide), moves.to(wide))
+        scales = [s.to(wide) for s in own_scales]
+        grams = lk.adam_step(parameters, *moments, scales, *vectors, 0.05, grams=3, backend=backend)
+        squared = (grams[0] * grams[1]).sum((1, 2)) + grams[2].flatten()
+        lk.rescale(parameters[:3], squared, (2, 2, 1), vectors[1], backend=backend)
+        return [*parameters, *first, *moments[2], *(gram[moves > 0] for gram in grams)]
+
+    own = as_tf32(kind, lambda: step("triton", torch.float32))
+    found = own, step("torch", torch.float32), step("torch", torch.float64)
+    for i, (value, twin, truth) in enumerate(zip(*found, strict=True)):
+        assert_as_good(value, twin, truth, f"result {i}", eps)
+    for before, after in zip(drawn, own[:4], strict=False):
+        assert torch.equal(before[moves == 0], after[moves == 0]), "a slice that rests was written"
+
+
 def as_tf32(kind: str, call: Callable[[], Any]) -> Any:
     """Call with torch's float32 precision "high" where kind is "tf32", else "highest"."""
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -224,18 +323,23 @@ def as_tf32(kind: str, call: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
-    """Run the jobs of the command line, NAME/SIZE/KIND each; print a JSON list of what each did or raised."""
+    """Run the jobs of the command line, OP/SIZE/KIND each; print a JSON list of what each did or raised.
+
+    `--delete`: see `Launcher`.
+    """
     launcher, found = install(), []
-    for job in sys.argv[1:]:
+    launcher.deleting = "--delete" in sys.argv
+    for job in (argument for argument in sys.argv[1:] if argument != "--delete"):
         launcher.done.clear()
+        launcher.deleted = {}
         began, error = time.process_time(), ""
         try:
             check(*job.split("/"))
         except Exception as exception:
             error = f"{type(exception).__name__}: {exception}" if isinstance(exception, AssertionError) else traceback.format_exc()
-        counts = {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
+        counts: dict[str, Any] = {"kernels": sorted({own.kernel for own in launcher.done}), "deleted": launcher.deleted}
+        counts |= {"instructions": sum(own.instructions for own in launcher.done), "launches": len(launcher.done)}
         found.append({"job": job, "error": error, **counts, "seconds": round(time.process_time() - began, 2)})
-        print(found[-1], file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 

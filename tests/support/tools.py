@@ -1,8 +1,13 @@
 """What the kernel tests share: watching launches, and the tolerance against the twin (the truth is float64)."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,3 +114,16 @@ def assert_same_twice(run: Run, inputs: dict[str, Any], leaves: Sequence[str]) -
 def strided(tensor: Tensor) -> Tensor:
     """Return the same values with gaps between the elements."""
     return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def execute(*arguments: str, root: Path = Path(__file__).parents[2]) -> list[dict[str, Any]]:
+    """Execute jobs as PTX in a program of its own, `ptx_worker.py`, with the l3d_kernels of `root`."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(root)
+    command = [sys.executable, str(Path(__file__).with_name("ptx_worker.py")), *arguments]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600, cwd=root)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    found: list[dict[str, Any]] = json.loads(finished.stdout)
+    for job in found:
+        print(f"{job['job']}: {job['instructions']:,} instructions, {job['launches']} launches, {job['seconds']} s")
+    return found

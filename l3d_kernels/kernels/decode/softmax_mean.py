@@ -151,7 +151,7 @@ def softmax_exponentials(
 TABLE["softmax_mean_narrow"] = {
     ("interpreter", None): Launch({"BLOCK_S": 16, "BLOCK_V": 16}),
     ("gfx942", None): Launch({"BLOCK_S": 32, "BLOCK_V": 32}, 4, 1),
-    ("gfx1100", None): Launch({"BLOCK_S": 16, "BLOCK_V": 32}, 8, 1),
+    ("gfx1100", None): Launch({"BLOCK_S": 16, "BLOCK_V": 16}, 8, 1),
     (None, "16"): Launch({"BLOCK_S": 64, "BLOCK_V": 64}, 8, 2),
     (None, "32"): Launch({"BLOCK_S": 16, "BLOCK_V": 64}, 8, 1),
 }

@@ -142,7 +142,7 @@ SPREAD: Rows = OTHERS | {
     ("sm_90", "32"): tile(64, 64, 32, 8),
     ("sm_100", "32"): tile(64, 32, 32, 8),
 }
-TABLE["project_pair spread"] = SPREAD
+TABLE["project_pair spread"] = SPREAD | {("sm_120", "16"): tile(64, 64, 32, 8)}
 TABLE["project_seen spread"] = SPREAD | {(None, "16"): tile(64, 64, 32, 8), ("sm_90", "32"): tile(64, 32, 32, 4)}
 
 
