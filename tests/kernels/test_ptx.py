@@ -23,6 +23,7 @@ KINDS = ("bfloat16", "float16", "float32", "tf32")
 FORMS = [f"{op}/{size}" for op in ("project", "project_at", "project_topk", "squared_gradient_norm") for size in ("alone", "indices", "single")]
 FORMS += ["project_chunked/odd", "project_chunked/tiles", "sparse_decode_flat/odd", "sparse_decode_flat/tiles"]
 FORMS += ["softmax_mean_wide/odd", "softmax_mean_wide/tiles"]
+FORMS += [f"{op}_several/{size}" for op in ("gram", "energy", "norm") for size in ("odd", "tiles")]
 
 
 def assert_sound(jobs: list[dict[str, Any]]) -> None:
