@@ -522,7 +522,9 @@ class Kernel:
             place = o[1].strip("[] ")
             kind, number = "b" + kind[1:] if kind[0] == "f" else kind, self.parameters.get(place)
             if number is None:  # an address that the program selected
-                return self._put(line, o[0], kind, f"X.selected({self._value(place, 'u64')}, np.{numpy_type(kind).__name__})")
+                return self._put(
+                    line, o[0], kind, f"X.selected({self._value(place, 'u64')}, np.{numpy_type(kind).__name__})"
+                )
             return self._put(line, o[0], kind, f"X.parameters[{number}].astype(np.{numpy_type(kind).__name__})")
         if space is None:
             self._unknown(line, "no space")

@@ -17,6 +17,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton._C.libtriton import ir  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -30,6 +32,7 @@ assert registry.load_kernels() == ""
 from l3d_kernels.kernels.decode import softmax_mean  # noqa: E402
 from l3d_kernels.kernels.project import project  # noqa: E402
 from l3d_kernels.kernels.shared import common  # noqa: E402
+from l3d_kernels.kernels.shared.launch_table import Launch  # noqa: E402
 from l3d_kernels.kernels.update import adam  # noqa: E402
 
 import ptx  # noqa: E402
@@ -212,7 +215,7 @@ def inputs_of(name: str, size: str) -> dict[str, Any]:
     inputs["left"] /= 8  # so that squared norms stay in float16's range
     if inputs["x"].is_floating_point():
         inputs["x"] /= 4
-    if name in ("batch_topk", "project_topk"):
+    if name in ("batch_topk", "project_topk", "mirror"):
         inputs |= {"n": SIZES[size].kept, "c": normal(SIZES[size].S, 16 * SIZES[size].K, seed=8)}
         inputs["base"] = normal(SIZES[size].S, SIZES[size].K, seed=9)
     return inputs
@@ -252,7 +255,27 @@ def crossed(i: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return [i["left"], i["right"]], [i["right"], i["left"]]
 
 
+@triton.jit
+def mirror(out_ptr, held_ptr, value_ptr, N: tl.constexpr):
+    """Store values, wait as `coactive_backward` does between its rounds, and load them in the reverse order."""
+    offs = tl.arange(0, N)
+    tl.store(held_ptr + offs, tl.load(value_ptr + offs))
+    tl.debug_barrier()
+    tl.store(out_ptr + offs, tl.load(held_ptr + N - 1 - offs))
+
+
+def mirrored(ops: Backend, i: dict[str, Any]) -> Tensor:
+    values = i["c"].flatten()[:512].contiguous()
+    if ops.backend == "torch":
+        return values.flip(0)
+    out, held = torch.empty_like(values), torch.empty_like(values)
+    pointers = {"out_ptr": out, "held_ptr": held, "value_ptr": values}
+    common.launch(mirror, (1,), Launch({}, warps=4), values.device, **pointers, N=512)
+    return out
+
+
 OTHERS = {
+    "mirror": Op(mirrored, head, ()),
     "gram_several": Op(lambda o, i: o.gram(*crossed(i)), head, ("left", "right")),
     "energy_several": Op(
         lambda o, i: o.gram_energy_coactive(kept_of(i), *crossed(i)), head, ("values", "left", "right")
