@@ -34,6 +34,7 @@ if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on the CPU. Triton reads this when a kernel's module is imported,
     # so it is set before any test file is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+collect_ignore = ["support/ptx_worker.py"]  # a program of its own, which switches the interpreter off
 if "OMP_NUM_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -238,13 +238,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
 
 def documented(function: Callable[..., Result]) -> Callable[..., Result]:
     """Put the explanations of the options into a docstring, in the place of {options}."""
-    text = function.__doc__ or ""
+    text = inspect.cleandoc(function.__doc__ or "")  # from Python 3.13 on the indentation is gone already
     lines = []
     for group in (Learning, Training, Machine):
         for name, explanation in explanations(group).items():
             explanation = explanation.replace("null:", "None:")  # as a configuration file and Python spell it
             lines.append(textwrap.fill(f"{name}: {explanation}", 112, subsequent_indent="    "))
-    function.__doc__ = text.replace("{options}", textwrap.indent("\n".join(lines), " " * 8).lstrip())
+    function.__doc__ = text.replace("{options}", textwrap.indent("\n".join(lines), " " * 4).lstrip())
     return function
 
 

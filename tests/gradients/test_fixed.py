@@ -21,6 +21,8 @@ from l3d.gradients.extract import Extractor
 
 from helpers import assert_relative
 
+LIBRARY = torch.library.Library("l3d_test_fixed", "DEF")  # for as long as its name: torch 2.11 compiles nothing without
+
 
 class Net(nn.Module):
     """A small model with a forward pass of the test's own."""
@@ -81,9 +83,8 @@ def test_a_parameter_behind_autograds_back_is_named(kind: str) -> None:
 
 def test_an_operation_without_a_derivative_is_named() -> None:
     """autograd only warns of it, and drops what is below."""
-    library = torch.library.Library("l3d_test_fixed", "DEF")
-    library.define("twice(Tensor x) -> Tensor")
-    library.impl("twice", lambda x: torch.from_numpy(x.detach().numpy() * 2), "CPU")
+    LIBRARY.define("twice(Tensor x) -> Tensor")
+    LIBRARY.impl("twice", lambda x: torch.from_numpy(x.detach().numpy() * 2), "CPU")
     twice = torch.ops.l3d_test_fixed.twice
     with pytest.raises(ValueError, match=r"params: the output depends on 'a\.\w+' through an operation that registers"):
         l3d.extract_gradients(Net(lambda self, x: self.b(twice(self.a(x)))), rows(), params=["a.*", "b.*"])

@@ -1,6 +1,7 @@
 """Every op, compiled for sm_80 and executed as PTX: values and gradients keep the tests' rule, and nothing is at fault.
 
-The ops' own Python runs on CPU tensors with the launcher alone replaced (`ptx_worker.py`); `ptx.py` says what is checked.
+The ops' own Python runs on CPU tensors with the launcher alone replaced (`ptx_worker.py`); `ptx.py` says what counts as
+a fault.
 """
 
 from typing import Any
@@ -14,13 +15,18 @@ from tools import execute
 
 assert registry.load_kernels() == ""
 
-OPS = (
-    "project project_tiled project_at project_dense project_topk batch_topk gram gram_energy gram_energy_coactive "
-    "squared_gradient_norm reconstruct squared_residual_norm sparse_decode softmax_mean update"
-).split()
+OPS = [
+    "project", "project_tiled", "project_at", "project_dense", "project_topk", "batch_topk", "gram", "gram_energy",
+    "gram_energy_coactive", "squared_gradient_norm", "reconstruct", "squared_residual_norm", "sparse_decode",
+    "softmax_mean", "update",
+]  # fmt: skip
 KINDS = ("bfloat16", "float16", "float32", "tf32")
 # forms that `OPS` at the sizes "odd", "tiles" and "divisible" do not reach: of other kernels, or of other constants
-FORMS = [f"{op}/{size}" for op in ("project", "project_at", "project_topk", "squared_gradient_norm") for size in ("alone", "indices", "single")]
+FORMS = [
+    f"{op}/{size}"
+    for op in ("project", "project_at", "project_topk", "squared_gradient_norm")
+    for size in ("alone", "indices", "single")
+]
 FORMS += ["project_chunked/odd", "project_chunked/tiles", "sparse_decode_flat/odd", "sparse_decode_flat/tiles"]
 FORMS += ["softmax_mean_wide/odd", "softmax_mean_wide/tiles"]
 FORMS += [f"{op}_several/{size}" for op in ("gram", "energy", "norm") for size in ("odd", "tiles")]

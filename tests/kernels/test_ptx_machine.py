@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
 from ptx import Fault, Kernel
+from ptx_machine import GlobalMemory, Program
 
 TEXT = """
 .version 8.0
@@ -98,8 +100,6 @@ $B: bar.sync 0;"""
 @pytest.mark.parametrize("kind, depth", [("bf16", 16), ("f16", 16), ("tf32", 8), ("bf16", 8)])
 def test_tiles_are_multiplied(kind: str, depth: int) -> None:
     """mma.sync multiplies what its fragments hold, as the manual lays them out over a warp's threads."""
-    from ptx import GlobalMemory, Program
-
     kernel = Kernel(TEXT.replace("CODE", ""), 0)
     program = Program(kernel, (0, 0, 0), (1, 1, 1), [], GlobalMemory([]))
     generator = np.random.default_rng(0)
@@ -110,7 +110,12 @@ def test_tiles_are_multiplied(kind: str, depth: int) -> None:
     def register(values: list[np.ndarray]) -> np.ndarray:
         if kind == "tf32":
             return values[0].astype(np.float32).view(np.uint32)
-        bits = [v.astype(np.float32).view(np.uint32) >> 16 if kind == "bf16" else v.astype(np.float16).view(np.uint16).astype(np.uint32) for v in values]
+        bits = [
+            v.astype(np.float32).view(np.uint32) >> 16
+            if kind == "bf16"
+            else v.astype(np.float16).view(np.uint16).astype(np.uint32)
+            for v in values
+        ]
         return bits[0] | bits[1] << 16
 
     columns = [4 * each * half for half in range(depth // (4 * each))]
@@ -126,9 +131,12 @@ def test_tiles_are_multiplied(kind: str, depth: int) -> None:
 def test_matrices_are_loaded(is_transposed: bool) -> None:
     """ldmatrix gives thread t the elements 2t and 2t+1 of each 8x8 matrix, or of its transpose."""
     code = f"""st.shared.v2.b32 [%r9], {{%r7, %r8}}; bar.sync 0;
-	ldmatrix.sync.aligned.m8n8.x1.{'trans.' if is_transposed else ''}shared.b16 {{%r5}}, [%r10];"""
+	ldmatrix.sync.aligned.m8n8.x1.{"trans." if is_transposed else ""}shared.b16 {{%r5}}, [%r10];"""
     # 64 threads of 8 bytes make four matrices of 128 bytes; thread t writes halves 4t .. 4t+3
-    code = "shl.b32 %r9, %r1, 3; mul.lo.s32 %r7, %r2, 65537; add.s32 %r7, %r7, 65536; add.s32 %r8, %r7, 131074; and.b32 %r11, %r1, 7; shl.b32 %r10, %r11, 4;" + code
+    code = (
+        "shl.b32 %r9, %r1, 3; mul.lo.s32 %r7, %r2, 65537; add.s32 %r7, %r7, 65536; "
+        "add.s32 %r8, %r7, 131074; and.b32 %r11, %r1, 7; shl.b32 %r10, %r11, 4;" + code
+    )
     halves = np.arange(64).reshape(8, 8)
     pairs = (halves.T if is_transposed else halves).reshape(32, 2)
     np.testing.assert_array_equal(run(code, shared=512), np.tile(pairs[:, 0] + (pairs[:, 1] << 16), 2))
@@ -142,7 +150,8 @@ FAULTS = {
     "not written": ("ld.shared.b32 %r5, [%r2];", "shared memory read before it was written"),
     "no barrier": ("st.shared.b32 [%r2], %r1; xor.b32 %r6, %r2, 252; ld.shared.b32 %r5, [%r6];", "another warp writes"),
     "read, then written": (
-        "st.shared.b32 [%r2], %r1; bar.sync 0; xor.b32 %r6, %r2, 252; ld.shared.b32 %r5, [%r6]; st.shared.b32 [%r2], 9;",
+        "st.shared.b32 [%r2], %r1; bar.sync 0; xor.b32 %r6, %r2, 252; "
+        "ld.shared.b32 %r5, [%r6]; st.shared.b32 [%r2], 9;",
         "another warp reads",
     ),
     "written twice": ("and.b32 %r6, %r2, 127; st.shared.b32 [%r6], %r1; mov.b32 %r5, 0;", "different values at once"),
@@ -151,7 +160,8 @@ FAULTS = {
         "another warp changes",
     ),
     "global memory": (
-        "st.global.b32 [%rd3], %r1; xor.b32 %r6, %r2, 252; cvt.u64.u32 %rd4, %r6; add.s64 %rd4, %rd4, %rd1; ld.global.b32 %r5, [%rd4];",
+        "st.global.b32 [%rd3], %r1; xor.b32 %r6, %r2, 252; "
+        "cvt.u64.u32 %rd4, %r6; add.s64 %rd4, %rd4, %rd1; ld.global.b32 %r5, [%rd4];",
         "another warp writes",
     ),
     "a part at a barrier": (
@@ -167,7 +177,8 @@ FAULTS = {
         "before its cp.async was waited for",
     ),
     "a copy waited for by its warp alone": (
-        "cp.async.ca.shared.global [%r2], [%rd3], 4; cp.async.commit_group; cp.async.wait_group 0; xor.b32 %r6, %r2, 252; ld.shared.b32 %r5, [%r6];",
+        "cp.async.ca.shared.global [%r2], [%rd3], 4; cp.async.commit_group; cp.async.wait_group 0; "
+        "xor.b32 %r6, %r2, 252; ld.shared.b32 %r5, [%r6];",
         "another warp writes",
     ),
     "a store into a copy": (
@@ -187,7 +198,10 @@ def test_faults_are_found(name: str) -> None:
 
 def test_a_copy_that_is_waited_for() -> None:
     """A wait and a barrier after it are enough; a copy of zero bytes fills with zeros and reads nothing."""
-    code = "mov.b32 %r6, 0; cp.async.ca.shared.global [%r2], [%rd3+4096], 4, %r6; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+    code = (
+        "mov.b32 %r6, 0; cp.async.ca.shared.global [%r2], [%rd3+4096], 4, %r6; cp.async.commit_group; "
+        "cp.async.wait_group 0; bar.sync 0;"
+    )
     np.testing.assert_array_equal(run(code + "xor.b32 %r6, %r2, 252; ld.shared.b32 %r5, [%r6];"), 0)
 
 

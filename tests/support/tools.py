@@ -40,9 +40,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def assert_as_good(
-    kernel: Tensor, twin: Tensor, truth: Tensor, what: str = "", eps: float | None = None
-) -> None:
+def assert_as_good(kernel: Tensor, twin: Tensor, truth: Tensor, what: str = "", eps: float | None = None) -> None:
     """Hold a kernel's result to the float64 truth: at most twice the twin's error in the same dtype, plus slack.
 
     The slack is four units in the last place at the largest true element; in float64, where the truth itself is

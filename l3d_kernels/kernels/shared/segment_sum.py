@@ -34,13 +34,13 @@ def segment_sum(
     mask_c = offs_c < C
     key = tl.load(key_ptr + first)
     previous = tl.load(key_ptr + first - 1, mask=first > 0, other=-1)
-    if key != previous:
+    if (key != previous) & (key < I):
         total = tl.sum(zeros(addend_ptr, BLOCK_COLS, 1), 1)
         stop = tl.load(stop_ptr + first).to(tl.int32)
         for place in range(first, stop):
             row = tl.load(order_ptr + place)
             total += load(addend_ptr + row * C + offs_c, mask_c)  # [C]
-        store(out_ptr + key * C + offs_c, total, mask_c & (key < I))
+        store(out_ptr + key * C + offs_c, total, mask_c)
 
 
 TABLE["segment_sum"] = {("interpreter", None): Launch({"BLOCK_COLS": 16}), (None, None): Launch({"BLOCK_COLS": 512})}
