@@ -36,17 +36,12 @@ def project_at_rows(
     x_right_out_ptr,  # [places, T, R] g x·right, in column order
     dy_left_out_ptr,  # [places, T, R] g dy·left
     weight_ptr,  # [N] g
-    offsets_ptr,  # [columns+1] int64, places of each subnetwork's pairs
-    order_ptr,  # [N] int64, the pair at each place
-    rows_ptr,  # [N] int64, each pair's sample
+    pairs,  # pointers, int64: places of each subnetwork's pairs [columns+1], pair at each place [N], pairs' samples [N]
     x_ptr,  # as in products_of_lines
     dy_ptr,
     left_ptr,
     right_ptr,
-    first,  # the pairs of this launch: places first..stop, those of subnetworks from first_k on
-    stop,
-    first_k,
-    columns,
+    part,  # (first, stop, first_k, columns): places first..stop, those of `columns` subnetworks from first_k on
     T,
     I,
     O,
@@ -60,6 +55,8 @@ def project_at_rows(
     BLOCK_D: tl.constexpr,
 ):
     """Compute both weighted products of BLOCK_ROWS / SLOT_T pairs of one subnetwork."""
+    offsets_ptr, order_ptr, rows_ptr = pairs[0], pairs[1], pairs[2]
+    first, stop, first_k, columns = part[0], part[1], part[2], part[3]
     column, place, end = pairs_of_tile(offsets_ptr, first, stop, columns, BLOCK_ROWS // SLOT_T)
     if place < end:
         k = first_k + column

@@ -126,11 +126,9 @@ class Pairs:
         slot = slots(dy.shape[1], row.blocks["BLOCK_ROWS"])
         columns = stop - start
         grid = (n_pairs // (row.blocks["BLOCK_ROWS"] // slot) + columns,)
-        pointers = {"offsets_ptr": self.offsets[start:], "order_ptr": self.order, "rows_ptr": self.rows, **outputs}
-        places = {"first": first, "stop": first + n_pairs, "first_k": start, "columns": columns}
-        common.launch(
-            kernel, grid, row, dy.device, **pointers, **self.tensors, **places, SLOT_T=slot, **self.flags, **self.sizes
-        )  # fmt: skip
+        own = {"pairs": (self.offsets[start:], self.order, self.rows), "part": (first, first + n_pairs, start, columns)}
+        arguments = {**own, **outputs, **self.tensors, **self.flags, **self.sizes}
+        common.launch(kernel, grid, row, dy.device, SLOT_T=slot, **arguments)
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------

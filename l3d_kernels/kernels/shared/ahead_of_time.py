@@ -21,7 +21,7 @@ Type = str | tuple[str, ...]
 TYPES: dict[str, Type] = {f"{name}_ptr": "*i64" for name in INDICES.split()}
 TYPES |= {f"{name}_ptr": "*fp32" for name in SUMS.split()}
 TYPES |= {"row_counts_ptr": "*i32", "column_counts_ptr": "*i32"}
-TYPES["numbers"] = ("fp32",) * 4
+TYPES |= {"numbers": ("fp32",) * 4, "pairs": ("*i64",) * 3, "part": ("i32",) * 4}
 TENSORS = 4  # of a launch that serves several: its arguments named .._ptrs and .._of are tuples
 
 Forms = Sequence[tuple[dict[str, Any], bool]]  # pairs of (constants, only in the long test)
