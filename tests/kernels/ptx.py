@@ -195,6 +195,7 @@ class Kernel:
         self.blocks, self.sources = [Block()], {}
         self.synchronisations: list[int] = []  # lines of barriers and of waits for copies
         self.skipped: set[int] = set()  # those of them that are passed over, to see whether that is noticed
+        self.unordered = False  # pass over all barriers, and look for what that breaks in global memory only
         self.passed: set[str] = set()  # and what was met there: "busy" where memory had been touched since a barrier
         lines = self._lines(body, text[: text.index(body)].count("\n"))
         self.uses = Counter(
@@ -522,7 +523,8 @@ class Kernel:
             place = o[1].strip("[] ")
             kind, number = "b" + kind[1:] if kind[0] == "f" else kind, self.parameters.get(place)
             if number is None:  # an address that the program selected
-                return self._put(line, o[0], kind, f"X.selected({self._value(place, 'u64')}, np.{numpy_type(kind).__name__})")
+                numbers = self._value(place, "u64")
+                return self._put(line, o[0], kind, f"X.selected({numbers}, np.{numpy_type(kind).__name__})")
             return self._put(line, o[0], kind, f"X.parameters[{number}].astype(np.{numpy_type(kind).__name__})")
         if space is None:
             self._unknown(line, "no space")
