@@ -69,7 +69,7 @@ def test_row_offsets_beyond_the_entries(guards: Callable[[], int]) -> None:
     left, right = normal(3, 2, 5), normal(3, 2, 4)
     values, columns = padded(normal(12), 8), padded(torch.arange(12) % 3, 8)
     offsets = torch.tensor([0, 4, 12])
-    gram_energy.energy_forward(values, columns, offsets, left, right)
+    gram_energy.energy_forward(values, columns, offsets, [left], [right])
     sparse_decode.d_values(normal(2, 6), columns, normal(3, 6), offsets)
     assert guards() == 0
 

@@ -29,6 +29,7 @@ FORMS = [
 ]
 FORMS += ["project_chunked/odd", "project_chunked/tiles", "sparse_decode_flat/odd", "sparse_decode_flat/tiles"]
 FORMS += ["softmax_mean_wide/odd", "softmax_mean_wide/tiles"]
+FORMS += [f"{op}_several/{size}" for op in ("gram", "energy", "norm") for size in ("odd", "tiles")]
 
 
 def assert_sound(jobs: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from l3d_kernels.kernels.shared import common  # noqa: E402
 from l3d_kernels.kernels.update import adam  # noqa: E402
 
 import ptx  # noqa: E402
-from op_cases import OPS, Case, Op, decode_inputs, make  # noqa: E402
+from op_cases import OPS, Case, Op, decode_inputs, kept_of, make  # noqa: E402
 from tools import Run, assert_as_good, gradients, normal, to_dtype  # noqa: E402
 
 TYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -249,7 +249,17 @@ def chunked(ops: Backend, i: dict[str, Any]) -> Tensor:
     return project.project(*inputs, path="chunked") if ops.backend == "triton" else ops.project(*inputs)
 
 
+def crossed(i: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return two tensors' factors, of other widths."""
+    return [i["left"], i["right"]], [i["right"], i["left"]]
+
+
 OTHERS = {
+    "gram_several": Op(lambda o, i: o.gram(*crossed(i)), head, ("left", "right")),
+    "energy_several": Op(
+        lambda o, i: o.gram_energy_coactive(kept_of(i), *crossed(i)), head, ("values", "left", "right")
+    ),
+    "norm_several": Op(lambda o, i: o.squared_gradient_norm([i["x"], i["dy"]], [i["dy"]] * 2), head, ("x", "dy")),
     "sparse_decode": Op(decode, decode, ("values", "weight")),
     "sparse_decode_flat": Op(decode, decode, ("values", "weight")),
     "softmax_mean": Op(head, head, ()),
