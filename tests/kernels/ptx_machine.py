@@ -169,7 +169,7 @@ class Access:
         self, part: Bytes, layers: tuple[str, ...], size: int, i: Any, marks: Any, line: int, threads: Any
     ) -> None:
         verbs = {"read": "reads", "written": "writes", "atomic": "changes"}
-        for layer in layers:
+        for layer in layers if part.fixed or not self.program.kernel.unordered else ():
             bad = self.others(part, layer, size, i, marks)
             if bad is not None:
                 what = f"{part.name}: another warp {verbs[layer]} the same bytes with no barrier between"
@@ -352,7 +352,7 @@ class Program:
                 parts = [self.shared, *(self.global_memory.parts[i] for i in self.global_memory.touched)]
                 self.kernel.passed.add("busy" if any(any(p.marked.values()) for p in parts) else "idle")
             done += block.count * (self.n // 32 if mask is None else int(mask.reshape(-1, 32).any(1).sum()))
-            if block.end == "bar" and block.line not in self.kernel.skipped:
+            if block.end == "bar" and block.line not in self.kernel.skipped and not self.kernel.unordered:
                 add(waiting, number, mask)
                 if waiting.get(number, ...) is None:
                     waiting.pop(number)

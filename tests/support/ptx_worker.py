@@ -103,13 +103,14 @@ class Executed(NamedTuple):
 class Launcher:
     """Launches kernels in place of `common.launch`, as PTX.
 
-    With `deleting`, every kernel runs again without each of its barriers and waits for copies, one at a time.
+    With `unordered` barriers are passed over, and only global memory is looked at. With `deleting`, every kernel runs
+    again without each of its barriers and waits for copies, one at a time.
     """
 
     def __init__(self) -> None:
         self.done: list[Executed] = []
         self.kernels: dict[Any, ptx.Kernel] = {}
-        self.deleting = False
+        self.deleting = self.unordered = False
         self.deleted: dict[str, str] = {}  # what was noticed where a barrier or wait was left out, or why nothing was
 
     def __call__(self, kernel: Any, grid: Sequence[int], row: Any, device: torch.device, **arguments: Any) -> None:
@@ -124,6 +125,7 @@ class Launcher:
         if key not in self.kernels:
             text, metadata = compile_ptx(kernel, signature, options)
             self.kernels[key] = ptx.Kernel(text, metadata["shared"])
+            self.kernels[key].unordered = self.unordered
         values = [each for n, kind in signature[0].items() for each in passed(kind, own[n])]
         before = bytes_of(values) if self.deleting else []
         count = self.kernels[key].launch(tuple(grid), values, seed=len(self.done))
@@ -184,7 +186,7 @@ SIZES = {
     "tiles": Case(B=3, S=12, T=23, I=71, O=135, K=40, R=7, kept=120),
     "divisible": Case(B=16, S=16, T=16, I=80, O=144, K=16, R=16, kept=96),
     "loops": Case(B=1, S=2, T=40, I=71, O=135, K=3, R=40, kept=5),
-    "narrow": Case(B=1, S=2, T=2, I=8, O=16, K=3, R=40, kept=5),
+    "narrow": Case(B=1, S=2, T=2, I=16, O=64, K=3, R=40, kept=5),
     "alone": Case(B=5, S=5, T=3, I=5, O=7, K=7, R=3, kept=9),
     "indices": Case(B=2, S=6, T=3, I=5, O=7, K=7, R=3, kept=16, indices=True),
     "single": Case(B=6, S=6, T=1, I=5, O=7, K=7, R=1, kept=16),
@@ -381,11 +383,11 @@ def as_tf32(kind: str, call: Callable[[], Any]) -> Any:
 def main() -> None:
     """Run the jobs of the command line, OP/SIZE/KIND each; print a JSON list of what each did or raised.
 
-    `--delete`: see `Launcher`.
+    `--delete`, `--unordered`: see `Launcher`.
     """
     launcher, found = install(), []
-    launcher.deleting = "--delete" in sys.argv
-    for job in (argument for argument in sys.argv[1:] if argument != "--delete"):
+    launcher.deleting, launcher.unordered = "--delete" in sys.argv, "--unordered" in sys.argv
+    for job in (argument for argument in sys.argv[1:] if argument[:2] != "--"):
         launcher.done.clear()
         launcher.deleted = {}
         began, error = time.process_time(), ""
