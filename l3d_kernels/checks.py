@@ -4,7 +4,6 @@ Every message has one form: `dy: expected shape [S, T, O] with S a multiple of 4
 of indices and offsets are checked on a CPU only: on a GPU the check would wait for the device.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,7 +99,8 @@ def check_pairs(check: Callable[[Tensor, Tensor], None], like: str, **pairs: Ten
             check_alike(first=first, **{like: same})
             check(*own)
         except ValueError as error:
-            raise ValueError(re.sub(rf"^({name}|{other})", rf"\1[{i}]", str(error))) from None
+            which, _, said = str(error).partition(":")
+            raise ValueError(f"{which}[{i}]:{said}" if which in (name, other) else str(error)) from None
         if len(same) != len(first):
             raise ValueError(f"{like}[{i}]: expected a first axis of {len(first)} as in {like}[0], got {len(same)}")
     return first

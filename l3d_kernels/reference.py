@@ -14,6 +14,8 @@ from torch import Tensor, einsum
 from l3d_kernels.sparse import SparseCoefficients, sparse_coefficients
 from l3d_kernels.splitting import as_rows
 
+Sides = Tensor | Sequence[Tensor]
+
 
 def gradients(x: Tensor, dy: Tensor, n_inputs: int) -> Tensor:
     """G_s = Σ_t dy[s, t] ⊗ x[s // (S // B), t]: [S, O, I]. Integers x [B, T] stand for one-hot rows."""
@@ -58,9 +60,6 @@ def project_topk(
     return batch_topk(coefficients if base is None else base + coefficients, n)
 
 
-# --- batch top-k ------------------------------------------------------------------------------------------------
-
-
 def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoefficients:
     """The n entries of largest |c| of each of `n_groups` blocks of columns; ties go to the lower flat index."""
     (S, K), kept, thresholds = coefficients.shape, [], []
@@ -76,10 +75,7 @@ def batch_topk(coefficients: Tensor, n: int, n_groups: int = 1) -> SparseCoeffic
     return sparse_coefficients(coefficients.flatten()[flat], rows, columns, threshold, (S, K))
 
 
-# --- energies and reconstructions -------------------------------------------------------------------------------
-
-
-def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> Tensor:
+def gram(left: Sides, right: Sides) -> Tensor:
     """M_kj = <V_k, V_j>, summed over the tensors of a list: [K, K]."""
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return torch.stack([gram(*own) for own in zip(left, right, strict=True)]).sum(0)
@@ -87,22 +83,18 @@ def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> T
     return einsum("koi,joi->kj", v, v)
 
 
-def gram_energy(kept: SparseCoefficients, left: Tensor, right: Tensor) -> Tensor:
+def gram_energy(kept: SparseCoefficients, left: Sides, right: Sides) -> Tensor:
     """‖ĝ_s‖² = c_sᵀ M c_s: [S]."""
     c = kept.dense()
     return einsum("sk,kj,sj->s", c, gram(left, right), c)
 
 
-def gram_energy_coactive(
-    kept: SparseCoefficients, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
-) -> Tensor:
+def gram_energy_coactive(kept: SparseCoefficients, left: Sides, right: Sides) -> Tensor:
     """‖ĝ_s‖² = c_sᵀ M c_s, summed over the tensors of a list: [S]."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return gram_energy(kept, left, right)
-    return torch.stack([gram_energy(kept, *own) for own in zip(left, right, strict=True)]).sum(0)
+    return gram_energy(kept, left, right)
 
 
-def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Tensor]) -> Tensor:
+def squared_gradient_norm(x: Sides, dy: Sides) -> Tensor:
     """‖G_s‖² = Σ_tt' (x_t . x_t') (dy_st . dy_st') = Σ_o Σ_i G_s[o, i]², summed over a list: [S]."""
     if not (isinstance(x, Tensor) and isinstance(dy, Tensor)):
         return torch.stack([squared_gradient_norm(*own) for own in zip(x, dy, strict=True)]).sum(0)

@@ -56,7 +56,7 @@ def explain(model: nn.Module, inputs: Any, params: Params = None) -> Explanation
     parameter  operation      layout  rule
     0.weight   Addmm 2        major   matrix
     0.bias     Addmm 0        major   matrix_bias
-    1.weight   PreluKernel 1  major   none: no rule for it
+    1.weight   PreluKernel 1  major   none: no rule for it, after View
     """
     check_fixed(model)
     parameters = select_parameters(model, params)

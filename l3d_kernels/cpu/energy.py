@@ -5,8 +5,7 @@
 Each has several paths that agree in value; the counted multiply-adds decide which one a call takes.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import reduce
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ def gram(left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> T
     From the factors that takes K²R²(I+O) multiply-adds, from tiles of V K(K+R)·I·O; the cheaper is taken.
     """
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
-        return reduce(torch.add, (gram(*own) for own in zip(left, right, strict=True)))
+        return summed(gram(*own) for own in zip(left, right, strict=True))
     n_subnetworks, rank, n_outputs = left.shape
     n_inputs = right.shape[2]
     if rank == 1:
@@ -128,7 +127,7 @@ def gram_energy_coactive(
     Of lists the sum over their tensors, in order.
     """
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
-        return reduce(torch.add, (gram_energy_coactive(kept, *own) for own in zip(left, right, strict=True)))
+        return summed(gram_energy_coactive(kept, *own) for own in zip(left, right, strict=True))
     n_samples, _ = kept.shape
     rank = left.shape[1]
     counts = kept.row_offsets.diff()
@@ -156,7 +155,7 @@ def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Te
     From the factors that takes T²(I+O) multiply-adds a sample, from G T·I·O; the cheaper is taken.
     """
     if not (isinstance(x, Tensor) and isinstance(dy, Tensor)):
-        return reduce(torch.add, (squared_gradient_norm(*own) for own in zip(x, dy, strict=True)))
+        return summed(squared_gradient_norm(*own) for own in zip(x, dy, strict=True))
     n_sequences, n_positions = x.shape[:2]
     if n_sequences == 0:
         return dy.sum((1, 2))
@@ -176,3 +175,11 @@ def squared_gradient_norm(x: Tensor | Sequence[Tensor], dy: Tensor | Sequence[Te
         own = dy[piece.start * share : piece.stop * share]
         out.append((same.repeat_interleave(share, 0) * (own @ own.mT)).sum((1, 2)))
     return torch.cat(out)
+
+
+def summed(terms: Iterable[Tensor]) -> Tensor:
+    """Add tensors in their order; at least one."""
+    total, *others = terms
+    for each in others:
+        total = total + each
+    return total

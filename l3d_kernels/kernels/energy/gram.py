@@ -51,12 +51,12 @@ def gram_tile(
     if first_a < first_b + GROUPS_B:
         slot_a, slot_b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
         total = zeros(left_ptrs[0], GROUPS_A, GROUPS_B)
-        for start_a in range(0, R, RANKS):
-            rows_a, mask_a = rows_of(first_a, slot_a, start_a, K, R, RANKS)
-            for start_b in range(0, R, RANKS):
-                rows_b, mask_b = rows_of(first_b, slot_b, start_b, K, R, RANKS)
-                for n in range(len(left_ptrs)):
-                    left, O, right, I = nth(left_ptrs, n), nth(O_of, n), nth(right_ptrs, n), nth(I_of, n)
+        for n in range(len(left_ptrs)):
+            left, O, right, I = nth(left_ptrs, n), nth(O_of, n), nth(right_ptrs, n), nth(I_of, n)
+            for start_a in range(0, R, RANKS):
+                rows_a, mask_a = rows_of(first_a, slot_a, start_a, K, R, RANKS)
+                for start_b in range(0, R, RANKS):
+                    rows_b, mask_b = rows_of(first_b, slot_b, start_b, K, R, RANKS)
                     lefts = row_products(left, rows_a * O, mask_a, left, rows_b * O, mask_b, O, PRECISION, BLOCK_D)
                     rights = row_products(right, rows_a * I, mask_a, right, rows_b * I, mask_b, I, PRECISION, BLOCK_D)
                     total += sum_groups(lefts * rights, RANKS, RANKS)
@@ -83,7 +83,8 @@ TABLE["gram_tile"] = {
     ("sm_80", "32"): Launch({"BLOCK_A": 64, "BLOCK_B": 32, "BLOCK_D": 32}, warps=8, stages=3),
     ("sm_80", "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=4),
     ("sm_90", "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 16}, warps=8, stages=4),
-    ("gfx1100", "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=2),
+    ("gfx942", "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=2),
+    ("gfx1100", "16"): Launch({"BLOCK_A": 64, "BLOCK_B": 64, "BLOCK_D": 32}, warps=16, stages=2),
     ("gfx1100", "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 16}, warps=16, stages=2),
     (None, "16"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 64}, warps=8, stages=3),
     (None, "32"): Launch({"BLOCK_A": 128, "BLOCK_B": 64, "BLOCK_D": 32}, warps=8, stages=3),

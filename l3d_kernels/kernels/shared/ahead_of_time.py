@@ -61,8 +61,8 @@ class CompileCase(NamedTuple):
 
 def types_of(kernel: Any, **others: Type) -> dict[str, Type]:
     """Return the types of a kernel's arguments that are not the usual; `others` beside those of TYPES."""
-    types = TYPES | others
-    return {name: types[known] for name in kernel.arg_names if (known := name.replace("_ptrs", "_ptr")) in types}
+    names = {name.replace("_ptrs", "_ptr"): name for name in kernel.arg_names}
+    return {names[known]: own for known, own in (TYPES | others).items() if known in names}
 
 
 def cases_of_kernel(
