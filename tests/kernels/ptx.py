@@ -195,6 +195,7 @@ class Kernel:
         self.blocks, self.sources = [Block()], {}
         self.synchronisations: list[int] = []  # lines of barriers and of waits for copies
         self.skipped: set[int] = set()  # those of them that are passed over, to see whether that is noticed
+        self.unordered = False  # pass over all barriers, and look for what that breaks in global memory only
         self.passed: set[str] = set()  # and what was met there: "busy" where memory had been touched since a barrier
         lines = self._lines(body, text[: text.index(body)].count("\n"))
         self.uses = Counter(
