@@ -366,6 +366,7 @@ class Extractor:
                 if not batched:
                     raise
                 self._one_by_one = True
+            if batched and self._one_by_one:  # after the block, so that nothing that failed is still held
                 return self._output_gradients(starts, whole, samples, 1, uses, layouts)
             for node, grad in zip(nodes, grads, strict=True):
                 if grad is None:

@@ -153,7 +153,7 @@ class Samples:
         return whole.view(self.shape)
 
     def alone(self, whole: Tensor, start: int, stop: int) -> Tensor:
-        """Return copies of `whole`, of which copy j has only the rows' samples start + j, zeros elsewhere: [n, ...].
+        """Return copies of `whole`, [n, ...]: copy j keeps sample start + j of every row, and is zero elsewhere.
 
         The leading dimensions of `whole` are rows and positions, [B, T, ...] or [B*T, ...].
         """

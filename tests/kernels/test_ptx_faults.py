@@ -140,7 +140,7 @@ def test_debug_barrier_is_missed() -> None:
     The two of `coactive_backward` are listed as redundant: compiled for sm_80, each warp loads what it stored itself.
     """
     (job,) = execute("mirror/tiles/float32", "--delete")
-    assert job["error"] is None or job["error"] == ""
+    assert not job["error"]
     noticed = {place: what for place, what in job["deleted"].items() if "bar.sync" in place}
     assert len(noticed) == 1
     assert all("another warp" in what for what in noticed.values()), noticed
