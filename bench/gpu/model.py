@@ -7,7 +7,6 @@ tensors of shapes only. Where `bench.gpu` has run on a GPU, its measured rates r
 measured times stand below the modelled ones.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +19,8 @@ import torch
 from bench.gpu.block import PHASES, Step, StepSizes
 from bench.gpu.measure import DTYPES, Ceilings, bound
 from bench.gpu.report import ROOT, aligned
-from bench.gpu.step import work
-from bench.measure.launches import counting, weights_of_shapes_only
+from bench.gpu.step import count_launches, work
+from bench.measure.launches import weights_of_shapes_only
 
 # Assumed, not measured: what the host takes to launch an operation, a few microseconds by most reports; and to notice
 # that the device is done and fill its queue again.
@@ -71,17 +70,12 @@ class Counted(NamedTuple):
 
 def count(z: StepSizes, dtype: str) -> dict[str, Counted]:
     """Count each phase of a step as a run takes it after its first, on tensors of shapes only."""
-    meta, at = torch.device("meta"), list[tuple[int, int]]()
     with weights_of_shapes_only():
-        step = Step(z, DTYPES[dtype], meta, "auto")
+        step = Step(z, DTYPES[dtype], torch.device("meta"), "auto")
         step.extractor._batches, step.extractor.check_values = 1, False  # as after a run's first batch
-        with counting(meta):
-            step.take()  # what is found out once
-        with counting(meta) as seen:
-            step.take(lambda phase: at.append((seen.count, seen.waits.total())))
-        done = work(step)
-    gaps = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(at)]
-    return {phase: Counted(*done[phase], *gap) for phase, gap in zip(PHASES, gaps, strict=True)}
+        count_launches(step)  # what is found out once
+        asked, done = count_launches(step), work(step)
+    return {phase: Counted(*done[phase], *asked[phase]) for phase in PHASES}
 
 
 def modelled_seconds(counted: Counted, dtype: str, rates: Ceilings) -> float:

@@ -1,8 +1,7 @@
 """A whole training step: every phase beside its roofline, extraction beside the bare passes it needs, peak memory.
 
 A phase's roofline is the larger of its operations over the matrix rate and its bytes over the
-copy rate, by the cheapest route that l3d knows, plus its launches times an empty launch. Launches are those that torch
-dispatches and those of our kernels; library products inside our operators are not seen, so that the bound is a low one.
+copy rate, by the cheapest route that l3d knows, plus its launches times an empty launch (`bench.measure.launches`).
 """
 
 import itertools
@@ -12,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.block import PHASES, Step, StepSizes
 from bench.gpu.measure import Ceilings, bound, median_seconds, synchronize, use
+from bench.measure.launches import counting
 
 STEPS, WARM_UP = 7, 2  # timed steps, and those before them
 
@@ -86,39 +85,13 @@ def work(step: Step) -> dict[str, tuple[int, int]]:
     }
 
 
-class Launches(TorchDispatchMode):
-    """Count what torch dispatches, without views and empty tensors, and our own launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and func.namespace == "aten" and "empty" not in func.__name__:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_launches(step: Step) -> dict[str, int]:
-    """Take a step and count the launches of each phase."""
-    from l3d_kernels import registry
-
-    own: list[str] = []
-    totals: list[int] = []
-    watchers: list[Any] = []
-    if registry.load_kernels() == "":
-        from l3d_kernels.kernels.shared import common
-
-        watchers = common.WATCHERS
-    watch = own.append
-    watchers.append(watch)
-    try:
-        with Launches() as seen:
-            step.take(lambda name: totals.append(seen.count + len(own)))
-    finally:
-        watchers.remove(watch)
-    return {name: after - before for name, before, after in zip(PHASES, totals[:-1], totals[1:], strict=True)}
+def count_launches(step: Step) -> dict[str, tuple[int, int]]:
+    """Take a step and count each phase's (launches, waits for the device)."""
+    at: list[tuple[int, int]] = []
+    with counting(step.tokens.device) as seen:
+        step.take(lambda phase: at.append((seen.count, seen.waits.total())))
+    gaps = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(at)]
+    return dict(zip(PHASES, gaps, strict=True))
 
 
 def phase_seconds(step: Step, device: torch.device, n: int) -> list[dict[str, float]]:
@@ -153,7 +126,7 @@ def time_step(
 ) -> StepTiming:
     """Time a step of one size in one dtype."""
     step = Step(z, use(dtype), device, backend)
-    launches = count_launches(step)
+    launches = {phase: count for phase, (count, _) in count_launches(step).items()}
     counted = work(step)
     bare = median_seconds(step.bare, device)
     phase_seconds(step, device, warm_up)

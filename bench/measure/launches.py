@@ -2,8 +2,7 @@
 
 A launch is an aten operation that is no view, or one Triton kernel inside our ops. A wait is what makes the host stop
 until the device has answered: a number read from it (`.item`, `.tolist`, `.cpu`), a shape that depends on its values
-(`nonzero`, boolean indexing), or a copy from the host that is not
-marked as one to go on without (`non_blocking`).
+(`nonzero`, boolean indexing), or a copy from the host without `non_blocking`.
 """
 
 import traceback
@@ -26,8 +25,6 @@ NOTHING = (
     "new_empty",
     "detach",
     "_unsafe_view",
-    "sym_size",
-    "sym_numel",
     "promote_types",
 )
 
@@ -56,11 +53,11 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "l3d" and all(t.is_meta for t in args if isinstance(t, Tensor)):
+        if func.namespace == "l3d":
             from l3d_kernels.kernels.shared import common
 
-            with self:
-                return common.OPERATORS[name](*args, **kwargs)  # which makes its launches; a fake would make none
+            with self:  # the operator's own launches; on meta tensors torch would call a fake, which makes none
+                return common.OPERATORS[name](*args, **kwargs)
         if func.is_view or func.namespace not in ("aten", "prims") or name in NOTHING:
             return func(*args, **kwargs)
         target, source = self._copied(name, args, kwargs)

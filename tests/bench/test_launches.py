@@ -1,15 +1,15 @@
 """What a step asks of a GPU, counted on tensors that have shapes only: launches, and waits for the device."""
 
 from collections import Counter
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench.gpu.block import BLOCKS, PHASES, Step, StepSizes
-from bench.measure.launches import Launches, counting, weights_of_shapes_only
+from bench.gpu.block import BLOCKS, StepSizes
+from bench.gpu.model import count
+from bench.measure.launches import counting
 
 META = torch.device("meta")
 MOST = {"TinyStories-8M": 216, "width 2048": 214, "width 4096": 226}  # launches of a step, extraction included
@@ -18,19 +18,13 @@ MOST = {"TinyStories-8M": 216, "width 2048": 214, "width 4096": 226}  # launches
 @pytest.mark.parametrize("size", BLOCKS, ids=lambda size: size.name)
 def test_a_step_between_two_rows_of_the_history(size: StepSizes, capsys: pytest.CaptureFixture[str]) -> None:
     """It waits for nothing, and makes so many launches; the counts are printed."""
-    with weights_of_shapes_only():
-        step = Step(size, torch.bfloat16, META, "auto")
-        step.extractor._batches, step.extractor.check_values = 1, False  # as after a run's first look
-        with counting(META):
-            step.take()
-        with counting(META) as seen:
-            at: list[int] = []
-            step.take(lambda phase: at.append(seen.count))
-    phases = dict(zip(PHASES, (after - before for before, after in pairwise(at)), strict=True))
+    counted = count(size, "bf16")
+    launches, waits = ({phase: getattr(c, name) for phase, c in counted.items()} for name in ("launches", "waits"))
+    total = sum(launches.values())
     with capsys.disabled():
-        print(f"\n{size.name}, bfloat16: {seen.count} launches {phases}, {seen.waits.total()} waits")
-    assert seen.waits == Counter()
-    assert 0 < seen.count <= MOST[size.name]
+        print(f"\n{size.name}, bfloat16: {total} launches {launches}, {sum(waits.values())} waits")
+    assert not any(waits.values()), waits
+    assert 0 < total <= MOST[size.name]
 
 
 WAITS: dict[str, Any] = {
@@ -77,4 +71,3 @@ def test_our_kernels_count_each() -> None:
         lk.batch_topk(torch.empty(64, 32, device=META), 10, backend="triton")
     own = [name for name in seen.launches if name.startswith("l3d::")]
     assert len(own) >= 5
-    assert isinstance(seen, Launches)
